@@ -1,0 +1,124 @@
+"""The trace on disk: one typed definition of every column of a run.
+
+A run is a folder ``traces/<run>/`` with ``manifest.json``, ``steps-NNNN.parquet`` and ``requests-NNNN.parquet``.
+Writers and readers take names, types and meanings from here and from nowhere else. A change that an old reader
+cannot survive raises :data:`SCHEMA_VERSION`'s first number; a new optional column raises the second.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1.0"
+
+MANIFEST_NAME = "manifest.json"
+STEPS_GLOB = "steps-*.parquet"
+REQUESTS_GLOB = "requests-*.parquet"
+
+
+class Reason(str, Enum):
+    """Why a step was verified."""
+
+    NONE = "none"
+    """The step was not verified: the fast path's token stands."""
+    MARGIN = "margin"
+    """The margin was at or below the threshold: the step triggered."""
+    AUDIT = "audit"
+    """An untriggered step, verified at random to bound the missed-flip rate."""
+    ALWAYS = "always"
+    """The policy verifies every step."""
+    RESUME = "resume"
+    """First token after a retraction: generated columns were re-prefilled at another shape, so all are recomputed."""
+
+
+class Guarantee(str, Enum):
+    """What a finished response may claim, strongest first."""
+
+    STRUCTURAL = "structural"
+    """All its forwards ran in the canonical class."""
+    VERIFIED = "verified"
+    """Every step was verified."""
+    GATED = "gated"
+    """Only low-margin steps were verified: empirical, with the audit's bound."""
+    NONE = "none"
+    """Nothing is claimed."""
+
+
+class Column(NamedTuple):
+    """One column: its name, Arrow type, unit and meaning."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    doc: str
+
+
+_DICT = pa.dictionary(pa.int32(), pa.string())
+
+STEP_COLUMNS: tuple[Column, ...] = (
+    Column("request_id", _DICT, "", "SGLang's request id (rid)."),
+    Column("dataset", _DICT, "", "Dataset tag sent with the request (margingate_dataset); empty when none was sent."),
+    Column("step", pa.int32(), "", "Index of the output token that this step chose, from 0 (chosen by the prefill)."),
+    Column("position", pa.int32(), "", "Position t of the token that the step read; its logits choose token t+1."),
+    Column("time", pa.timestamp("us", tz="UTC"), "UTC", "When the step's token was known."),
+    Column("token", pa.int32(), "id", "The committed token."),
+    Column("fast_token", pa.int32(), "id", "The fast path's argmax (lowest index among exact ties)."),
+    Column("second_token", pa.int32(), "id", "The fast path's runner-up."),
+    Column("margin", pa.float32(), "logits", "Top-1 minus top-2 of the fast path's processed logits, in fp32."),
+    Column("threshold", pa.float32(), "logits", "Threshold (tau) in force for this step; NaN where the policy has none."),
+    Column("reason", _DICT, "", "Why the step was verified: none, margin, audit, always, resume."),
+    Column("verify_token", pa.int32(), "id", "The verify's argmax; null where the step was not verified."),
+    Column("verify_margin", pa.float32(), "logits", "The verify's margin; null where the step was not verified."),
+    Column("flipped", pa.bool_(), "", "The verify's token differs from the fast path's (a confirmed mismatch)."),
+    Column("repaired", pa.bool_(), "", "The verify's token and column(s) were put in place; false for a shadow verify."),
+    Column("kv_delta_first", pa.float32(), "", "Max abs change of the step's K/V column in the first layer; null if unverified."),
+    Column("kv_delta_last", pa.float32(), "", "Max abs change of the step's K/V column in the last layer; null if unverified."),
+    Column("window_rows", pa.int32(), "rows", "Columns recomputed for this step's verify, itself included; 0 if unverified."),
+    Column("batch_rows", pa.int32(), "rows", "Requests in the forward that ran the step."),
+    Column("padded_rows", pa.int32(), "rows", "Rows the kernels saw (M): batch_rows plus padding."),
+    Column("canonical", pa.bool_(), "", "The fast path's forward ran inside the canonical class."),
+    Column("prefill", pa.bool_(), "", "The step's logits came from a prefill (first token, or resume)."),
+    Column("step_ms", pa.float32(), "ms", "Wall time of the whole forward and sampling that ran the step, verify included."),
+    Column("verify_ms", pa.float32(), "ms", "Wall time of the verify passes that the step waited for."),
+    Column("hold_ms", pa.float32(), "ms", "Time the token was held back before it was shown (deferred schedule; 0 inline)."),
+    Column("token_text", pa.string(), "", "The token decoded alone; null unless the run records text."),
+)
+
+REQUEST_COLUMNS: tuple[Column, ...] = (
+    Column("request_id", pa.string(), "", "SGLang's request id (rid)."),
+    Column("dataset", _DICT, "", "Dataset tag sent with the request; empty when none was sent."),
+    Column("policy", _DICT, "", "Policy in force for this request: off, log, gate, always."),
+    Column("repair", _DICT, "", "Repair in force: column or window."),
+    Column("threshold", pa.float32(), "logits", "Threshold (tau) in force; NaN where the policy has none."),
+    Column("time", pa.timestamp("us", tz="UTC"), "UTC", "When the request reached the scheduler."),
+    Column("prompt_tokens", pa.int32(), "tokens", "Tokens of the prompt."),
+    Column("cached_tokens", pa.int32(), "tokens", "Prompt tokens taken from the radix cache."),
+    Column("floored_tokens", pa.int32(), "tokens", "Cached tokens given up to keep prefill chunks canonical."),
+    Column("prefill_chunks", pa.int32(), "", "Forwards that prefilled the prompt."),
+    Column("output_tokens", pa.int32(), "tokens", "Generated tokens."),
+    Column("triggers", pa.int32(), "steps", "Steps with margin <= threshold."),
+    Column("verified", pa.int32(), "steps", "Steps verified for any reason."),
+    Column("audited", pa.int32(), "steps", "Untriggered steps verified at random."),
+    Column("flips", pa.int32(), "steps", "Confirmed mismatches, missed ones included."),
+    Column("missed", pa.int32(), "steps", "Flips at steps that did not trigger (known only where audited or always)."),
+    Column("ttft_ms", pa.float32(), "ms", "Time to first token, from arrival at the scheduler."),
+    Column("tpot_ms", pa.float32(), "ms", "Mean time per output token after the first; null with one token."),
+    Column("e2e_ms", pa.float32(), "ms", "From arrival at the scheduler to the last token."),
+    Column("prefill_ms", pa.float32(), "ms", "Wall time of the forwards that prefilled the prompt."),
+    Column("verify_ms", pa.float32(), "ms", "Wall time of verify passes that this request waited for."),
+    Column("hold_ms", pa.float32(), "ms", "Time tokens were held back (deferred schedule; 0 inline)."),
+    Column("overhead_ms", pa.float32(), "ms", "verify_ms + hold_ms: what the policy added to this request."),
+    Column("overhead_share", pa.float32(), "1", "overhead_ms / e2e_ms."),
+    Column("max_batch_rows", pa.int32(), "rows", "Largest batch that any of its decode steps ran in."),
+    Column("retractions", pa.int32(), "", "Times the request was retracted and prefilled again."),
+    Column("guarantee", _DICT, "", "structural, verified, gated or none."),
+    Column("guarantee_note", pa.string(), "", "Why the guarantee is lower than the policy's; null when it is not."),
+    Column("finish_reason", _DICT, "", "stop, length or abort."),
+    Column("prompt_text", pa.string(), "", "The prompt; null unless the run records text."),
+)
+
+STEP_SCHEMA = pa.schema([(c.name, c.type) for c in STEP_COLUMNS])
+REQUEST_SCHEMA = pa.schema([(c.name, c.type) for c in REQUEST_COLUMNS])
