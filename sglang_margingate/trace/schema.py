@@ -7,7 +7,9 @@ cannot survive raises :data:`SCHEMA_VERSION`'s first number; a new optional colu
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -68,22 +70,45 @@ STEP_COLUMNS: tuple[Column, ...] = (
     Column("fast_token", pa.int32(), "id", "The fast path's argmax (lowest index among exact ties)."),
     Column("second_token", pa.int32(), "id", "The fast path's runner-up."),
     Column("margin", pa.float32(), "logits", "Top-1 minus top-2 of the fast path's processed logits, in fp32."),
-    Column("threshold", pa.float32(), "logits", "Threshold (tau) in force for this step; NaN where the policy has none."),
+    Column(
+        "threshold", pa.float32(), "logits", "Threshold (tau) in force for this step; NaN where the policy has none."
+    ),
     Column("reason", _DICT, "", "Why the step was verified: none, margin, audit, always, resume."),
     Column("verify_token", pa.int32(), "id", "The verify's argmax; null where the step was not verified."),
     Column("verify_margin", pa.float32(), "logits", "The verify's margin; null where the step was not verified."),
     Column("flipped", pa.bool_(), "", "The verify's token differs from the fast path's (a confirmed mismatch)."),
-    Column("repaired", pa.bool_(), "", "The verify's token and column(s) were put in place; false for a shadow verify."),
-    Column("kv_delta_first", pa.float32(), "", "Max abs change of the step's K/V column in the first layer; null if unverified."),
-    Column("kv_delta_last", pa.float32(), "", "Max abs change of the step's K/V column in the last layer; null if unverified."),
-    Column("window_rows", pa.int32(), "rows", "Columns recomputed for this step's verify, itself included; 0 if unverified."),
+    Column(
+        "repaired", pa.bool_(), "", "The verify's token and column(s) were put in place; false for a shadow verify."
+    ),
+    Column(
+        "kv_delta_first",
+        pa.float32(),
+        "",
+        "Max abs change of the step's K/V column in the first layer; null if unverified.",
+    ),
+    Column(
+        "kv_delta_last",
+        pa.float32(),
+        "",
+        "Max abs change of the step's K/V column in the last layer; null if unverified.",
+    ),
+    Column(
+        "window_rows",
+        pa.int32(),
+        "rows",
+        "Columns recomputed for this step's verify, itself included; 0 if unverified.",
+    ),
     Column("batch_rows", pa.int32(), "rows", "Requests in the forward that ran the step."),
     Column("padded_rows", pa.int32(), "rows", "Rows the kernels saw (M): batch_rows plus padding."),
     Column("canonical", pa.bool_(), "", "The fast path's forward ran inside the canonical class."),
     Column("prefill", pa.bool_(), "", "The step's logits came from a prefill (first token, or resume)."),
-    Column("step_ms", pa.float32(), "ms", "Wall time of the whole forward and sampling that ran the step, verify included."),
+    Column(
+        "step_ms", pa.float32(), "ms", "Wall time of the whole forward and sampling that ran the step, verify included."
+    ),
     Column("verify_ms", pa.float32(), "ms", "Wall time of the verify passes that the step waited for."),
-    Column("hold_ms", pa.float32(), "ms", "Time the token was held back before it was shown (deferred schedule; 0 inline)."),
+    Column(
+        "hold_ms", pa.float32(), "ms", "Time the token was held back before it was shown (deferred schedule; 0 inline)."
+    ),
     Column("token_text", pa.string(), "", "The token decoded alone; null unless the run records text."),
 )
 
@@ -122,3 +147,31 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
 
 STEP_SCHEMA = pa.schema([(c.name, c.type) for c in STEP_COLUMNS])
 REQUEST_SCHEMA = pa.schema([(c.name, c.type) for c in REQUEST_COLUMNS])
+
+README_BEGIN, README_END = "<!-- schema:begin -->", "<!-- schema:end -->"
+
+
+def markdown() -> str:
+    """Return the tables of all columns as Markdown, for ``traces/README.md``."""
+    lines = [f"Schema version {SCHEMA_VERSION}."]
+    for title, columns in (("Step rows", STEP_COLUMNS), ("Request rows", REQUEST_COLUMNS)):
+        lines += ["", f"### {title}", "", "| column | type | unit | meaning |", "| --- | --- | --- | --- |"]
+        for c in columns:
+            kind = "category" if pa.types.is_dictionary(c.type) else str(c.type)
+            lines.append(f"| `{c.name}` | {kind} | {c.unit} | {c.doc} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(readme: str) -> str:
+    """Return the README's text with the tables between its two marks renewed."""
+    head, _, rest = readme.partition(README_BEGIN)
+    _, _, tail = rest.partition(README_END)
+    return f"{head}{README_BEGIN}\n{markdown()}{README_END}{tail}"
+
+
+if __name__ == "__main__":  # no argument: print the tables; a README's path: renew them there
+    if len(sys.argv) > 1:
+        file = Path(sys.argv[1])
+        file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(markdown(), end="")

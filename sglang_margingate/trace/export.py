@@ -1,0 +1,141 @@
+"""A run for other tools: CSV, and the Chrome trace format that chrome://tracing and ui.perfetto.dev open."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from sglang_margingate.trace.errors import TraceError
+from sglang_margingate.trace.reader import Run
+
+_STEP_FIELDS = ["step", "time", "token", "margin", "threshold", "reason", "flipped", "repaired", "batch_rows"]
+_STEP_FIELDS += ["prefill", "step_ms", "verify_ms", "hold_ms"]
+
+
+def export_csv(run: Run, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write ``steps.csv`` and ``requests.csv`` into `folder` (made if absent) and return their paths.
+
+    Null and NaN are both empty fields; times are ISO 8601 with offset.
+
+    Raises
+    ------
+    TraceError
+        The folder cannot be written.
+    """
+    out = Path(folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, frame in (("steps", run.steps), ("requests", run.requests)):
+            frame.to_csv(out / f"{name}.csv", index=False)
+    except OSError as e:
+        raise TraceError(f"cannot write CSV in {out}: {e.strerror or e}; choose another folder") from None
+    return [out / "steps.csv", out / "requests.csv"]
+
+
+def export_chrome_trace(run: Run, file: str | os.PathLike[str], *, request_ids: Collection[str] | None = None) -> Path:
+    """Write the run as Chrome trace JSON and return its path.
+
+    One track per request with its prefill, decode and verify slices; a request whose tokens were held back gets a
+    second track below it, because holds overlap the next steps. Flips are instant marks. Times are microseconds from
+    the run's first event.
+
+    Parameters
+    ----------
+    run
+        With at least the step columns request_id and the timing ones (``read_run`` without a selection has them).
+    request_ids
+        Requests to write; all by default. About 250 bytes a step: choose some of a long run.
+
+    Raises
+    ------
+    TraceError
+        Columns are missing or the file cannot be written.
+    """
+    missing = [c for c in ["request_id", *_STEP_FIELDS] if c not in run.steps.columns]
+    if missing:
+        raise TraceError(f"the Chrome trace needs step column {missing[0]!r}; read the run without step_columns")
+    out = Path(file)
+    tmp = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tmp.open("w", encoding="utf-8") as f:
+            f.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+            for i, event in enumerate(chrome_events(run, request_ids)):
+                f.write((",\n" if i else "") + json.dumps(event, allow_nan=False))
+            f.write("\n]}\n")
+        os.replace(tmp, out)
+    except OSError as e:
+        raise TraceError(f"cannot write {out}: {e.strerror or e}; choose another file") from None
+    return out
+
+
+def chrome_events(run: Run, request_ids: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the run's trace events, request by request (see :func:`export_chrome_trace`)."""
+    steps = run.steps
+    if request_ids is not None:
+        steps = steps[steps["request_id"].isin(list(request_ids))]
+    yield {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": run.path.name}}
+    if steps.empty:
+        return
+    arrival: dict[str, float] = {}
+    if {"request_id", "time"} <= set(run.requests.columns):
+        arrival = dict(zip(run.requests["request_id"].astype(str), _micros(run.requests["time"])))
+    micros = _micros(steps["time"])
+    # The first slice of the run begins at zero: Perfetto shows absolute microseconds badly.
+    origin = float((micros - steps["step_ms"].fillna(0).to_numpy() * 1000.0).min())
+    tid = 0
+    for rid, rows in steps.assign(_us=micros - origin).groupby("request_id", sort=False, observed=True):
+        tid += 2
+        yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": str(rid)}}
+        if rows["hold_ms"].fillna(0).gt(0).any():
+            yield {"ph": "M", "pid": 1, "tid": tid + 1, "name": "thread_name", "args": {"name": f"{rid} (held)"}}
+        if str(rid) in arrival:
+            yield _mark("arrived", tid, max(arrival[str(rid)] - origin, 0.0), {})
+        yield from _request_events(rows.sort_values("step"), tid)
+
+
+def _request_events(rows: Any, tid: int) -> Iterator[dict[str, Any]]:
+    end = 0.0  # slices of one track may touch but not overlap
+    for r in rows[[*_STEP_FIELDS, "_us"]].to_dict("records"):
+        done, verify, hold = r["_us"], _num(r["verify_ms"]) * 1000.0, _num(r["hold_ms"]) * 1000.0
+        start = max(done - _num(r["step_ms"]) * 1000.0, end)
+        split = max(done - verify, start)
+        args = {k: _plain(r[k]) for k in ("step", "token", "margin", "threshold", "reason", "batch_rows")}
+        yield _slice("prefill" if r["prefill"] is True else "decode", tid, start, split, args)
+        if verify > 0:
+            flags = {"flipped": r["flipped"] is True, "repaired": r["repaired"] is True}
+            yield _slice("verify", tid, split, done, {**args, **flags})
+        if r["flipped"] is True:
+            yield _mark("flip", tid, done, args)
+        if hold > 0:
+            yield _slice("hold", tid + 1, done, done + hold, {"step": args["step"]})
+        end = max(end, done)
+
+
+def _slice(name: str, tid: int, start: float, end: float, args: dict[str, Any]) -> dict[str, Any]:
+    dur = round(max(end - start, 0.0), 3)
+    return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": round(start, 3), "dur": dur, "args": args}
+
+
+def _mark(name: str, tid: int, at: float, args: dict[str, Any]) -> dict[str, Any]:
+    return {"ph": "i", "s": "t", "pid": 1, "tid": tid, "name": name, "ts": round(at, 3), "args": args}
+
+
+def _micros(times: Any) -> Any:
+    """Return times as float64 microseconds since the epoch."""
+    return times.dt.as_unit("us").astype("int64").to_numpy().astype("float64")
+
+
+def _num(value: Any) -> float:
+    number = float(value) if value is not None else 0.0
+    return number if math.isfinite(number) else 0.0
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value; NaN and inf, which JSON lacks, become null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,74 @@
+"""Parquet tables of any readable schema version to pandas frames of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ALWAYS_NULLABLE = {"verify_token"}
+"""Integers that may be null by contract: nullable in every run, so that their type does not hang on the data."""
+
+
+def read_table(file: Path, names: Sequence[str]) -> pa.Table:
+    """Read those of `names` that the file has, and no other column.
+
+    Raises
+    ------
+    OSError, pyarrow.ArrowException
+        The file is not whole.
+    """
+    with pq.ParquetFile(file) as parquet:
+        have = set(parquet.schema_arrow.names)
+        return parquet.read(columns=[n for n in names if n in have])
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table in `schema`: columns that an older minor version lacks are null, types are cast."""
+    columns = []
+    for f in schema:
+        if f.name not in table.column_names:
+            columns.append(pa.chunked_array([pa.nulls(table.num_rows, f.type)]))
+        elif table.schema.field(f.name).type != f.type:
+            columns.append(table[f.name].cast(f.type))
+        else:
+            columns.append(table[f.name])
+    if not columns:
+        return table.select([])
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def filter_columns(filters: Any, schema: pa.Schema) -> list[str]:
+    """Return the columns that a filter needs; for an expression, which does not tell, all of them."""
+    if filters is None:
+        return []
+    if not isinstance(filters, list):
+        return list(schema.names)
+    # pyarrow's list form: [(name, op, value), ...] or a list of such lists, joined by "or".
+    terms = [t for part in filters for t in (part if isinstance(part, list) else [part])]
+    return list(dict.fromkeys(t[0] for t in terms))
+
+
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """Convert to pandas: dictionaries as categoricals, integers and booleans with nulls as nullable types."""
+    import pandas as pd
+
+    nullable = [
+        f.name
+        for f in table.schema
+        if (pa.types.is_integer(f.type) or pa.types.is_boolean(f.type))
+        and (f.name in _ALWAYS_NULLABLE or table[f.name].null_count)
+    ]
+    plain = table.drop_columns(nullable) if nullable else table
+    frame = plain.to_pandas()
+    if not nullable:
+        return frame
+    types = {pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
+    extra = table.select(nullable).to_pandas(types_mapper=types.get)
+    return pd.concat([frame, extra], axis=1)[table.column_names]

@@ -1,0 +1,71 @@
+"""Exports of a run: CSV and Chrome trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sglang_margingate.trace import Run, TraceError, TraceWriter, export_chrome_trace, export_csv, read_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    base = {"dataset": "arith", "margin": 0.5, "threshold": float("nan"), "batch_rows": 2, "prefill": False}
+    rows = []
+    for rid, at in (("a", 100.0), ("b", 100.005)):
+        rows.append({**base, "request_id": rid, "step": 0, "time": at, "prefill": True, "step_ms": 10.0})
+        rows.append({**base, "request_id": rid, "step": 1, "time": at + 0.004, "step_ms": 4.0})
+        flip = {"verify_ms": 2.0, "flipped": True, "repaired": True, "reason": "margin", "verify_token": 3}
+        rows.append({**base, "request_id": rid, "step": 2, "time": at + 0.010, "step_ms": 5.0, **flip, "hold_ms": 1.0})
+    names = sorted({k for r in rows for k in r})
+    with TraceWriter(tmp_path, {"model": "m"}) as w:
+        w.add_steps({n: [r.get(n) for r in rows] for n in names})
+        w.add_request({"request_id": "a", "time": 99.985, "output_tokens": 3})
+    return read_run(w.path)
+
+
+def test_csv(run: Run, tmp_path: Path) -> None:
+    files = export_csv(run, tmp_path / "out" / "csv")
+    back = pd.read_csv(files[0])
+    assert list(back.columns) == list(run.steps.columns)
+    assert back["step"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert pd.read_csv(files[1])["request_id"].tolist() == ["a"]
+
+
+def test_chrome_trace(run: Run, tmp_path: Path) -> None:
+    file = export_chrome_trace(run, tmp_path / "trace.json")
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    assert set(names) == {"a", "a (held)", "b", "b (held)"}
+    track = [e for e in events if e["ph"] == "X" and e["tid"] == names["a"]]
+    assert [(e["name"], e["ts"], e["dur"]) for e in track] == [
+        ("prefill", 0.0, 10_000.0),
+        ("decode", 10_000.0, 4000.0),
+        ("decode", 15_000.0, 3000.0),
+        ("verify", 18_000.0, 2000.0),
+    ]
+    assert track[3]["args"]["flipped"] is True
+    assert [e["dur"] for e in events if e["ph"] == "X" and e["tid"] == names["a (held)"]] == [1000.0]
+    assert sum(e["name"] == "flip" for e in events) == 2
+    assert all(e["ts"] >= 0 for e in events if "ts" in e)
+
+
+def test_chosen_requests_and_an_empty_run(run: Run, tmp_path: Path) -> None:
+    file = export_chrome_trace(run, tmp_path / "trace.json", request_ids=["b"])
+    assert '"name": "a"' not in file.read_text()
+    run.steps = run.steps.iloc[:0]
+    assert len(json.loads(export_chrome_trace(run, tmp_path / "none.json").read_text())["traceEvents"]) == 1
+
+
+def test_missing_columns_and_bad_path(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TraceError, match="cannot write"):
+        export_chrome_trace(run, tmp_path / "file" / "x.json")
+    with pytest.raises(TraceError, match="cannot write CSV"):
+        export_csv(run, tmp_path / "file")
+    run.steps = run.steps.drop(columns=["step_ms"])
+    with pytest.raises(TraceError, match="'step_ms'"):
+        export_chrome_trace(run, tmp_path / "x.json")
