@@ -64,8 +64,9 @@ def export_chrome_trace(run: Run, file: str | os.PathLike[str], *, request_ids: 
         out.parent.mkdir(parents=True, exist_ok=True)
         with tmp.open("w", encoding="utf-8") as f:
             f.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+            encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would build an encoder for each event
             for i, event in enumerate(chrome_events(run, request_ids)):
-                f.write((",\n" if i else "") + json.dumps(event, allow_nan=False))
+                f.write((",\n" if i else "") + encode(event))
             f.write("\n]}\n")
         os.replace(tmp, out)
     except OSError as e:
@@ -87,29 +88,36 @@ def chrome_events(run: Run, request_ids: Collection[str] | None = None) -> Itera
     micros = _micros(steps["time"])
     # The first slice of the run begins at zero: Perfetto shows absolute microseconds badly.
     origin = float((micros - steps["step_ms"].fillna(0).to_numpy() * 1000.0).min())
+    steps = steps.assign(_us=micros - origin).sort_values("step", kind="stable")
+    for column in ("step_ms", "verify_ms", "hold_ms"):
+        steps[column] = steps[column].fillna(0.0)
     tid = 0
-    for rid, rows in steps.assign(_us=micros - origin).groupby("request_id", sort=False, observed=True):
+    for rid, rows in steps.groupby("request_id", sort=False, observed=True)[[*_STEP_FIELDS, "_us"]]:
         tid += 2
         yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": str(rid)}}
-        if rows["hold_ms"].fillna(0).gt(0).any():
+        if rows["hold_ms"].gt(0).any():
             yield {"ph": "M", "pid": 1, "tid": tid + 1, "name": "thread_name", "args": {"name": f"{rid} (held)"}}
         if str(rid) in arrival:
             yield _mark("arrived", tid, max(arrival[str(rid)] - origin, 0.0), {})
-        yield from _request_events(rows.sort_values("step"), tid)
+        yield from _request_events(rows, tid)
 
 
 def _request_events(rows: Any, tid: int) -> Iterator[dict[str, Any]]:
+    """Yield one request's events; its rows are in the order of steps."""
     end = 0.0  # slices of one track may touch but not overlap
-    for r in rows[[*_STEP_FIELDS, "_us"]].to_dict("records"):
-        done, verify, hold = r["_us"], _num(r["verify_ms"]) * 1000.0, _num(r["hold_ms"]) * 1000.0
-        start = max(done - _num(r["step_ms"]) * 1000.0, end)
+    shown = ("step", "token", "margin", "threshold", "reason", "batch_rows")
+    columns = {name: rows[name].tolist() for name in rows.columns}
+    for i, done in enumerate(columns["_us"]):
+        verify, hold = columns["verify_ms"][i] * 1000.0, columns["hold_ms"][i] * 1000.0
+        start = max(done - columns["step_ms"][i] * 1000.0, end)
         split = max(done - verify, start)
-        args = {k: _plain(r[k]) for k in ("step", "token", "margin", "threshold", "reason", "batch_rows")}
-        yield _slice("prefill" if r["prefill"] is True else "decode", tid, start, split, args)
+        flipped = columns["flipped"][i] is True
+        args = {k: _plain(columns[k][i]) for k in shown}
+        yield _slice("prefill" if columns["prefill"][i] is True else "decode", tid, start, split, args)
         if verify > 0:
-            flags = {"flipped": r["flipped"] is True, "repaired": r["repaired"] is True}
-            yield _slice("verify", tid, split, done, {**args, **flags})
-        if r["flipped"] is True:
+            args = {**args, "flipped": flipped, "repaired": columns["repaired"][i] is True}
+            yield _slice("verify", tid, split, done, args)
+        if flipped:
             yield _mark("flip", tid, done, args)
         if hold > 0:
             yield _slice("hold", tid + 1, done, done + hold, {"step": args["step"]})
@@ -130,12 +138,8 @@ def _micros(times: Any) -> Any:
     return times.dt.as_unit("us").astype("int64").to_numpy().astype("float64")
 
 
-def _num(value: Any) -> float:
-    number = float(value) if value is not None else 0.0
-    return number if math.isfinite(number) else 0.0
-
-
 def _plain(value: Any) -> Any:
-    """Return a JSON value; NaN and inf, which JSON lacks, become null."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return a JSON value; nulls of pandas, NaN and inf become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str)) else None  # pandas' NA among nullable integers

@@ -156,14 +156,21 @@ def test_one_chunk_above_the_ring(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_fit_are_counted_not_raised(writer: TraceWriter, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        for bad in ([row()[:-1]], {"nonsense": [1]}, [row(token="text")], {"step": [1, 2], "token": [1]}):
+        for bad in (
+            [row()[:-1]],
+            {"nonsense": [1]},
+            [row(token="text")],
+            {"step": [1, 2], "token": [1]},
+            [row(token=2**70)],
+            [None],
+        ):
             writer.add_steps(bad)
             assert writer.flush()
         writer.add_steps([row()])
         writer.add_request({"request_id": "good"})
         writer.add_request({"request_id": "bad", "no_such": 1})
         writer.close()
-    assert writer.dropped_rows == 5
+    assert writer.dropped_rows == 7
     assert writer.dropped_requests == 1
     assert (writer.step_rows, writer.request_rows) == (1, 1)
     assert len(caplog.records) == 1
