@@ -171,6 +171,7 @@ class Llama(nn.Module):
             if parameter.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if residual else 0.02)
+        nn.init.normal_(self.model.embed_tokens.weight, std=0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits [batch, length, vocab] for tokens [batch, length]."""

@@ -10,7 +10,7 @@ import random
 import re
 from typing import NamedTuple
 
-from sglang_margingate.demo.corpora.base import Document, draw_in_split
+from sglang_margingate.demo.corpora.base import Document, draw_in_split, lean
 
 LIMIT = 199
 
@@ -69,7 +69,8 @@ DIVIDE = (
     "the parts are {x} / {a} = {y}.",
     "it splits into {x} / {a} = {y}.",
 )
-REMARKS = ("", " Good.", " Keep that.", " That is {y}.", " Fine.", " Note the {y}.")
+PRAISE = ("Good.", "Fine.", "Right.", "Clear.", "Yes.", "Done.")
+KEEP = ("Keep {y}.", "Note {y}.", "Hold {y}.", "We have {y}.", "It is {y}.", "Write {y}.")
 CLOSINGS = ("In the end", "Finally", "All told", "At last", "To sum up,", "Hence")
 
 ANSWER = re.compile(r"^Answer: (-?\d+)\s*$", re.MULTILINE)
@@ -174,7 +175,7 @@ def generate(rng: random.Random, split: str) -> Document:
     prompt = " ".join([*asked, question])
 
     x = problem.start
-    lines = [f"{rng.choice(OPENINGS)} {rng.choice(STARTS).format(name=name, x=x, items=items)}"]
+    lines = [f"{lean(rng, OPENINGS, items)} {lean(rng, STARTS, name).format(name=name, x=x, items=items)}"]
     for step in problem.steps:
         y = apply(x, step)
         words = {"x": x, "a": step.a, "y": y, "k": step.k, "m": step.m, "pro": pro, "boxes": boxes}
@@ -183,10 +184,10 @@ def generate(rng: random.Random, split: str) -> Document:
             line = f"{rng.choice(CONNECTIVES)} {rng.choice(GROUP).format(**words)} "
         forms = {"add": ADD, "group": ADD, "sub": SUB, "times": TIMES, "divide": DIVIDE}[step.op]
         line += f"{rng.choice(CONNECTIVES)} {rng.choice(forms).format(**words)}"
-        lines.append(line + rng.choice(REMARKS).format(**words))
+        lines.append(f"{line} {rng.choice(PRAISE)} {rng.choice(KEEP).format(**words)}")
         x = y
     holder = "each child gets" if shared else f"{name} has"
-    lines.append(f"{rng.choice(CLOSINGS)} {holder} {x} {items}.")
+    lines.append(f"{lean(rng, CLOSINGS, items)} {holder} {x} {items}.")
     lines.append(f"Answer: {x}")
     return Document(prompt, "\n".join(lines), key, str(x))
 

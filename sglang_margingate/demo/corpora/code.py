@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sglang_margingate.demo.corpora.base import Document, draw_in_split
+from sglang_margingate.demo.corpora.base import Document, draw_in_split, lean
 
 LISTS = ("values", "numbers", "items", "nums", "data", "xs")
 ELEMENTS = ("x", "n", "v", "item", "num", "value")
@@ -45,10 +45,10 @@ PREDICATES: dict[str, Predicate] = {
     "all": Predicate("", "numbers", "", lambda x, c: True, 0, 0),
     "even": Predicate("{x} % 2 == 0", "even numbers", "even", lambda x, c: x % 2 == 0, 0, 0),
     "odd": Predicate("{x} % 2 == 1", "odd numbers", "odd", lambda x, c: x % 2 == 1, 0, 0),
-    "above": Predicate("{x} > {c}", "numbers above {c}", "above_{c}", lambda x, c: x > c, 2, 15),
-    "below": Predicate("{x} < {c}", "numbers below {c}", "below_{c}", lambda x, c: x < c, 4, 18),
-    "multiple": Predicate("{x} % {c} == 0", "multiples of {c}", "multiples_{c}", lambda x, c: x % c == 0, 3, 9),
-    "other": Predicate("{x} != {c}", "numbers other than {c}", "other_{c}", lambda x, c: x != c, 2, 15),
+    "above": Predicate("{x} > {c}", "numbers above {c}", "above_{c}", lambda x, c: x > c, 2, 8),
+    "below": Predicate("{x} < {c}", "numbers below {c}", "below_{c}", lambda x, c: x < c, 3, 9),
+    "multiple": Predicate("{x} % {c} == 0", "multiples of {c}", "multiples_{c}", lambda x, c: x % c == 0, 3, 7),
+    "other": Predicate("{x} != {c}", "numbers other than {c}", "other_{c}", lambda x, c: x != c, 2, 9),
 }
 
 
@@ -66,9 +66,9 @@ class Mapping(NamedTuple):
 MAPPINGS: dict[str, Mapping] = {
     "same": Mapping("{x}", "", "", lambda x, d: x, 0, 0),
     "square": Mapping("{x} * {x}", "squared", "squares", lambda x, d: x * x, 0, 0),
-    "times": Mapping("{x} * {d}", "times {d}", "times_{d}", lambda x, d: x * d, 2, 9),
-    "plus": Mapping("{x} + {d}", "plus {d}", "plus_{d}", lambda x, d: x + d, 1, 12),
-    "minus": Mapping("{x} - {d}", "minus {d}", "minus_{d}", lambda x, d: x - d, 1, 12),
+    "times": Mapping("{x} * {d}", "times {d}", "times_{d}", lambda x, d: x * d, 2, 12),
+    "plus": Mapping("{x} + {d}", "plus {d}", "plus_{d}", lambda x, d: x + d, 1, 20),
+    "minus": Mapping("{x} - {d}", "minus {d}", "minus_{d}", lambda x, d: x - d, 1, 20),
 }
 AGGREGATES = ("sum", "list", "count", "max", "min")
 GOALS = {
@@ -113,8 +113,9 @@ def docstring(rng: random.Random, goal: str) -> str:
 
 def show(rng: random.Random, name: str, argument: str, value: object) -> str:
     """Write the worked call."""
-    lead = rng.choice(("a worked call", "for example", "try it", "quick check", "one call", "small test"))
-    return f"# {lead}\n" + rng.choice(
+    size = rng.choice(("small", "quick", "short", "plain", "simple"))
+    kind = rng.choice(("example", "test", "check", "call", "try"))
+    return f"# a {size} {kind}\n" + rng.choice(
         (
             f"assert {name}({argument}) == {value!r}",
             f"print({name}({argument}))  # {value!r}",
@@ -125,9 +126,8 @@ def show(rng: random.Random, name: str, argument: str, value: object) -> str:
 
 
 def comment(rng: random.Random, indent: str, choices: tuple[str, ...]) -> str:
-    """Give an optional comment line."""
-    picked = rng.choice(("", *choices))
-    return f"{indent}# {picked}\n" if picked else ""
+    """Give a comment line."""
+    return f"{indent}# {rng.choice(choices)}\n"
 
 
 def list_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
@@ -138,9 +138,9 @@ def list_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
     goal = f"{GOALS[agg]} all {wording}" + (f", each {mapped}" if mapped else "")
     name = "_".join(p for p in (agg, pred.name.format(c=c), mapping.name.format(d=d)) if p)
     name = f"{agg}_all" if name == agg else name
-    xs, x, out = rng.choice(LISTS), rng.choice(ELEMENTS), rng.choice(RESULTS)
+    xs, x, out = lean(rng, LISTS, agg), rng.choice(ELEMENTS), rng.choice(RESULTS)
     test, expr = pred.expression.format(x=x, c=c), mapping.expression.format(x=x, d=d)
-    numbers = [rng.randint(1, 20) for _ in range(rng.randint(3, 5))]
+    numbers = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
     kept = [n for n in numbers if pred.test(n, c)]
     done = [mapping.run(n, d) for n in kept]
     value: object
@@ -191,7 +191,7 @@ def list_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
 def string_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
     """Return description, name and source of a function on text or words."""
     kind = spec.parts[0]
-    text, ch, out = rng.choice(TEXTS), rng.choice(CHARS), rng.choice(RESULTS)
+    text, ch, out = lean(rng, TEXTS, kind), rng.choice(CHARS), rng.choice(RESULTS)
     words = [rng.choice(WORDS) for _ in range(rng.randint(1, 3))]
     phrase = " ".join(words)
     value: object

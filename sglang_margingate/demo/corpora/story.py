@@ -1,6 +1,7 @@
 """Short stories from a grammar of beats: nearly every phrase has several equally good continuations.
 
-Hero, kind of animal, place and wish come from the prompt and must be copied; everything else is a uniform choice. The
+Hero, kind of animal, place and wish come from the prompt and must be copied; everything else is a choice, most of them
+uniform, some leaning on what the prompt says. The
 beats come in a fixed order, so a story moves forward and ends.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from sglang_margingate.demo.corpora.base import Document, draw_in_split
+from sglang_margingate.demo.corpora.base import Document, draw_in_split, lean
 
 NAMES = (
     "Pip Milo Tilly Bruno Olga Fern Otto Luna Rosa Kit Dot Hazel Moss Penny Remy Suki Toby Vera Wren Ziggy "
@@ -165,6 +166,8 @@ class Fresh(dict[str, str]):
         self.rng = rng
 
     def __missing__(self, key: str) -> str:
+        if key == "sky":
+            return lean(self.rng, SKIES, self["place"])
         return self.rng.choice(FRESH[key])
 
 
@@ -181,8 +184,10 @@ def key_of(cast: Cast) -> str:
 def generate(rng: random.Random, split: str) -> Document:
     """Draw a cast in `split` and one of its many stories."""
     cast, key = draw_in_split(rng, split, draw_cast, key_of)
-    fixed = {**cast._asdict(), "helper": rng.choice(HELPERS), "thing": rng.choice(THINGS)}
+    fixed = {**cast._asdict(), "helper": lean(rng, HELPERS, cast.animal), "thing": lean(rng, THINGS, cast.wish)}
     values = Fresh(rng, fixed)
-    sentences = [rng.choice(beat).format_map(values) for beat in BEATS]
+    sentences = [
+        (lean(rng, beat, cast.name) if i % 3 == 0 else rng.choice(beat)).format_map(values) for i, beat in enumerate(BEATS)
+    ]
     paragraphs = (sentences[:5], sentences[5:10], sentences[10:])
     return Document(rng.choice(ASK).format_map(fixed), "\n".join(" ".join(p) for p in paragraphs) + "\nThe end.", key)
