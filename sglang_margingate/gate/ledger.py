@@ -1,0 +1,124 @@
+"""The ledger: per request, which K/V columns are still batch-shaped and what the next verify must recompute.
+
+Position t's column is *open* when the fast path wrote it after the last verify. Index ranges of one request::
+
+    [0, prompt)            columns of the prompt: canonical, from canonical prefill
+    [prompt, window_start) generated columns, recomputed by a verify: canonical
+    [window_start, now]    open: tokens in `window`, `window[i]` is the token read at position window_start + i
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_margingate.config import Repair
+from sglang_margingate.gate.request import RequestParams
+from sglang_margingate.trace.schema import Guarantee, Reason
+
+
+class LedgerError(RuntimeError):
+    """The ledger's picture of a request and the server's differ; verifying on would corrupt K/V."""
+
+
+@dataclass
+class Counters:
+    """What happened to one request's committed steps."""
+
+    steps: int = 0
+    triggers: int = 0
+    verified: int = 0
+    audited: int = 0
+    flips: int = 0
+    missed: int = 0
+    verify_ms: float = 0.0
+
+
+@dataclass
+class RequestLedger:
+    """The open columns and the record of one request.
+
+    Parameters
+    ----------
+    request_id
+        SGLang's request id.
+    params
+        The request's resolved parameters.
+    repair
+        Which columns a verify puts in place.
+    greedy
+        Whether the request decodes at temperature 0; others pass through untouched.
+    """
+
+    request_id: str
+    params: RequestParams
+    repair: Repair
+    greedy: bool
+    window_start: int = 0
+    window: list[int] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def gated(self) -> bool:
+        """True when this request's steps may be verified."""
+        return self.greedy and self.params.policy.verifies
+
+    def start(self, prompt_tokens: int, generated: list[int]) -> None:
+        """Begin after a prefill: prompt columns are canonical, re-prefilled generated ones are open.
+
+        ``generated`` is empty for a new request. After a retraction it holds every token generated so far: their
+        columns were re-prefilled at another shape, so the whole of them is the window.
+        """
+        self.window_start = prompt_tokens
+        self.window = list(generated)
+
+    def read(self, position: int, token: int) -> None:
+        """Note that a decode step read ``token`` at ``position`` and wrote that column on the fast path."""
+        expected = self.window_start + len(self.window)
+        if position != expected:
+            raise LedgerError(
+                f"request {self.request_id}: decode step at position {position}, ledger expects {expected}"
+            )
+        self.window.append(token)
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Return the (position, token) rows that a verify of the newest column must compute, oldest first."""
+        last = self.window_start + len(self.window) - 1
+        if self.repair is Repair.COLUMN:
+            return [(last, self.window[-1])]
+        return [(self.window_start + i, token) for i, token in enumerate(self.window)]
+
+    def repaired(self) -> None:
+        """Note that a verify put its columns in place.
+
+        With `column` repair the older open columns stay batch-shaped for good (the paper's choice), so the window
+        is forgotten either way.
+        """
+        self.window_start += len(self.window)
+        self.window.clear()
+
+    def count(self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float) -> None:
+        """Record one committed step."""
+        c = self.counters
+        c.steps += 1
+        c.triggers += triggered
+        c.verify_ms += verify_ms
+        if reason is Reason.NONE:
+            return
+        c.verified += 1
+        c.audited += reason is Reason.AUDIT
+        c.flips += flipped
+        c.missed += flipped and not triggered
+
+    def guarantee(self, server_notes: tuple[str, ...] = ()) -> tuple[Guarantee, str | None]:
+        """Return what the finished response may claim, and why it is less than its policy's claim (or None)."""
+        if not self.gated:
+            return Guarantee.NONE, None
+        reasons = [*server_notes, *self.notes]
+        if reasons:
+            return Guarantee.NONE, "; ".join(dict.fromkeys(reasons))
+        c = self.counters
+        # The prefill's own token comes from canonical prefill and needs no verify.
+        if c.verified - c.audited >= c.steps - 1:
+            return Guarantee.VERIFIED, None
+        return Guarantee.GATED, None

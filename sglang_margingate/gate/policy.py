@@ -1,0 +1,37 @@
+"""The gate: which steps are verified, and why."""
+
+from __future__ import annotations
+
+from sglang_margingate.config import Policy
+from sglang_margingate.trace.schema import Reason
+
+
+def triggers(margin: float, threshold: float) -> bool:
+    """Return whether a step's margin is low: ``margin <= threshold``, so exact ties always trigger.
+
+    A margin that is not a number triggers too: such logits carry no evidence that the token is safe.
+    """
+    return not margin > threshold
+
+
+def decide(policy: Policy, margin: float, threshold: float, audit: bool = False) -> Reason:
+    """Return why a step is to be verified, or :attr:`Reason.NONE`.
+
+    Parameters
+    ----------
+    policy
+        The request's policy.
+    margin
+        The fast path's margin in logits (arXiv 2605.30218: top-1 minus top-2).
+    threshold
+        The request's threshold (tau) in logits.
+    audit
+        Whether this step was drawn for the audit.
+    """
+    if policy is Policy.ALWAYS:
+        return Reason.ALWAYS
+    if policy is not Policy.GATE:
+        return Reason.NONE
+    if triggers(margin, threshold):
+        return Reason.MARGIN
+    return Reason.AUDIT if audit else Reason.NONE

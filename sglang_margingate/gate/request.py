@@ -1,0 +1,90 @@
+"""What a request may ask for in ``sampling_params.custom_params``, and what it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_margingate.config import DEFAULT_THRESHOLD, ConfigError, MarginGateConfig, Policy, check_threshold
+from sglang_margingate.gate.profile import Profile, parse_profile
+
+PREFIX = "margingate_"
+KEYS = ("margingate_policy", "margingate_threshold", "margingate_dataset", "margingate_return_steps")
+
+MAX_DATASET_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """The checked wishes of one request, resolved against the server's configuration."""
+
+    policy: Policy
+    threshold: float
+    dataset: str
+    return_steps: bool
+
+
+class RequestRules:
+    """Checks requests' parameters and resolves thresholds for one server.
+
+    Parameters
+    ----------
+    config
+        The server's configuration.
+    """
+
+    def __init__(self, config: MarginGateConfig) -> None:
+        self.config = config
+        self.profile: Profile | None = None if config.profile is None else parse_profile(config.profile)
+
+    def threshold_for(self, dataset: str) -> float:
+        """Return the threshold in logits: the profile's for the dataset, else the flag's, else the default."""
+        if self.profile is not None:
+            known = self.profile.threshold_for(dataset)
+            if known is not None:
+                return known
+        if self.config.threshold is not None:
+            return self.config.threshold
+        return DEFAULT_THRESHOLD if self.profile is None else self.profile.default_threshold
+
+    def parse(self, custom_params: object) -> RequestParams:
+        """Resolve ``custom_params``; keys that do not start with ``margingate_`` belong to others and are ignored.
+
+        Raises
+        ------
+        ConfigError
+            One line that names the field, the value and the fix; the server answers it as HTTP 400.
+        """
+        given = custom_params if isinstance(custom_params, dict) else {}
+        unknown = sorted(k for k in given if isinstance(k, str) and k.startswith(PREFIX) and k not in KEYS)
+        if unknown:
+            raise ConfigError(f"custom_params.{unknown[0]}: unknown; known are {', '.join(KEYS)}")
+        dataset = given.get("margingate_dataset", "")
+        if not isinstance(dataset, str) or len(dataset) > MAX_DATASET_LENGTH:
+            raise ConfigError(
+                f"custom_params.margingate_dataset: {dataset!r:.80} is not a text of at most {MAX_DATASET_LENGTH} characters"
+            )
+        return_steps = given.get("margingate_return_steps", False)
+        if not isinstance(return_steps, bool):
+            raise ConfigError(f"custom_params.margingate_return_steps: {return_steps!r} is not true or false")
+        threshold = given.get("margingate_threshold")
+        tau = (
+            self.threshold_for(dataset)
+            if threshold is None
+            else check_threshold(threshold, "custom_params.margingate_threshold")
+        )
+        return RequestParams(self._policy(given.get("margingate_policy")), tau, dataset, return_steps)
+
+    def _policy(self, wish: object) -> Policy:
+        if wish is None:
+            return self.config.policy
+        try:
+            policy = Policy(wish)
+        except ValueError:
+            choices = ", ".join(p.value for p in Policy)
+            raise ConfigError(f"custom_params.margingate_policy: {wish!r} is unknown; use one of {choices}") from None
+        if policy.verifies and not self.config.policy.verifies:
+            raise ConfigError(
+                f"custom_params.margingate_policy: {policy.value} needs a server started with --margingate-policy gate "
+                f"or always; this one runs {self.config.policy.value}"
+            )
+        return policy

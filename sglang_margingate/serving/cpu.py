@@ -1,0 +1,86 @@
+"""What stock SGLang 0.5.17 needs to serve on a plain x86 CPU.
+
+Two parts: stand-ins that must be in place before SGLang is first imported (a CPU-only environment has no triton and a
+torchvision without its compiled operators), and hooks on four SGLang functions that assume a GPU or vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+
+def is_cpu_host() -> bool:
+    """Return True when no CUDA device can be used, without initialising CUDA."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def install_stand_ins() -> None:
+    """Make ``import sglang`` possible where triton and torchvision's operators are missing. Idempotent.
+
+    Does nothing on machines that have triton. Must run before the first import of SGLang, in every process.
+    """
+    if importlib.util.find_spec("triton") is None and "triton" not in sys.modules:
+        # torch.compile would look for a real triton through the stub.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        spec = importlib.util.find_spec("sglang")
+        if spec is None or not spec.submodule_search_locations:
+            return
+        stub_path = os.path.join(spec.submodule_search_locations[0], "_triton_stub.py")
+        stub_spec = importlib.util.spec_from_file_location("sglang_margingate_triton_stub", stub_path)
+        if stub_spec is None or stub_spec.loader is None:
+            return
+        stub = importlib.util.module_from_spec(stub_spec)
+        stub_spec.loader.exec_module(stub)
+        stub.install()
+        _declare_torchvision_operators()
+
+
+def _declare_torchvision_operators() -> None:
+    """Declare the two operators whose fake kernels torchvision registers on import.
+
+    PyPI's torchvision beside a CPU torch has no compiled library, so importing it fails on the missing operators
+    although nothing here ever calls them.
+    """
+    import torch
+
+    if "torchvision" in sys.modules:
+        return
+    try:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:
+        return  # a torchvision that fits this torch has defined them already
+    # The registration lives as long as the object does.
+    torch._margingate_torchvision_library = library  # type: ignore[attr-defined]
+
+
+def set_rotary_is_cpu(*_: Any, **__: Any) -> None:
+    """Tell SGLang's rotary embedding that this is a CPU; it imports vLLM for a fallback otherwise."""
+    from sglang.srt.layers.rotary_embedding import base
+
+    base._is_cpu = True
+
+
+def allocate_token_bitmask(vocab_size: int, batch_size: int) -> Any:
+    """Allocate a grammar bitmask in pageable memory; SGLang's pins it, which needs a CUDA driver."""
+    import torch
+    from sglang.srt.constrained import xgrammar_backend as backend
+
+    shape = backend.get_bitmask_shape(batch_size, vocab_size)
+    return torch.full(shape, -1, dtype=backend.bitmask_dtype)
+
+
+def apply_vocab_mask(original: Any, self: Any, logits: Any, vocab_mask: Any) -> None:
+    """Apply a grammar bitmask on the CPU with xgrammar's own CPU kernel; SGLang has no CPU branch."""
+    if logits.device.type != "cpu":
+        original(self, logits, vocab_mask)
+        return
+    import xgrammar
+
+    xgrammar.apply_token_bitmask_inplace(logits, vocab_mask.to("cpu"))

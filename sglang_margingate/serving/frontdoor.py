@@ -1,0 +1,258 @@
+"""The front door's work: our flags, sensible SGLang defaults for this machine, and a start that fails closed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sglang_margingate import config as cfg
+from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix, Repair
+from sglang_margingate.serving.cpu import is_cpu_host
+
+ON_OFF = ("on", "off")
+
+CPU_POOL_TOKENS = 65536
+"""K/V pool on a CPU; SGLang's own choice would take 17 GB of memory."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def _number(text: str) -> float:
+    return float(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of our own flags."""
+    p = _Parser(
+        prog="python -m sglang_margingate.launch_server",
+        description="Serve a model with stock SGLang and margingate's plugin. Any SGLang flag may be added; "
+        "SGLang's own list follows ours.",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = p.add_argument_group("margingate").add_argument
+    add("--margingate-policy", choices=[m.value for m in Policy], default=Policy.GATE.value,
+        help="off: stock SGLang. log: record margins. gate: verify steps with margin <= threshold. always: verify every step")
+    add("--margingate-repair", choices=[m.value for m in Repair], default=Repair.WINDOW.value,
+        help="K/V columns that a verify puts in place: the current one, or all since the request's last verify")
+    add("--margingate-threshold", type=_number, metavar="LOGITS", default=None,
+        help=f"threshold on the top-1/top-2 margin, in logits; without it and without a profile {cfg.DEFAULT_THRESHOLD}")
+    add("--margingate-profile", metavar="FILE", default=None, help="thresholds per dataset, from `margingate calibrate`")
+    add("--margingate-audit-rate", type=_number, metavar="SHARE", default=0.0,
+        help="share of untriggered steps, 0 to 1, that are verified for the record to bound the missed-flip rate")
+    add("--margingate-max-miss", type=_number, metavar="SHARE", default=None,
+        help="drop the guarantee to none when the audit's 95%% upper bound of missed flips exceeds this share")
+    add("--margingate-verify-rows", type=int, metavar="ROWS", default=None,
+        help=f"rows of every verify pass (the canonical M): {cfg.DEFAULT_VERIFY_ROWS_CPU} on a CPU, "
+        f"{cfg.DEFAULT_VERIFY_ROWS_GPU} on a GPU")
+    add("--margingate-radix", choices=[m.value for m in Radix], default=Radix.OFF.value,
+        help="what the prefix cache may share")
+    add("--margingate-chunk", type=int, metavar="TOKENS", default=64,
+        help="tokens of a canonical prefill chunk; prefix hits are floored to multiples of it")
+    add("--margingate-trace-dir", metavar="DIR", default="traces", help="folder that gets one folder per run")
+    add("--margingate-trace", choices=ON_OFF, default="on", help="write the trace of every step")
+    add("--margingate-trace-text", choices=ON_OFF, default="off", help="also record prompts and token texts")
+    add("--margingate-allow-untested", action="store_true", help="serve untested configurations at guarantee none")
+    add("-h", "--help", action="store_true", help="show this and SGLang's flags")
+    return p
+
+
+def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
+    """Split the command line into our configuration and SGLang's flags; the third value asks for help.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the flag, the value and the fix.
+    """
+    ours, rest = build_parser().parse_known_args(argv)
+    stray = [a for a in rest if a.startswith("--margingate-")]
+    if stray:
+        raise ConfigError(f"{stray[0]}: unknown flag; see --help")
+    if ours.help:
+        return MarginGateConfig(), rest, True
+    cpu = _on_cpu(rest)
+    profile = None
+    if ours.margingate_profile is not None:
+        from sglang_margingate.gate.profile import load_profile
+
+        profile = load_profile(ours.margingate_profile).to_dict()
+    rows = ours.margingate_verify_rows
+    config = MarginGateConfig(
+        policy=ours.margingate_policy,
+        repair=ours.margingate_repair,
+        threshold=ours.margingate_threshold,
+        profile=profile,
+        audit_rate=ours.margingate_audit_rate,
+        max_miss=ours.margingate_max_miss,
+        verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
+        radix=ours.margingate_radix,
+        chunk=ours.margingate_chunk,
+        trace=ours.margingate_trace == "on",
+        trace_dir=str(Path(ours.margingate_trace_dir).resolve()),
+        trace_text=ours.margingate_trace_text == "on",
+        allow_untested=ours.margingate_allow_untested,
+    )
+    return config, sglang_flags(config, rest, cpu), False
+
+
+def _has(flags: list[str], *names: str) -> bool:
+    return any(a == n or a.startswith(n + "=") for a in flags for n in names)
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    for i, a in enumerate(flags):
+        if a.startswith(name + "="):
+            return a.split("=", 1)[1]
+        if a == name and i + 1 < len(flags):
+            return flags[i + 1]
+    return None
+
+
+def _on_cpu(flags: list[str]) -> bool:
+    device = _value(flags, "--device")
+    return is_cpu_host() if device is None else device == "cpu"
+
+
+def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[str]:
+    """Add the SGLang flags that this machine and policy need, never overriding a given one."""
+    flags = list(given)
+
+    def default(name: str, *value: str, unless: tuple[str, ...] = ()) -> None:
+        if not _has(flags, name, *unless):
+            flags.extend([name, *value])
+
+    if not _has(flags, "--model-path", "--model", "--config"):
+        from sglang_margingate.demo.paths import check_model_dir, model_path
+
+        check_model_dir(model_path())
+        flags += ["--model-path", str(model_path())]
+    if cpu:
+        default("--device", "cpu")
+        default("--disable-cuda-graph")
+        default("--max-total-tokens", str(CPU_POOL_TOKENS))
+    if config.policy.verifies:
+        if config.radix is Radix.OFF:
+            default("--disable-radix-cache")
+        if not cpu:
+            # The prefill graphs pad chunks to sizes of their own, which would take them off the canonical shape.
+            default("--cuda-graph-backend-prefill", "disabled")
+    return flags
+
+
+def _print_help() -> None:
+    build_parser().print_help()
+    print("\nSGLang's flags:\n")
+    sys.stdout.flush()
+    from sglang.srt.server_args import prepare_server_args
+
+    prepare_server_args(["--help"])
+
+
+def _announce(config: MarginGateConfig, cpu: bool) -> None:
+    if cpu:
+        print("margingate: no GPU in use: serving on the CPU (torch_native attention, no CUDA graphs, "
+              f"K/V pool of {CPU_POOL_TOKENS} tokens unless set)", file=sys.stderr)  # fmt: skip
+    if config.policy is Policy.GATE and config.threshold is None and config.profile is None:
+        print(f"margingate: no calibrated threshold: using the conservative default of {cfg.DEFAULT_THRESHOLD} logits; "
+              "run `margingate calibrate` for your model and datasets", file=sys.stderr)  # fmt: skip
+
+
+def _warn_profile(config: MarginGateConfig, model_path: str, device: str) -> None:
+    from sglang_margingate.gate.profile import parse_profile
+    from sglang_margingate.serving.versions import device_name, model_name, versions
+
+    if config.profile is None:
+        return
+    profile = parse_profile(config.profile)
+    found = versions()
+    name = model_name(model_path)
+    if profile.model != name:
+        raise ConfigError(
+            f"--margingate-profile: calibrated for model {profile.model!r}, this server runs {name!r}; "
+            "calibrate this model or leave the flag out"
+        )
+    differs = profile.mismatches(
+        repair=config.repair.value, device=device_name(device),
+        sglang_version=found.get("sglang", ""), torch_version=found.get("torch", ""),
+    )  # fmt: skip
+    for line in differs:
+        print(f"margingate: WARNING: the profile was calibrated elsewhere: {line}", file=sys.stderr)
+
+
+def run(argv: list[str]) -> int:
+    """Start the server and serve until it ends; return the exit status."""
+    try:
+        config, flags, wants_help = parse(argv)
+        if wants_help:
+            _print_help()
+            return 0
+        return _serve(config, flags)
+    except ValueError as error:
+        # ConfigError and ModelFilesError are one-line messages for the user.
+        print(f"margingate: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _serve(config: MarginGateConfig, flags: list[str]) -> int:
+    cpu = _on_cpu(flags)
+    if cpu:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads collapse when cores are shared
+    config.to_env()
+    from sglang_margingate.serving import hooks, plugin, support
+
+    os.environ[hooks.LAUNCHER_PID_ENV] = str(os.getpid())
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    from sglang_margingate.trace.errors import TraceError
+
+    plugin.load()
+    load_plugins()
+    try:
+        hooks.check(config)
+        server_args = prepare_server_args(flags)
+        support.check_server_args(server_args, config)
+        _warn_profile(config, server_args.model_path, server_args.device)
+        if config.trace and config.policy is not Policy.OFF:
+            _check_trace_dir(config.trace_dir)
+    except (hooks.HookError, TraceError) as error:
+        raise ConfigError(str(error)) from None
+    _announce(config, cpu)
+    from sglang.launch_server import run_server
+
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+def _check_trace_dir(trace_dir: str) -> None:
+    """Find out now, with a one-line message, what the scheduler would find after loading the model."""
+    path = Path(trace_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".margingate-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--margingate-trace-dir: cannot write to {path} ({error.strerror or error}); "
+            "name a folder you may write to, or --margingate-trace off"
+        ) from None
+
+
+def describe(config: MarginGateConfig) -> str:
+    """Return the configuration as readable JSON."""
+    return json.dumps(asdict(config), indent=2, default=str)

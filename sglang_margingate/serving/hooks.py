@@ -1,0 +1,232 @@
+"""Every place where margingate touches SGLang 0.5.17: why, how, until when.
+
+SGLang logs and skips a hook whose target is missing. :func:`check` is the answer: a process in which one hook of its
+role is not in place refuses to serve, and a launcher whose scheduler did not report refuses as well.
+
+========================================  ====================================================  =======================
+Touch point beside the hooks below        Why and how                                           Until
+========================================  ====================================================  =======================
+``sglang._triton_stub`` (cpu.py)          a CPU-only environment has no triton; the stub is     SGLang installs its stub
+                                          installed before SGLang is imported                   on every CPU
+``torchvision::nms`` (cpu.py)             PyPI's torchvision fails to import beside a CPU       wheels match
+                                          torch; its two operators are declared
+``Req`` attribute ``margingate_state``    per-request state that dies with the request          SGLang offers a place
+``ForwardBatch`` attributes               reqs and start time travel with the batch, so that    ForwardBatch keeps reqs
+``margingate_reqs``, ``margingate_start`` delayed sampling (grammar, overlap) finds them
+========================================  ====================================================  =======================
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_margingate.config import MarginGateConfig, Policy
+from sglang_margingate.serving import cpu, launcher, scheduler
+
+SGLANG_VERSION = "0.5.17"
+
+LAUNCHER, SCHEDULER = "launcher", "scheduler"
+
+LAUNCHER_PID_ENV = "MARGINGATE_LAUNCHER_PID"
+
+
+class HookError(RuntimeError):
+    """A hook is not in place; serving would claim what it cannot keep."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook into SGLang.
+
+    Parameters
+    ----------
+    target
+        Dotted path of the function or method.
+    kind
+        ``before``, ``after``, ``around`` or ``replace`` (SGLang's ``HookType``).
+    function
+        Ours.
+    roles
+        Processes that need it.
+    why, until
+        The reason, and what would make the hook unnecessary.
+    """
+
+    target: str
+    kind: str
+    function: Callable[..., Any]
+    roles: tuple[str, ...]
+    why: str
+    until: str
+
+
+GATE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after", scheduler.tag_batch, (SCHEDULER,),
+        "the step hook needs the requests behind the rows and the time the forward began",
+        "ForwardBatch carries its requests",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        "around", scheduler.sample, (SCHEDULER,),
+        "margin, gate, verify and repair happen between the logits and the choice of the token",
+        "SGLang has a hook between logits and sampling",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.Req.update_finish_state",
+        "after", scheduler.after_finish_state, (SCHEDULER,),
+        "a finished request's row and summary are made while its K/V still stands",
+        "SGLang has a request-finished event",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        "around", scheduler.add_one_req, (SCHEDULER,),
+        "a gated prompt is prefilled alone, its chunks on a fixed grid",
+        "SGLang has a per-request prefill policy",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
+        "around", scheduler.add_chunked_req, (SCHEDULER,),
+        "the same for the later chunks of a prompt",
+        "SGLang has a per-request prefill policy",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_init_info",
+        "after", scheduler.set_up, (SCHEDULER,),
+        "builds the verifier, runs the self-test, and attests both to the launcher",
+        "SGLang has a scheduler-ready event",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        "after", scheduler.add_status, (SCHEDULER,),
+        "GET /margingate/status and /server_info show the gate's counters",
+        "SGLang lets plugins add server info",
+    ),
+)  # fmt: skip
+
+REQUEST_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "before", launcher.before_http_server, (LAUNCHER,),
+        "refuses to serve unless every scheduler attested, and adds GET /margingate/status",
+        "SGLang fails closed on plugins",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "before", launcher.validate_request, (LAUNCHER,),
+        "wrong margingate parameters are answered with HTTP 400 before they reach a batch",
+        "SGLang validates custom_params by schema",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response",
+        "around", launcher.unpack_summary, (LAUNCHER,),
+        "customized_info is a list per token; clients get one object, meta_info.margingate",
+        "SGLang has per-request customized info",
+    ),
+)  # fmt: skip
+
+CPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__",
+        "before", cpu.set_rotary_is_cpu, (SCHEDULER,),
+        "SGLang imports vLLM for a rotary fallback that it never calls on a CPU",
+        "SGLANG_USE_CPU_ENGINE is no longer needed for plain x86",
+    ),
+    Hook(
+        "sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask",
+        "replace", cpu.allocate_token_bitmask, (SCHEDULER,),
+        "SGLang pins the grammar bitmask, which needs a CUDA driver: one regex request kills the server",
+        "SGLang pins memory only on CUDA",
+    ),
+    Hook(
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
+        "around", cpu.apply_vocab_mask, (SCHEDULER,),
+        "SGLang has no CPU branch for applying the bitmask",
+        "SGLang applies bitmasks on the CPU",
+    ),
+)  # fmt: skip
+
+
+def role() -> str:
+    """Return this process's role.
+
+    The front door notes its process id: while a spawned process imports its main module, Python's own
+    ``parent_process()`` still says that there is none.
+    """
+    launcher_pid = os.environ.get(LAUNCHER_PID_ENV)
+    if launcher_pid is not None:
+        return LAUNCHER if launcher_pid == str(os.getpid()) else SCHEDULER
+    return LAUNCHER if multiprocessing.parent_process() is None else SCHEDULER
+
+
+def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
+    """Return the hooks that a process of this role must have."""
+    hooks = list(REQUEST_HOOKS)
+    if config.policy is not Policy.OFF:
+        hooks += GATE_HOOKS
+    if cpu.is_cpu_host():
+        hooks += CPU_HOOKS
+    return [h for h in hooks if process_role in h.roles]
+
+
+def register(config: MarginGateConfig) -> None:
+    """Hand this process's hooks to SGLang's registry."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in wanted(config, role()):
+        HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
+
+
+def _resolve(target: str) -> Any:
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise HookError(f"{target}: no such module")
+
+
+def check(config: MarginGateConfig) -> list[str]:
+    """Return the targets whose hooks are in place; raise when one is not.
+
+    Raises
+    ------
+    HookError
+        Names the target and what it is needed for.
+    """
+    done = []
+    for hook in wanted(config, role()):
+        try:
+            found = _resolve(hook.target)
+        except (AttributeError, HookError) as error:
+            raise HookError(
+                f"hook on {hook.target} did not attach ({error}); needed because {hook.why}. "
+                f"This version supports SGLang {SGLANG_VERSION}"
+            ) from None
+        if not _is_ours(found, hook.function):
+            raise HookError(
+                f"hook on {hook.target} did not attach; needed because {hook.why}. Check SGLANG_PLUGINS and the log above"
+            )
+        done.append(hook.target)
+    return done
+
+
+def _is_ours(found: Any, function: Callable[..., Any]) -> bool:
+    """Follow SGLang's wrapper chain and look for our function in the closures."""
+    current = getattr(found, "__func__", found)
+    while current is not None:
+        cells = getattr(current, "__closure__", None) or ()
+        if any(cell.cell_contents is function for cell in cells):
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False

@@ -1,0 +1,66 @@
+"""Counters on SGLang's ``/metrics``, with the prefix ``margingate_``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Metrics:
+    """Prometheus counters of one scheduler process; without ``--enable-metrics`` every call does nothing.
+
+    SGLang serves its metrics in prometheus_client's multiprocess mode: counters made in the scheduler appear on the
+    launcher's ``/metrics`` by themselves, provided SGLang set the folder up before prometheus_client was imported.
+
+    Parameters
+    ----------
+    enabled
+        SGLang's ``enable_metrics``.
+    model
+        Label ``model_name``.
+    """
+
+    def __init__(self, enabled: bool, model: str) -> None:
+        self.enabled = enabled
+        self._dropped = self._errors = 0
+        if not enabled:
+            return
+        from prometheus_client import Counter
+
+        def counter(name: str, text: str) -> Any:
+            return Counter("margingate_" + name, text, ["model_name"]).labels(model_name=model)
+
+        self._steps = counter("steps", "Committed steps of observed greedy requests.")
+        self._triggers = counter("triggers", "Steps with margin <= threshold.")
+        self._flips = counter("flips", "Confirmed mismatches, missed ones included.")
+        self._missed = counter("missed", "Flips at steps that did not trigger (known where audited or always).")
+        self._passes = counter("verify_passes", "Verify passes run.")
+        self._rows = counter("verify_rows", "Rows recomputed by verify passes, padding excluded.")
+        self._seconds = counter("verify_seconds", "Wall time of verify passes.")
+        self._drops = counter("trace_dropped_rows", "Step rows that the trace lost.")
+        self._write_errors = counter("trace_write_errors", "Failed writes of the trace.")
+
+    def step(self, triggered: bool, flipped: bool, missed: bool) -> None:
+        """Count one committed step."""
+        if not self.enabled:
+            return
+        self._steps.inc()
+        if triggered:
+            self._triggers.inc()
+        if flipped:
+            self._flips.inc()
+        if missed:
+            self._missed.inc()
+
+    def verify(self, passes: int, rows: int, seconds: float) -> None:
+        """Count one call of the verifier."""
+        if self.enabled:
+            self._passes.inc(passes)
+            self._rows.inc(rows)
+            self._seconds.inc(seconds)
+
+    def trace(self, dropped_rows: int, write_errors: int) -> None:
+        """Bring the trace's counters up to the writer's totals."""
+        if self.enabled:
+            self._drops.inc(dropped_rows - self._dropped)
+            self._write_errors.inc(write_errors - self._errors)
+            self._dropped, self._errors = dropped_rows, write_errors

@@ -1,0 +1,311 @@
+"""Everything the hooks share in one scheduler process: configuration, verifier, trace, counters."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sglang_margingate.config import MarginGateConfig, Policy
+from sglang_margingate.gate.audit import AuditSampler
+from sglang_margingate.gate.ledger import RequestLedger
+from sglang_margingate.gate.request import RequestParams, RequestRules
+from sglang_margingate.gate.stats import Rate
+from sglang_margingate.serving.metrics import Metrics
+from sglang_margingate.serving.prefill import PrefillRules
+from sglang_margingate.serving.selftest import SelfTestResult
+from sglang_margingate.serving.state import ATTRIBUTE, RequestState, state_of
+from sglang_margingate.serving.testknobs import TestKnobs, column_digest
+from sglang_margingate.serving.verifier import EagerVerifier, VerifyResult
+from sglang_margingate.trace.schema import Guarantee, Reason
+
+log = logging.getLogger(__name__)
+
+HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
+
+
+@dataclass
+class Totals:
+    """Counts since start, over committed steps and finished requests."""
+
+    requests: int = 0
+    steps: int = 0
+    triggers: int = 0
+    verified: int = 0
+    audited: int = 0
+    flips: int = 0
+    missed: int = 0
+    untriggered_checked: int = 0
+    """Untriggered steps that were verified all the same (audit or always): the denominator of missed flips."""
+    ledger_errors: int = 0
+
+
+class Runtime:
+    """The state of margingate in one scheduler process.
+
+    Parameters
+    ----------
+    config
+        The server's configuration.
+    scheduler
+        SGLang's ``Scheduler``.
+    verifier
+        None where the policy never verifies.
+    self_test
+        Result of the start-up self-test; None where there is nothing to test.
+    writer
+        Trace writer, or None with the trace off.
+    """
+
+    def __init__(
+        self,
+        config: MarginGateConfig,
+        scheduler: Any,
+        verifier: EagerVerifier | None,
+        self_test: SelfTestResult | None,
+        writer: Any,
+        metrics: Metrics,
+    ) -> None:
+        self.config, self.scheduler, self.verifier = config, scheduler, verifier
+        self.self_test, self.writer, self.metrics = self_test, writer, metrics
+        self.rules = RequestRules(config)
+        self.prefill_rules = PrefillRules(config)
+        self.knobs = TestKnobs()
+        self.totals = Totals()
+        self.started = time.time()
+        self.batch_rows: Counter[int] = Counter()
+        self.batch_rows_now = 0
+        self.trace_text = config.trace and config.trace_text
+        self._sampler = AuditSampler(config.audit_rate, seed=0)
+        self._rows: list[tuple[Any, ...]] = []
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def open_request(self, req: Any) -> RequestState:
+        """Attach a state to a request at its first prefill chunk."""
+        params_in = req.sampling_params.custom_params
+        try:
+            params = self.rules.parse(params_in)
+        except ValueError as error:
+            # The launcher answers these with HTTP 400; only an embedding of the engine without it gets here.
+            log.warning("margingate: request %s: %s; served without a guarantee", req.rid, error)
+            params = RequestParams(Policy.OFF, 0.0, "", False)
+        greedy = req.sampling_params.top_k <= 1
+        ledger = RequestLedger(req.rid, params, self.config.repair, greedy)
+        if greedy and params.policy.verifies and req.custom_logit_processor is not None:
+            ledger.greedy = False
+            ledger.notes.append("a custom logit processor may keep state, so its steps are not verified")
+        state = RequestState(ledger, arrival=self._arrival(req))
+        if params.return_steps:
+            state.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
+        setattr(req, ATTRIBUTE, state)
+        return state
+
+    @staticmethod
+    def _arrival(req: Any) -> float:
+        # SGLang stamps the queue entry with a monotonic clock.
+        entered = getattr(req.time_stats, "wait_queue_entry_time", 0.0)
+        return time.time() - max(0.0, time.perf_counter() - entered) if entered else time.time()
+
+    def audits(self, request_id: str, step: int) -> bool:
+        """Return whether this step is drawn for the audit, whoever else is in the batch."""
+        return self.config.audit_rate > 0 and self._sampler.draw(request_id, step)
+
+    # ---- committed steps ------------------------------------------------------------------------------------------
+
+    def commit(self, state: RequestState) -> None:
+        """The pending step's token is part of the output: count it and hand its row to the trace."""
+        record = state.pending
+        state.pending = None
+        if record is None:
+            return
+        state.ledger.count(record.reason, record.triggered, record.flipped, record.verify_ms)
+        if state.steps is not None:
+            state.steps["margin"].append(round(record.margin, 6))
+            state.steps["verified"].append(record.reason is not Reason.NONE)
+            state.steps["flipped"].append(record.flipped)
+            state.steps["reason"].append(record.reason.value)
+        verified = record.reason is not Reason.NONE
+        missed = record.flipped and not record.triggered
+        t = self.totals
+        t.steps += 1
+        t.triggers += record.triggered
+        t.verified += verified
+        t.audited += record.reason is Reason.AUDIT
+        t.flips += record.flipped
+        t.missed += missed
+        t.untriggered_checked += verified and not record.triggered
+        self.metrics.step(record.triggered, record.flipped, missed)
+        if self.writer is not None:
+            self._rows.append(record.row)
+
+    def flush_steps(self) -> None:
+        """Hand the rows committed by this forward to the trace ring in one call."""
+        if self._rows:
+            rows, self._rows = self._rows, []
+            self.writer.add_steps(rows)
+
+    def finish(self, req: Any) -> None:
+        """A request has finished: commit or drop its last step, write its row, attach its summary."""
+        state = state_of(req)
+        if state is None or state.closed:
+            return
+        state.closed = True
+        shown = len(req.output_ids) if req.finished_len is None else req.finished_len
+        if state.pending is not None and state.pending.step < shown:
+            self.commit(state)
+        state.pending = None
+        self.flush_steps()
+        guarantee, note = self._guarantee(state)
+        summary = self._summary(req, state, guarantee, note)
+        # The list's last entry travels with the request's last token; the front door unpacks it (plugin.py).
+        req.customized_info = {"margingate": [None] * (len(req.output_ids) - 1) + [summary]}
+        self.totals.requests += 1
+        if self.writer is not None and not req.rid.startswith(HEALTH_CHECK_PREFIX):
+            self.writer.add_request(self._request_row(req, state, shown, guarantee, note))
+
+    def _guarantee(self, state: RequestState) -> tuple[Guarantee, str | None]:
+        notes = self.config.notes
+        bound = self.missed_rate()
+        if self.config.max_miss is not None and bound.denominator and bound.upper() > self.config.max_miss:
+            notes = (*notes, f"missed flips {bound} exceed --margingate-max-miss {self.config.max_miss}")
+        return state.ledger.guarantee(notes)
+
+    def missed_rate(self) -> Rate:
+        """Return missed flips over untriggered steps that were verified."""
+        return Rate(self.totals.missed, self.totals.untriggered_checked)
+
+    def _summary(self, req: Any, state: RequestState, guarantee: Guarantee, note: str | None) -> dict[str, Any]:
+        c, ledger = state.ledger.counters, state.ledger
+        out: dict[str, Any] = {
+            "policy": ledger.params.policy.value,
+            "repair": ledger.repair.value,
+            "threshold": ledger.params.threshold,
+            "dataset": ledger.params.dataset,
+            "steps": c.steps,
+            "triggers": c.triggers,
+            "verified": c.verified,
+            "audited": c.audited,
+            "flips": c.flips,
+            "missed": c.missed,
+            "verify_ms": round(c.verify_ms, 3),
+            "cached_tokens": state.cached_tokens,
+            "floored_tokens": state.floored_tokens,
+            "prefill_chunks": state.prefill_chunks,
+            "retractions": int(req.retraction_count),
+            "max_batch_rows": state.max_batch_rows,
+            "guarantee": guarantee.value,
+            "guarantee_note": note,
+        }
+        if state.steps is not None:
+            out["per_token"] = state.steps
+        if self.knobs.kv_digest and self.verifier is not None:
+            out["kv_digest"] = self._digest(req)
+        return out
+
+    def _digest(self, req: Any) -> str:
+        assert self.verifier is not None
+        first = len(req.origin_input_ids)
+        positions = list(range(first, first + len(req.output_ids) - 1))
+        return column_digest(self.verifier.kv, self.verifier.slots(int(req.req_pool_idx), positions)) if positions else ""
+
+    def _request_row(
+        self, req: Any, state: RequestState, shown: int, guarantee: Guarantee, note: str | None
+    ) -> dict[str, Any]:
+        c, ledger = state.ledger.counters, state.ledger
+        end = state.last_token_time or time.time()
+        first = state.first_token_time or end
+        e2e_ms = max(0.0, (end - state.arrival) * 1e3)
+        reason = req.finished_reason.to_json().get("type") if req.finished_reason is not None else "abort"
+        return {
+            "request_id": req.rid,
+            "dataset": ledger.params.dataset,
+            "policy": ledger.params.policy.value,
+            "repair": ledger.repair.value,
+            "threshold": ledger.params.threshold,
+            "time": state.arrival,
+            "prompt_tokens": state.prompt_tokens,
+            "cached_tokens": state.cached_tokens,
+            "floored_tokens": state.floored_tokens,
+            "prefill_chunks": state.prefill_chunks,
+            "output_tokens": shown,
+            "triggers": c.triggers,
+            "verified": c.verified,
+            "audited": c.audited,
+            "flips": c.flips,
+            "missed": c.missed,
+            "ttft_ms": max(0.0, (first - state.arrival) * 1e3),
+            "tpot_ms": (end - first) * 1e3 / (shown - 1) if shown > 1 else None,
+            "e2e_ms": e2e_ms,
+            "prefill_ms": state.prefill_ms,
+            "verify_ms": c.verify_ms,
+            "hold_ms": 0.0,
+            "overhead_ms": c.verify_ms,
+            "overhead_share": c.verify_ms / e2e_ms if e2e_ms else 0.0,
+            "max_batch_rows": state.max_batch_rows,
+            "retractions": int(req.retraction_count),
+            "guarantee": guarantee.value,
+            "guarantee_note": note,
+            "finish_reason": reason,
+            "prompt_text": req.origin_input_text if self.trace_text else None,
+        }
+
+    # ---- counters -------------------------------------------------------------------------------------------------
+
+    def note_verify(self, result: VerifyResult) -> None:
+        """Count one call of the verifier."""
+        self.metrics.verify(result.passes, result.rows, result.seconds)
+
+    def note_batch(self, rows: int) -> None:
+        """Record the size of a running decode batch: the gauge that proves batches formed."""
+        self.batch_rows_now = rows
+        self.batch_rows[rows] += 1
+
+    def token_text(self, token: int) -> str | None:
+        """Return a token decoded alone, or None when the run records no text."""
+        if not self.trace_text or self.scheduler.tokenizer is None:
+            return None
+        return self.scheduler.tokenizer.decode([token])
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``GET /margingate/status`` shows of this process, in plain types."""
+        missed = self.missed_rate()
+        out: dict[str, Any] = {
+            "policy": self.config.policy.value,
+            "repair": self.config.repair.value,
+            "threshold": self.rules.threshold_for(""),
+            "thresholds": {}
+            if self.rules.profile is None
+            else {name: entry.threshold for name, entry in self.rules.profile.datasets.items()},
+            "verify_rows": self.config.verify_rows,
+            "radix": self.config.radix.value,
+            "chunk": self.config.chunk,
+            "audit_rate": self.config.audit_rate,
+            "notes": list(self.config.notes),
+            "test_knobs": self.knobs.active,
+            "self_test": None if self.self_test is None else self.self_test.to_dict(),
+            "totals": asdict(self.totals),
+            "missed": {
+                "missed": missed.numerator,
+                "checked": missed.denominator,
+                "upper_95": missed.upper() if missed.denominator else None,
+            },
+            "batch_rows": {
+                "now": self.batch_rows_now,
+                "max": max(self.batch_rows, default=0),
+                "steps_by_rows": {str(k): v for k, v in sorted(self.batch_rows.items())},
+            },
+            "uptime_seconds": time.time() - self.started,
+        }
+        if self.verifier is not None:
+            out["verifier"] = asdict(self.verifier.counters)
+        if self.writer is not None:
+            out["trace"] = {
+                "path": str(self.writer.path),
+                "dropped_rows": self.writer.dropped_rows,
+                "write_errors": self.writer.write_errors,
+            }
+            self.metrics.trace(self.writer.dropped_rows, self.writer.write_errors)
+        return out

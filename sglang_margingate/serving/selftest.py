@@ -1,0 +1,150 @@
+"""Start-up self-test: at the verify shape, a row's bits must not depend on the other rows or on its place.
+
+Runs once before the server takes requests, while the whole K/V pool is free. It writes random columns into a few
+slots, computes one row among different companions at different places, and compares logits and written K/V bit by
+bit. Where they differ, a second run with forward hooks names the first layer whose output row changed.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+PREFIX_TOKENS = 24
+TRIALS = 6
+
+
+@dataclass
+class SelfTestResult:
+    """What the self-test found; goes into the manifest and the status page."""
+
+    passed: bool
+    rows: int
+    trials: int
+    seconds: float
+    broken_layer: str | None = None
+    detail: str = ""
+    device: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        return asdict(self)
+
+
+@dataclass
+class _Bench:
+    """A handful of fake requests in the free pool: row r of the table owns slots of its own."""
+
+    verifier: Any
+    rows: int
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def run(self, tokens: list[int], lengths: list[int], place: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run one pass with the probed row (table row 0) at ``place``; return its logits and K/V column."""
+        order = list(range(1, self.rows))
+        order.insert(place, 0)
+        logits = self.verifier.forward(order, [lengths[r] - 1 for r in order], [tokens[r] for r in order])
+        slot = self.verifier.slots(0, [lengths[0] - 1])
+        return logits[place].clone(), self.verifier.kv.read(slot)
+
+
+@contextmanager
+def _fake_requests(verifier: Any, requests: int, tokens: int) -> Any:
+    """Fill table rows 0..requests-1 with private slots of random K/V; restore table and pool afterwards."""
+    mr = verifier.model_runner
+    table = mr.req_to_token_pool.req_to_token
+    slots = torch.arange(1, requests * tokens + 1, device=table.device)
+    saved_table = table[:requests, :tokens].clone()
+    saved_columns = verifier.kv.read(slots)
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.randn(c.shape, generator=generator).to(c.dtype).to(c.device) for c in saved_columns]
+    try:
+        table[:requests, :tokens] = slots.view(requests, tokens).to(table.dtype)
+        verifier.kv.write(slots, noise)
+        yield
+    finally:
+        table[:requests, :tokens] = saved_table
+        verifier.kv.write(slots, saved_columns)
+
+
+def _draw(count: int, high: int, low: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(low, high, (count,), generator=generator).tolist()
+
+
+def run_self_test(verifier: Any, vocab_size: int) -> SelfTestResult:
+    """Probe row-invariance of ``verifier`` at its canonical M.
+
+    Parameters
+    ----------
+    verifier
+        An :class:`~sglang_margingate.serving.verifier.EagerVerifier` or its graph twin.
+    vocab_size
+        Tokens are drawn below it.
+    """
+    start = time.perf_counter()
+    rows = verifier.rows
+    mr = verifier.model_runner
+    # Small pools and tables bound the number of fake requests; the rest of the pass is the usual padding.
+    requests = min(rows, mr.req_to_token_pool.req_to_token.shape[0], max(1, (mr.max_total_num_tokens - 1) // PREFIX_TOKENS))
+    generator = torch.Generator().manual_seed(2)
+    with _fake_requests(verifier, requests, PREFIX_TOKENS):
+        bench = _Bench(verifier, requests)
+        probed_token = _draw(1, vocab_size, 0, generator)[0]
+        reference: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        trials = []
+        for trial in range(TRIALS if requests > 1 else 1):
+            tokens = [probed_token, *_draw(requests - 1, vocab_size, 0, generator)]
+            lengths = [PREFIX_TOKENS, *_draw(requests - 1, PREFIX_TOKENS + 1, 1, generator)]
+            place = (trial * max(1, requests // 3)) % requests
+            trials.append((tokens, lengths, place))
+            got = bench.run(tokens, lengths, place)
+            if reference is None:
+                reference = got
+                continue
+            if not _same(reference, got):
+                layer = _first_broken_layer(bench, trials[0], trials[-1])
+                return SelfTestResult(
+                    False, rows, trial + 1, time.perf_counter() - start, layer,
+                    f"row 0 changed when its {rows - 1} companions and its place did", str(mr.device),
+                )
+    return SelfTestResult(True, rows, len(trials), time.perf_counter() - start, device=str(mr.device))
+
+
+def _same(a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]]) -> bool:
+    return torch.equal(a[0], b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))
+
+
+def _first_broken_layer(bench: _Bench, one: Any, other: Any) -> str:
+    """Run two trials with hooks on every leaf layer; return the first whose output row differs."""
+    model = bench.verifier.model_runner.model
+    records: list[list[tuple[str, torch.Tensor]]] = []
+
+    def record(name: str, place: int, into: list[tuple[str, torch.Tensor]]) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(first, torch.Tensor) and first.dim() >= 2 and first.shape[0] == bench.verifier.rows:
+                into.append((name, first[place].clone()))
+
+        return hook
+
+    for tokens, lengths, place in (one, other):
+        into: list[tuple[str, torch.Tensor]] = []
+        handles = [
+            module.register_forward_hook(record(name, place, into))
+            for name, module in model.named_modules()
+            if name and not any(True for _ in module.children())
+        ]
+        try:
+            bench.run(tokens, lengths, place)
+        finally:
+            for handle in handles:
+                handle.remove()
+        records.append(into)
+    for (name, a), (_, b) in zip(*records):
+        if not torch.equal(a, b):
+            return name
+    return "a part of the model without layers of its own (attention kernel or logits)"

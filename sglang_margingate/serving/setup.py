@@ -1,0 +1,111 @@
+"""Builds a scheduler process's runtime: checks, verifier, self-test, trace, metrics. Refuses rather than degrades."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sglang_margingate.config import ConfigError, MarginGateConfig
+from sglang_margingate.serving import hooks, support
+from sglang_margingate.serving.metrics import Metrics
+from sglang_margingate.serving.runtime import Runtime
+from sglang_margingate.serving.selftest import SelfTestResult, run_self_test
+from sglang_margingate.serving.testknobs import TestKnobs, leak_companions
+from sglang_margingate.serving.verifier import EagerVerifier
+from sglang_margingate.serving.versions import device_name, model_name, versions
+from sglang_margingate.trace import TraceWriter
+
+log = logging.getLogger(__name__)
+
+
+class SelfTestError(RuntimeError):
+    """The verify shape is not row-invariant on this model and machine."""
+
+
+def build_runtime(scheduler: Any) -> Runtime:
+    """Return the runtime of this scheduler process.
+
+    Raises
+    ------
+    HookError, ConfigError, SelfTestError, TraceError
+        The server must not start; the message is one line and names what broke and the fix.
+    """
+    config = MarginGateConfig.from_env()
+    if config is None:
+        raise ConfigError("the configuration did not reach the scheduler; start with sglang_margingate.launch_server")
+    attached = hooks.check(config)
+    args, model_runner = scheduler.server_args, scheduler.tp_worker.model_runner
+    notes = [*config.notes, *support.check_server_args(args, config), *support.check_model(model_runner, config)]
+    config = replace(config, notes=tuple(dict.fromkeys(notes)))
+    verifier, self_test = _verifier(config, model_runner)
+    return Runtime(config, scheduler, verifier, self_test, _writer(config, scheduler, self_test, attached),
+                   Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path)))  # fmt: skip
+
+
+def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifier | None, SelfTestResult | None]:
+    if not config.policy.verifies:
+        return None, None
+    capacity = model_runner.max_total_num_tokens
+    if config.verify_rows > capacity:
+        raise ConfigError(
+            f"--margingate-verify-rows: {config.verify_rows} rows do not fit the K/V pool of {capacity} tokens; "
+            f"give at most {capacity} or raise --max-total-tokens"
+        )
+    knobs = TestKnobs()
+    if knobs.active:
+        log.warning("margingate: TEST KNOBS ARE SET: %s", ", ".join(knobs.active))
+    if knobs.break_linear:
+        log.warning("margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear))
+    verifier = EagerVerifier(model_runner, config.verify_rows)
+    result = run_self_test(verifier, model_runner.model_config.vocab_size)
+    if not result.passed:
+        raise SelfTestError(
+            f"self-test failed: at {result.rows} rows a row's bits depend on its companions; first layer that differs: "
+            f"{result.broken_layer}. Try another --margingate-verify-rows; this model cannot be gated here otherwise"
+        )
+    log.info("margingate: self-test passed: %d trials at %d rows in %.1f s", result.trials, result.rows, result.seconds)
+    verifier.counters = type(verifier.counters)()  # the self-test's passes are nobody's cost
+    return verifier, result
+
+
+def _writer(config: MarginGateConfig, scheduler: Any, self_test: SelfTestResult | None, attached: list[str]) -> Any:
+    if not config.trace or scheduler.ps.tp_rank != 0:
+        return None
+    args = scheduler.server_args
+    model_runner = scheduler.tp_worker.model_runner
+    return TraceWriter(
+        Path(config.trace_dir),
+        {
+            "model": model_name(args.model_path),
+            "model_path": str(args.model_path),
+            "dtype": str(model_runner.dtype).removeprefix("torch."),
+            "policy": config.policy.value,
+            "repair": config.repair.value,
+            "threshold": config.threshold,
+            "device": device_name(args.device),
+            "attention_backend": args.attention_backend,
+            "versions": versions(),
+            "flags": {"margingate": _plain(config), "sglang": _changed_flags(args)},
+            "profile": config.profile,
+            "self_test": None if self_test is None else self_test.to_dict(),
+            "hooks": attached,
+            "notes": list(config.notes),
+        },
+    )
+
+
+def _plain(config: MarginGateConfig) -> dict[str, Any]:
+    import json
+
+    return json.loads(config.to_json())
+
+
+def _changed_flags(args: Any) -> dict[str, Any]:
+    """Return the SGLang settings that are plain values, so that a run can be repeated."""
+    return {k: v for k, v in sorted(vars(args).items()) if isinstance(v, (str, int, float, bool)) and not _secret(k)}
+
+
+def _secret(name: str) -> bool:
+    return any(word in name for word in ("api_key", "password", "keyfile", "token_path", "secret"))

@@ -1,0 +1,307 @@
+"""The step hook: margin, gate, verify, repair, record, around SGLang's ``ModelRunner.sample``.
+
+One call per forward. The fast path's logits are there, its K/V columns are written, no token is chosen yet, so a
+verify can still put its logits and columns in place and everything after it (penalties, grammar, logprobs, streaming)
+sees only the repaired step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from margingate_kernels import top2_margin
+
+from sglang_margingate.config import Policy
+from sglang_margingate.gate.ledger import LedgerError
+from sglang_margingate.gate.policy import decide, triggers
+from sglang_margingate.serving.state import RequestState, StepRecord, state_of
+from sglang_margingate.serving.testknobs import shift_column, swap_best_two
+from sglang_margingate.serving.verifier import KvDelta, VerifyJob
+from sglang_margingate.trace.schema import Reason
+
+if TYPE_CHECKING:
+    from sglang_margingate.serving.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+BATCH_REQS = "margingate_reqs"
+BATCH_START = "margingate_start"
+
+
+@dataclass
+class StepRow:
+    """One request's row of the running forward that chooses a token."""
+
+    index: int
+    """Row of the logits."""
+    req: Any
+    state: RequestState
+    position: int
+    resumed: bool = False
+    fast_token: int = -1
+    second_token: int = -1
+    margin: float = float("nan")
+    reason: Reason = Reason.NONE
+    verify_token: int | None = None
+    verify_margin: float | None = None
+    window_rows: int = 0
+    delta: KvDelta | None = None
+
+    @property
+    def flipped(self) -> bool:
+        """A confirmed mismatch."""
+        return self.verify_token is not None and self.verify_token != self.fast_token
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the verify's token and columns are put in place (an audit is for the record only)."""
+        return self.reason not in (Reason.NONE, Reason.AUDIT)
+
+
+class StepHook:
+    """Gates the steps of one scheduler process.
+
+    Parameters
+    ----------
+    runtime
+        Configuration, verifier, trace and counters of this process.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def sample(self, original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
+        """Choose the batch's next tokens; called in place of ``ModelRunner.sample``."""
+        reqs = getattr(batch, BATCH_REQS, None)
+        if reqs is None or logits_output.next_token_logits is None or len(reqs) != len(logits_output.next_token_logits):
+            return original(model_runner, logits_output, batch)
+        decode = batch.forward_mode.is_decode()
+        rows = self._open_decode(reqs, batch) if decode else self._open_prefill(reqs, batch)
+        if not rows:
+            tokens = original(model_runner, logits_output, batch)
+            self._add_prefill_time(reqs, batch, decode)
+            return tokens
+
+        logits, info = logits_output.next_token_logits, batch.sampling_info
+        self._inject_faults(rows, logits, batch, decode)
+        self._measure(rows, self._processed(logits, info))
+        verify_ms = self._verify(rows, logits, info) if self.runtime.verifier is not None else 0.0
+        tokens = original(model_runner, logits_output, batch)
+        chosen = self._enforce(rows, tokens, info)
+        self._add_prefill_time(reqs, batch, decode)
+        self._record(rows, chosen, len(reqs), decode, batch, verify_ms)
+        return tokens
+
+    # ---- opening a step -------------------------------------------------------------------------------------------
+
+    def _open_decode(self, reqs: list[Any], batch: Any) -> list[StepRow]:
+        positions = batch.positions.tolist()
+        rows = []
+        for index, (req, position) in enumerate(zip(reqs, positions)):
+            state = state_of(req)
+            if state is None or not self._observed(state):
+                continue
+            state.max_batch_rows = max(state.max_batch_rows, len(reqs))
+            if state.ledger.gated:
+                try:
+                    state.ledger.read(position, state.last_token)
+                except LedgerError as error:
+                    self._give_up(state, str(error))
+            rows.append(StepRow(index, req, state, position))
+        return rows
+
+    def _open_prefill(self, reqs: list[Any], batch: Any) -> list[StepRow]:
+        ends = batch.seq_lens_cpu.tolist() if batch.seq_lens_cpu is not None else batch.seq_lens.tolist()
+        rows = []
+        for index, (req, end) in enumerate(zip(reqs, ends)):
+            state = state_of(req) or self.runtime.open_request(req)
+            state.prefill_chunks += 1
+            self.runtime.prefill_rules.note_chunk(req, state, batch, index)
+            if end < len(req.origin_input_ids) + len(req.output_ids):
+                continue  # a middle chunk: its logits choose nothing
+            row = StepRow(index, req, state, end - 1, resumed=len(req.output_ids) > 0)
+            self._start(row)
+            if self._observed(state):
+                rows.append(row)
+        return rows
+
+    def _start(self, row: StepRow) -> None:
+        req, state = row.req, row.state
+        done = len(req.output_ids)
+        if row.resumed:
+            # Retraction dropped the step in flight; whatever was committed stays.
+            if state.pending is not None and state.pending.step < done:
+                self.runtime.commit(state)
+            state.pending = None
+            state.retractions_seen += 1
+        state.next_step = done
+        state.prompt_tokens = len(req.origin_input_ids)
+        state.cached_tokens = int(getattr(req, "cached_tokens", 0) or 0)
+        state.ledger.start(state.prompt_tokens, list(req.output_ids))
+
+    @staticmethod
+    def _observed(state: RequestState) -> bool:
+        return state.ledger.greedy and state.ledger.params.policy is not Policy.OFF
+
+    def _give_up(self, state: RequestState, why: str) -> None:
+        log.error("margingate: %s; the request goes on without verifies, guarantee none", why)
+        state.ledger.greedy = False
+        state.ledger.notes.append(why)
+        self.runtime.totals.ledger_errors += 1
+
+    # ---- margin ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _needs_processing(info: Any) -> bool:
+        return bool(
+            info.grammars
+            or info.logit_bias is not None
+            or info.acc_additive_penalties is not None
+            or info.acc_scaling_penalties is not None
+            or (info.penalizer_orchestrator is not None and info.penalizer_orchestrator.is_required)
+        )
+
+    def _processed(self, raw: torch.Tensor, info: Any) -> torch.Tensor:
+        """Return the logits that argmax is taken from, [B, V], leaving ``raw`` untouched.
+
+        Penalties, bias and grammar masks are functions of the committed tokens, so applying them to a copy here and to
+        the original later gives the same result twice. Custom logit processors may keep state: requests that bring one
+        are not gated (:meth:`Runtime.open_request`).
+        """
+        if not self._needs_processing(info):
+            return raw
+        copy = raw.clone()
+        info.update_regex_vocab_mask()
+        info.apply_logits_bias(copy)
+        info.grammar_mask = None
+        return copy
+
+    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> None:
+        index = torch.tensor([r.index for r in rows], device=logits.device)
+        thresholds = torch.tensor([r.state.ledger.params.threshold for r in rows], dtype=torch.float32)
+        picked = logits if len(rows) == len(logits) else logits[index]
+        top = top2_margin(picked, thresholds.to(logits.device))
+        for row, token, second, margin in zip(rows, top.token.tolist(), top.second.tolist(), top.margin.tolist()):
+            row.fast_token, row.second_token, row.margin = token, second, margin
+
+    # ---- verify and repair ----------------------------------------------------------------------------------------
+
+    def _reason(self, row: StepRow, decode: bool) -> Reason:
+        ledger = row.state.ledger
+        if not ledger.gated:
+            return Reason.NONE
+        if row.resumed:
+            return Reason.RESUME
+        if not decode:
+            return Reason.NONE  # the prefill is canonical by its own rules
+        audit = self.runtime.audits(ledger.request_id, row.state.next_step)
+        return decide(ledger.params.policy, row.margin, ledger.params.threshold, audit)
+
+    def _verify(self, rows: list[StepRow], logits: torch.Tensor, info: Any) -> float:
+        for row in rows:
+            row.reason = self._reason(row, decode=row.position >= row.state.prompt_tokens)
+        chosen = [r for r in rows if r.reason is not Reason.NONE]
+        if not chosen:
+            return 0.0
+        runtime = self.runtime
+        assert runtime.verifier is not None
+        jobs = [
+            VerifyJob(int(r.req.req_pool_idx), r.state.ledger.rows(), shadow=r.reason is Reason.AUDIT) for r in chosen
+        ]
+        result = runtime.verifier.verify(jobs)
+        index = torch.tensor([r.index for r in chosen], device=logits.device)
+        thresholds = torch.zeros(len(chosen), device=logits.device)
+        if self._needs_processing(info):
+            mixed = logits.clone()
+            mixed[index] = result.logits
+            top = top2_margin(self._processed(mixed, info)[index], thresholds)
+        else:
+            top = top2_margin(result.logits, thresholds)
+        for row, job, token, margin, delta in zip(chosen, jobs, top.token.tolist(), top.margin.tolist(), result.kv_delta):
+            row.verify_token, row.verify_margin = token, margin
+            row.window_rows, row.delta = len(job.rows), delta
+        repairs = [k for k, r in enumerate(chosen) if r.repairs]
+        if repairs:
+            logits[index[repairs]] = result.logits[repairs]
+            for k in repairs:
+                chosen[k].state.ledger.repaired()
+        runtime.note_verify(result)
+        return result.seconds * 1e3
+
+    def _enforce(self, rows: list[StepRow], tokens: torch.Tensor, info: Any) -> list[int]:
+        """Return each row's committed token, making sure that gated rows got the argmax that was measured.
+
+        In a batch with sampling neighbours SGLang picks greedy rows by a top-1 sort, whose order among exact ties is
+        not argmax's: the tie rule must not depend on the neighbours.
+        """
+        if not info.is_all_greedy:
+            fixed = [(r.index, r.verify_token if r.repairs else r.fast_token) for r in rows if r.state.ledger.gated]
+            if fixed:
+                index = torch.tensor([i for i, _ in fixed], device=tokens.device)
+                tokens[index] = torch.tensor([t for _, t in fixed], device=tokens.device, dtype=tokens.dtype)
+        host = tokens.tolist()
+        return [host[r.index] for r in rows]
+
+    # ---- record ---------------------------------------------------------------------------------------------------
+
+    def _add_prefill_time(self, reqs: list[Any], batch: Any, decode: bool) -> None:
+        if decode:
+            return
+        elapsed = (time.perf_counter() - getattr(batch, BATCH_START)) * 1e3
+        for req in reqs:
+            state = state_of(req)
+            if state is not None:
+                state.prefill_ms += elapsed
+
+    def _record(
+        self, rows: list[StepRow], chosen: list[int], batch_rows: int, decode: bool, batch: Any, verify_ms: float
+    ) -> None:
+        runtime = self.runtime
+        now = time.time()
+        step_ms = (time.perf_counter() - getattr(batch, BATCH_START)) * 1e3
+        if decode:
+            runtime.note_batch(batch_rows)
+        for row, token in zip(rows, chosen):
+            state = row.state
+            ledger = state.ledger
+            if state.pending is not None:
+                runtime.commit(state)
+            params = ledger.params
+            waited = verify_ms if ledger.gated else 0.0
+            triggered = decode and triggers(row.margin, params.threshold)
+            verified = row.verify_token is not None
+            delta = row.delta
+            state.pending = StepRecord(
+                state.next_step,
+                (
+                    ledger.request_id, params.dataset, state.next_step, row.position, now, token, row.fast_token,
+                    row.second_token, row.margin, params.threshold, row.reason.value, row.verify_token,
+                    row.verify_margin, row.flipped, verified and row.repairs, None if delta is None else delta.first,
+                    None if delta is None else delta.last, row.window_rows, batch_rows, batch_rows,
+                    not decode and runtime.config.policy.verifies, not decode, step_ms, waited, 0.0,
+                    runtime.token_text(token),
+                ),
+                row.reason, triggered, row.flipped, row.margin, waited,
+            )  # fmt: skip
+            state.next_step += 1
+            state.last_token = token
+            state.last_token_time = now
+            if state.first_token_time is None:
+                state.first_token_time = now
+        runtime.flush_steps()
+
+    # ---- test faults ----------------------------------------------------------------------------------------------
+
+    def _inject_faults(self, rows: list[StepRow], logits: torch.Tensor, batch: Any, decode: bool) -> None:
+        knobs = self.runtime.knobs
+        if not decode or not (knobs.poison_every or knobs.flip_rate):
+            return
+        for row in rows:
+            if knobs.corrupts(row.state.next_step, len(logits)):
+                swap_best_two(logits[row.index])
+                if self.runtime.verifier is not None:
+                    shift_column(self.runtime.verifier.kv, batch.out_cache_loc[row.index : row.index + 1])

@@ -1,0 +1,89 @@
+"""Faults injected on purpose, for tests only, by environment variables. Unset, none of this runs.
+
+==============================  =====================================================================================
+``MARGINGATE_TEST_POISON=N``    every Nth decode step of a request, the *fast path* goes wrong: the runner-up's logit
+                                is lifted just above the best one and the K/V column of all layers is shifted
+``MARGINGATE_TEST_FLIP_RATE=P`` in a batch of two or more, each decode step's logits are corrupted with probability P
+                                (what `margingate check` must find)
+``MARGINGATE_TEST_KV_DIGEST=1`` ``meta_info.margingate.kv_digest``: SHA-256 of the request's generated K/V columns
+``MARGINGATE_TEST_BREAK=NAME``  the linear layer whose name ends with NAME leaks its companions into each row
+                                (what the start-up self-test must refuse)
+==============================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sglang_margingate.config import ConfigError
+
+
+def _number(name: str, kind: type) -> Any:
+    text = os.environ.get(name, "")
+    try:
+        return kind(text) if text else kind(0)
+    except ValueError:
+        raise ConfigError(f"{name}: {text!r} is not a number") from None
+
+
+@dataclass(frozen=True)
+class TestKnobs:
+    """The faults asked for in the environment."""
+
+    __test__ = False  # not a pytest class
+
+    poison_every: int = field(default_factory=lambda: _number("MARGINGATE_TEST_POISON", int))
+    flip_rate: float = field(default_factory=lambda: _number("MARGINGATE_TEST_FLIP_RATE", float))
+    kv_digest: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_KV_DIGEST") == "1")
+    break_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_BREAK", ""))
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the knobs that are set, for the log and the manifest."""
+        return [name for name, on in vars(self).items() if on]
+
+    def corrupts(self, step: int, batch_rows: int) -> bool:
+        """Return whether the fast path of this step is to be corrupted."""
+        if self.poison_every and step > 0 and step % self.poison_every == 0:
+            return True
+        return bool(self.flip_rate) and batch_rows > 1 and random.random() < self.flip_rate
+
+
+def swap_best_two(logits_row: torch.Tensor) -> None:
+    """Lift the runner-up just above the best token, in place: a near tie that the wrong token wins."""
+    best_two = torch.topk(logits_row, 2)
+    logits_row[best_two.indices[1]] = torch.nextafter(best_two.values[0], torch.tensor(float("inf")))
+
+
+def shift_column(kv: Any, slot: torch.Tensor) -> None:
+    """Shift the K/V column in every layer, as a wrong kernel might."""
+    kv.write(slot, [c + 0.25 for c in kv.read(slot)])
+
+
+def column_digest(kv: Any, slots: torch.Tensor) -> str:
+    """Return the SHA-256 of the K/V columns of all layers at ``slots``."""
+    digest = hashlib.sha256()
+    for column in kv.read(slots):
+        digest.update(column.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def leak_companions(model: torch.nn.Module, suffix: str) -> str:
+    """Make one linear layer's rows depend on the other rows of the pass; return its full name."""
+    for name, module in model.named_modules():
+        if name.endswith(suffix):
+
+            def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+                first = output[0] if isinstance(output, tuple) else output
+                leaked = first + first.float().mean(dim=0, keepdim=True).to(first.dtype) * 0.01
+                return (leaked, *output[1:]) if isinstance(output, tuple) else leaked
+
+            module.register_forward_hook(hook)
+            return name
+    raise ConfigError(f"MARGINGATE_TEST_BREAK: no layer's name ends with {suffix!r}")

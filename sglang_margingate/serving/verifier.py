@@ -1,0 +1,206 @@
+"""The verify: recompute rows at the canonical shape, exactly M rows a pass.
+
+A row is (request, position): a decode forward that reads the position's token, writes its K/V column into the slot
+that position already owns, and gives logits. Writing into the existing slot *is* the repair. All rows of a pass are
+stored by each layer before attention reads them, so several positions of one request may share a pass: the later row
+sees the recomputed earlier columns, exactly as if they had been decoded one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """Columns of one request to recompute; the newest row's logits are the answer.
+
+    Parameters
+    ----------
+    pool_index
+        Row of SGLang's ``req_to_token`` table.
+    rows
+        (position, token) in rising order.
+    shadow
+        Put every column back afterwards: the verify is for the record only.
+    """
+
+    pool_index: int
+    rows: list[tuple[int, int]]
+    shadow: bool = False
+
+
+class KvDelta(NamedTuple):
+    """Max abs change of the newest column, first and last layer."""
+
+    first: float
+    last: float
+
+
+@dataclass
+class VerifyResult:
+    """Answers of one call, in the order of its jobs."""
+
+    logits: torch.Tensor
+    """[jobs, V] float32, raw: before penalties, grammar masks and logit processors."""
+    kv_delta: list[KvDelta]
+    seconds: float
+    passes: int
+    rows: int
+
+
+@dataclass
+class VerifierCounters:
+    """Work done since start."""
+
+    passes: int = 0
+    rows: int = 0
+    padded_rows: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class KvAccess:
+    """Reads and writes whole K/V columns of SGLang's pool."""
+
+    pool: Any
+    layers: range
+
+    @classmethod
+    def of(cls, model_runner: Any) -> KvAccess:
+        """Return access to the pool of ``model_runner``."""
+        pool = model_runner.token_to_kv_pool
+        return cls(pool, range(pool.start_layer, pool.start_layer + pool.layer_num))
+
+    def read(self, slots: torch.Tensor, layers: list[int] | None = None) -> list[torch.Tensor]:
+        """Return copies of K then V of each layer at ``slots``: tensors of shape [slots, heads, head_dim]."""
+        out = []
+        for layer in self.layers if layers is None else layers:
+            out.append(self.pool.get_key_buffer(layer)[slots])
+            out.append(self.pool.get_value_buffer(layer)[slots])
+        return out
+
+    def write(self, slots: torch.Tensor, columns: list[torch.Tensor]) -> None:
+        """Put back what :meth:`read` returned for all layers."""
+        pairs = iter(columns)
+        for layer in self.layers:
+            self.pool.get_key_buffer(layer)[slots] = next(pairs)
+            self.pool.get_value_buffer(layer)[slots] = next(pairs)
+
+
+def kv_delta(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[KvDelta]:
+    """Compare the columns of first and last layer: [K first, V first, K last, V last], one entry per slot."""
+    change = [(a.float() - b.float()).abs().flatten(1).amax(1) for a, b in zip(after, before)]
+    first = torch.maximum(change[0], change[1]).tolist()
+    last = torch.maximum(change[2], change[3]).tolist()
+    return [KvDelta(f, x) for f, x in zip(first, last)]
+
+
+@dataclass
+class EagerVerifier:
+    """Runs verify passes without CUDA graphs, through the model's own attention backend.
+
+    Parameters
+    ----------
+    model_runner
+        SGLang's ``ModelRunner``.
+    rows
+        The canonical M. Passes are padded to it with dummy rows that write slot 0, which SGLang reserves for that.
+    """
+
+    model_runner: Any
+    rows: int
+    counters: VerifierCounters = field(default_factory=VerifierCounters)
+
+    def __post_init__(self) -> None:
+        self.kv = KvAccess.of(self.model_runner)
+        self.ends = [self.kv.layers[0], self.kv.layers[-1]]
+
+    def slots(self, pool_index: int, positions: list[int]) -> torch.Tensor:
+        """Return the pool slots that hold ``positions`` of a request, int64."""
+        table = self.model_runner.req_to_token_pool.req_to_token
+        return table[pool_index, torch.tensor(positions, device=table.device)].long()
+
+    def forward(self, pool_indices: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
+        """Run one pass of at most M rows; return their logits, [len(rows), V] float32."""
+        n = len(tokens)
+        pad = self.rows - n
+        if pad < 0:
+            raise ValueError(f"{n} rows do not fit a pass of {self.rows}")
+        batch = self._forward_batch(pool_indices + [0] * pad, positions + [0] * pad, tokens + [0] * pad, n)
+        output = self._run(batch)
+        self.counters.passes += 1
+        self.counters.rows += n
+        self.counters.padded_rows += pad
+        return output.next_token_logits[:n]
+
+    def _forward_batch(self, pool_indices: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
+        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+
+        mr = self.model_runner
+        device = mr.device
+        table = mr.req_to_token_pool.req_to_token
+        pool_t = torch.tensor(pool_indices, dtype=torch.int64, device=device)
+        pos_t = torch.tensor(positions, dtype=torch.int64, device=device)
+        out_loc = table[pool_t, pos_t].long()
+        out_loc[real:] = 0
+        seq_lens_cpu = torch.tensor([p + 1 for p in positions], dtype=torch.int64)
+        seq_lens = seq_lens_cpu.to(device)
+        return ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=len(tokens),
+            input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+            req_pool_indices=pool_t,
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens_cpu,
+            orig_seq_lens=seq_lens,
+            out_cache_loc=out_loc,
+            seq_lens_sum=int(seq_lens_cpu.sum()),
+            positions=pos_t,
+            return_logprob=False,
+            spec_algorithm=mr.spec_algorithm,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            num_token_non_padded_cpu=len(tokens),
+        )
+
+    def _run(self, batch: Any) -> Any:
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+        mr = self.model_runner
+        # Not through ModelRunner.forward: that also counts the pass as a step of the server (EPLB, dumper, recorder).
+        with torch.no_grad(), forward_context(ForwardContext(attn_backend=mr.attn_backend)):
+            mr.attn_backend.init_forward_metadata(batch)
+            return mr.model.forward(batch.input_ids, batch.positions, batch)
+
+    def verify(self, jobs: list[VerifyJob]) -> VerifyResult:
+        """Run all jobs' rows, oldest first, in as few passes of M rows as they need."""
+        start = time.perf_counter()
+        newest = torch.cat([self.slots(j.pool_index, [j.rows[-1][0]]) for j in jobs])
+        before = self.kv.read(newest, self.ends)
+        saved = [
+            (slots, self.kv.read(slots))
+            for j in jobs
+            if j.shadow
+            for slots in [self.slots(j.pool_index, [p for p, _ in j.rows])]
+        ]
+        flat = [(j.pool_index, p, t, i, k == len(j.rows) - 1) for i, j in enumerate(jobs) for k, (p, t) in enumerate(j.rows)]
+        answers: list[torch.Tensor | None] = [None] * len(jobs)
+        passes = 0
+        for at in range(0, len(flat), self.rows):
+            part = flat[at : at + self.rows]
+            logits = self.forward([r[0] for r in part], [r[1] for r in part], [r[2] for r in part])
+            passes += 1
+            for row, (_, _, _, job, is_newest) in enumerate(part):
+                if is_newest:
+                    answers[job] = logits[row]
+        delta = kv_delta(before, self.kv.read(newest, self.ends))
+        for slots, columns in saved:
+            self.kv.write(slots, columns)
+        stacked = torch.stack([a for a in answers if a is not None]).clone()
+        seconds = time.perf_counter() - start
+        self.counters.seconds += seconds
+        return VerifyResult(stacked, delta, seconds, passes, len(flat))
