@@ -123,7 +123,9 @@ class Client:
         )  # fmt: skip
 
 
-def run_alone(client: Client, prompts: Sequence[Prompt], done: Callable[[], None] = lambda: None, **options: Any) -> list[Completion]:
+def run_alone(
+    client: Client, prompts: Sequence[Prompt], done: Callable[[], None] = lambda: None, **options: Any
+) -> list[Completion]:
     """Complete the prompts one after the other, so that each is alone on the server."""
     out = []
     for prompt in prompts:
