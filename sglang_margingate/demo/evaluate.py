@@ -2,9 +2,9 @@
 
 ``python -m sglang_margingate.demo.evaluate --model DIR --out evaluation.json``
 
-Greedy decoding of at most 256 tokens. ``arith``: the last ``Answer:`` line equals the answer. ``code``: the output parses,
-and running it (in a child process, alone, with a time limit) shows whether its own worked call holds. All: whether the
-end-of-text token came, and whether the output fell into a loop.
+Greedy decoding of at most 256 tokens. ``arith``: the last ``Answer:`` line equals the answer. ``code``: the output
+parses, and running it (in a child process, alone, with a time limit) shows whether its own worked call holds. All:
+whether the end-of-text token came, and whether the output fell into a loop.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--limit", type=int, default=None, help="only the first prompts of each dataset")
     args = parser.parse_args()
+    if args.batch < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--batch and --limit must be at least 1")
     try:
         check_model_dir(args.model)
     except ModelFilesError as error:
         sys.exit(f"error: {error}")
+    import torch
     from tqdm import tqdm
 
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, args.device)
@@ -124,7 +128,8 @@ def main() -> None:
     for sample in results["story"]["samples"]:
         print(f"\n> {sample['prompt']}\n{sample['output']}")
     if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
+        taken = {"date": time.strftime("%Y-%m-%d"), "device": args.device, "torch": torch.__version__}
+        args.out.write_text(json.dumps({**taken, "new_tokens": NEW_TOKENS, "datasets": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,4 +43,5 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16)
+    return model.to(device).eval()

@@ -192,6 +192,7 @@ def save_hf(model: Llama, out: Path, eos: int, pad: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
     save_file(state, str(out / "model.safetensors"), metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
     (out / "config.json").write_text(json.dumps(model.shape.to_hf(eos, pad), indent=2) + "\n")
     generation = {"do_sample": False, "eos_token_id": eos, "pad_token_id": pad}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

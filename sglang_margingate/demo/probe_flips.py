@@ -3,9 +3,9 @@
 ``python -m sglang_margingate.demo.probe_flips [--json FILE]``
 
 Every held-out prompt is decoded twice with bf16 weights: alone, and beside 15 others. Prefill and attention run one
-sequence at a time in both cases; only the linear layers and norms of the decode step see the batch, M=1 against M=16. So padding,
-masks and prefill cannot cause a difference: what differs comes from the matmul's bits. Both runs are repeated once for
-one batch to show that equal shapes give equal bits.
+sequence at a time in both cases; only the linear layers and norms of the decode step see the batch, M=1 against M=16.
+So padding, masks and prefill cannot cause a difference: what differs comes from the matmul's bits. Part of both runs is
+repeated to show that equal shapes give equal bits.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ class Decoder:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         """Attention of one sequence. q: [rows, heads, head_dim]; k, v: [length, kv_heads, head_dim]."""
         repeat = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(repeat, 1).transpose(0, 1)[None], v.repeat_interleave(repeat, 1).transpose(0, 1)[None]
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=causal)
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q4, k4, v4, is_causal=causal)
         return out[0].transpose(0, 1).reshape(q.shape[0], -1)
 
     def forward(self, tokens: Tensor, positions: Tensor, caches: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
@@ -94,7 +95,8 @@ class Decoder:
             w = f"model.layers.{layer}."
             h = self.norm(x, w + "input_layernorm.weight")
             q, k, v = (
-                F.linear(h, self.weights[f"{w}self_attn.{p}_proj.weight"]).view(len(tokens), -1, self.head_dim) for p in "qkv"
+                F.linear(h, self.weights[f"{w}self_attn.{p}_proj.weight"]).view(len(tokens), -1, self.head_dim)
+                for p in "qkv"
             )
             q, k = self.rotate(q, positions), self.rotate(k, positions)
             if prefill:
@@ -130,7 +132,7 @@ class Decoder:
         open_rows = set(range(len(prompts)))
         for _ in range(new_tokens):
             top = logits.float().topk(2, dim=-1)
-            chosen = logits.argmax(dim=-1)  # the lowest token id on a tie, as in SGLang
+            chosen = logits.argmax(dim=-1)
             for i in sorted(open_rows):
                 traces[i].tokens.append(int(chosen[i]))
                 traces[i].margins.append(float(top.values[i, 0] - top.values[i, 1]))
@@ -216,8 +218,8 @@ def report(result: dict[str, Any]) -> str:
     """Write the result as text."""
     m = result["machine"]
     lines = [
-        f"{m['device']}, {m['threads']} thread(s), torch {m['torch']}, {m['date']}; alone (M=1) against {result['batch']} at once,"
-        f" at most {result['new_tokens']} tokens, greedy bf16"
+        f"{m['device']}, {m['threads']} thread(s), torch {m['torch']}, {m['date']}; alone (M=1) against"
+        f" {result['batch']} at once, at most {result['new_tokens']} tokens, greedy bf16"
     ]
     total, flipped = 0, 0
     for dataset, r in result["datasets"].items():
@@ -244,7 +246,9 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def probe(folder: Path, datasets: list[str], limit: int | None, batch: int, new_tokens: int, device: str) -> dict[str, Any]:
+def probe(
+    folder: Path, datasets: list[str], limit: int | None, batch: int, new_tokens: int, device: str
+) -> dict[str, Any]:
     """Decode all prompts alone and in batches, and compare."""
     tokenizer = load_tokenizer(folder)
     decoder = Decoder(folder, device)
@@ -292,8 +296,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch < 2:
         parser.error("--batch must be at least 2: one row is what 'alone' already is")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be at least 1")
+    if args.new_tokens < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--limit and --new-tokens must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU here: leave --device away to probe the CPU")
     try:

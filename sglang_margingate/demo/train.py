@@ -1,8 +1,8 @@
 """Train the demo model.
 
-``python -m sglang_margingate.demo.train --out DIR --minutes 5`` on a CUDA GPU. DIR must hold the tokenizer
-(``python -m sglang_margingate.demo.tokenizer --out DIR``). A run that was stopped goes on from its checkpoint when the same
-command is given again.
+``python -m sglang_margingate.demo.train --out DIR --minutes 3.2`` on a CUDA GPU. DIR must hold the tokenizer
+(``python -m sglang_margingate.demo.tokenizer --out DIR``). A run that was stopped goes on from its checkpoint when the
+same command is given again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -59,14 +60,14 @@ def build_rows(job: tuple[str, int, int, int]) -> np.ndarray:
         if len(row) > length:
             rows.append(row[: length + 1])
             row = np.empty(0, dtype=np.uint16)
-    return np.stack(rows)
+    return np.stack(rows) if rows else np.empty((0, length + 1), dtype=np.uint16)
 
 
 def build_data(tokenizer_file: Path, documents: int, length: int, seed: int, workers: int) -> np.ndarray:
     """Generate the training rows on `workers` processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    shard = max(500, min(5000, documents // max(1, workers)))
-    count = max(1, documents // shard)
+    shard = min(5000, documents)  # not by `workers`: their number must not change the data
+    count = documents // shard
     jobs = [(str(tokenizer_file), seed * 1_000_003 + i, shard, length) for i in range(count)]
     quiet = not sys.stderr.isatty()
     if workers <= 1:
@@ -81,10 +82,11 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int) -> float
 
 
 def loss_of(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross entropy over the tokens marked `LEARN`, and the loss to descend on. batch: [rows, length + 1] of int32.
+    """Give the mean cross entropy over the tokens marked `LEARN`, and the loss to descend on.
 
-    The second adds `Z_LOSS` times the squared log-sum-exp. It pulls the likely tokens' logits to around zero, where bf16 is
-    fine-grained: without it they lie near 20, where bf16 steps are 0.125 and nearly every free choice is an exact tie.
+    The second adds `Z_LOSS` times the squared log-sum-exp. It pulls the likely tokens' logits to around zero, where
+    bf16 is fine-grained: without it they lie near 20, where bf16 steps are 0.125 and nearly every free choice is an
+    exact tie. batch: [rows, length + 1] of int32.
     """
     tokens = (batch & IDS).long()
     target = torch.where((batch[:, 1:] & LEARN) != 0, tokens[:, 1:], -100)
@@ -101,9 +103,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="checkpoint and loss curve")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="embedded")
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time; the schedule ends with it")
+    parser.add_argument("--minutes", type=float, default=3.2, help="training time; the schedule ends with it")
     parser.add_argument("--steps", type=int, default=None, help="end after this many steps, if that is sooner")
-    parser.add_argument("--documents", type=int, default=1_600_000)
+    parser.add_argument("--documents", type=int, default=1_300_000)
     parser.add_argument("--rows", type=int, default=128, help="rows in a batch")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -113,7 +115,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("minutes", "documents", "rows", "length", "warmup", "checkpoint_every"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.length > PRESETS[args.preset].max_positions:
+        parser.error(f"--length must be at most {PRESETS[args.preset].max_positions}, the model's context")
+    return args
 
 
 def compiled(model: Llama, device: str, sample: torch.Tensor) -> Any:
@@ -134,10 +142,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the training from scratch or from its checkpoint."""
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: no CUDA GPU here: run this on a GPU host, or pass --device cpu --preset tiny --steps 20 to try the script")
+        fix = "run this on a GPU host, or pass --device cpu --preset tiny --steps 20 to try the script"
+        sys.exit(f"error: no CUDA GPU here: {fix}")
     tokenizer_file = args.out / "tokenizer.json"
     if not tokenizer_file.is_file():
-        sys.exit(f"error: {tokenizer_file} is missing: run `python -m sglang_margingate.demo.tokenizer --out {args.out}` first")
+        fix = f"run `python -m sglang_margingate.demo.tokenizer --out {args.out}` first"
+        sys.exit(f"error: {tokenizer_file} is missing: {fix}")
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -146,6 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     data = build_data(tokenizer_file, args.documents, args.length, args.seed, args.workers)
     corpus_s = time.monotonic() - began
+    if len(data) < args.rows:
+        sys.exit(
+            f"error: {args.documents} documents fill {len(data)} rows, fewer than --rows {args.rows}: raise --documents"
+        )
     print(f"corpus: {data.shape[0]} rows, {data.size / 1e6:.0f} M tokens, {corpus_s:.0f} s", flush=True)
 
     torch.manual_seed(args.seed)
@@ -164,17 +178,24 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint, curve = args.work / "checkpoint.pt", args.work / "loss_curve.csv"
     step, spent = 0, 0.0
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        model.load_state_dict(saved["model"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-        step, spent = saved["step"], saved["spent"]
+        try:
+            saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            step, spent = saved["step"], saved["spent"]
+        except Exception:  # a damaged pickle raises nearly anything
+            sys.exit(f"error: {checkpoint} is damaged or of another preset: delete it, or pass another --work")
         print(f"going on from {checkpoint}: step {step}, {spent:.0f} s spent", flush=True)
+        if curve.is_file():  # what was logged after the checkpoint is trained and logged anew
+            header, *lines = curve.read_text().splitlines(keepends=True)
+            curve.write_text("".join([header, *(line for line in lines if int(line.split(",")[0]) <= step)]))
     elif curve.is_file():
         curve.unlink()
 
     def save_checkpoint() -> None:
         part = checkpoint.with_suffix(".part")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, part)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+        torch.save(state, part)
         part.replace(checkpoint)
 
     rows = torch.from_numpy(data.view(np.int16)).to(args.device)
@@ -187,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     loss_value = float("nan")
     first_curve = not curve.is_file()
 
+    stops: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: stops.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     quiet = not sys.stderr.isatty()
     with tqdm(total=1.0, desc="train", bar_format=layout, disable=quiet) as bar, curve.open("a", newline="") as file:
@@ -195,6 +218,9 @@ def main(argv: list[str] | None = None) -> None:
             writer.writerow(("step", "seconds", "tokens", "learning_rate", "loss"))
         while True:
             spent = time.monotonic() - start
+            if stops:
+                save_checkpoint()
+                sys.exit(f"stopped at step {step}: the same command goes on from {checkpoint}")
             progress = spent / limit
             if args.steps:
                 progress = max(progress, step / args.steps)
@@ -228,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"{spent:5.0f} s  {note}", flush=True)
             if step % args.checkpoint_every == 0:
                 save_checkpoint()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     with contextlib.suppress(OSError):
         save_checkpoint()
     save_hf(model, args.out, eos, pad)

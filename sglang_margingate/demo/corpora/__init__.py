@@ -1,8 +1,9 @@
 """Three synthetic corpora, each with its own margin character.
 
-``arith`` has long forced stretches (digits) between a few free phrasings, ``code`` has free names and idioms that later
-tokens must copy, ``story`` has a free choice every few words. Free choices are drawn uniformly, so a trained model gives
-them nearly equal logits: those are the near ties at which a batch can flip a token.
+``arith`` has long forced stretches (digits) between a few free phrasings, ``code`` has free names and idioms that
+later tokens must copy, ``story`` has a free choice every few words. Most free choices are drawn uniformly, so a
+trained model gives them nearly equal logits: those are the near ties at which a batch can flip a token. Some lean on
+the prompt, which gives the middling margins between a tie and a certainty.
 """
 
 from __future__ import annotations

@@ -14,10 +14,23 @@ from sglang_margingate.demo.corpora.base import Document, draw_in_split, lean
 
 LIMIT = 199
 
-SHE = "Mia Anna Lena Nora Ella Ruth Zoe Ida Clara Maya Sara Lucy".split()
-HE = "Tom Ben Leo Max Paul Noah Finn Omar Luis Hugo Jack Ivan".split()
-ITEMS = "apples books coins shells stamps cards marbles pears pencils plums stones cookies".split()
-BOXES = "boxes bags baskets jars packs".split()
+SHE = ["Mia", "Anna", "Lena", "Nora", "Ella", "Ruth", "Zoe", "Ida", "Clara", "Maya", "Sara", "Lucy"]
+HE = ["Tom", "Ben", "Leo", "Max", "Paul", "Noah", "Finn", "Omar", "Luis", "Hugo", "Jack", "Ivan"]
+ITEMS = [
+    "apples",
+    "books",
+    "coins",
+    "shells",
+    "stamps",
+    "cards",
+    "marbles",
+    "pears",
+    "pencils",
+    "plums",
+    "stones",
+    "cookies",
+]
+BOXES = ["boxes", "bags", "baskets", "jars", "packs"]
 
 OPENINGS = (
     "Let us work it out.",

@@ -1,8 +1,8 @@
 """Small Python functions from a description, each with a worked call.
 
-The description fixes what the function does and its name; parameter, accumulator and loop names, docstring wording, loop or
-comprehension, and the numbers of the worked call are free. Free names are drawn once and copied from then on, so a
-completion has forced stretches between its choices. The worked call is computed, so its ``assert`` holds.
+The description fixes what the function does and its name; parameter, accumulator and loop names, docstring wording,
+loop or comprehension, and the numbers of the worked call are free. Free names are drawn once and copied from then on,
+so a completion has forced stretches between its choices. The worked call is computed, so its ``assert`` holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,24 @@ ELEMENTS = ("x", "n", "v", "item", "num", "value")
 RESULTS = ("result", "total", "out", "acc", "answer")
 TEXTS = ("text", "s", "string", "phrase", "line")
 CHARS = ("c", "ch", "char", "letter")
-WORDS = "apple river stone cloud bridge garden candle winter pepper banana letter cotton silver mirror rabbit planet".split()
+WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "bridge",
+    "garden",
+    "candle",
+    "winter",
+    "pepper",
+    "banana",
+    "letter",
+    "cotton",
+    "silver",
+    "mirror",
+    "rabbit",
+    "planet",
+]
 LETTERS = "abcdefgilmnoprstuw"
 
 
@@ -96,7 +113,8 @@ def draw_spec(rng: random.Random) -> Spec:
         if name in ("count_letter", "drop_letter", "starts", "double_letter"):
             return Spec("string", (name, rng.choice(LETTERS)), ())
         return Spec("string", (name,), (rng.randint(2, 9),))
-    return Spec("number", (rng.choice(("poly", "clamp", "range_sum", "remainder")),), (rng.randint(2, 9), rng.randint(10, 30)))
+    name = rng.choice(("poly", "clamp", "range_sum", "remainder"))
+    return Spec("number", (name,), (rng.randint(2, 9), rng.randint(10, 30)))
 
 
 def key_of(spec: Spec) -> str:
@@ -109,6 +127,17 @@ def docstring(rng: random.Random, goal: str) -> str:
     return rng.choice(
         (f"Return {goal}.", f"Give back {goal}.", f"Compute {goal}.", f"Find {goal}.", f"Work out {goal}.")
     )
+
+
+def define(rng: random.Random, name: str, parameter: str, goal: str, body: str) -> str:
+    """Write the function and the two empty lines after it."""
+    return f'def {name}({parameter}):\n    """{docstring(rng, goal)}"""\n{body}\n\n'
+
+
+def loop(ch: str, over: str, out: str, empty: str, lines: tuple[str, ...]) -> str:
+    """Write a loop that fills `out`, started with `empty`; `lines` are its body."""
+    inner = "".join(f"        {line}\n" for line in lines)
+    return f"{out} = {empty}\n    for {ch} in {over}:\n{inner}    return {out}"
 
 
 def show(rng: random.Random, name: str, argument: str, value: object) -> str:
@@ -171,20 +200,23 @@ def list_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
         if test:
             body += f"        if {test}:\n"
             pad += "    "
-        body += pad + {
-            "sum": f"{out} += {expr}\n",
-            "list": f"{out}.append({expr})\n",
-            "count": f"{out} += 1\n",
-            "max": f"{out}.append({expr})\n",
-            "min": f"{out}.append({expr})\n",
-        }[agg]
+        body += (
+            pad
+            + {
+                "sum": f"{out} += {expr}\n",
+                "list": f"{out}.append({expr})\n",
+                "count": f"{out} += 1\n",
+                "max": f"{out}.append({expr})\n",
+                "min": f"{out}.append({expr})\n",
+            }[agg]
+        )
         body += f"    return {agg}({out}, default=0)\n" if agg in ("max", "min") else f"    return {out}\n"
     trace = ""
     if agg != "list":
         trace = f"# {rng.choice(('kept', 'picked', 'these count', 'used'))}: {', '.join(map(str, kept)) or 'none'}\n"
         if mapping.wording and kept:
             trace += f"# {mapped}: {', '.join(map(str, done))}\n"
-    source = f'def {name}({xs}):\n    """{docstring(rng, goal)}"""\n{body}\n\n{trace}{show(rng, name, repr(numbers), value)}'
+    source = define(rng, name, xs, goal, body) + trace + show(rng, name, repr(numbers), value)
     return f"takes a list of numbers and returns {goal}", name, source
 
 
@@ -209,22 +241,20 @@ def string_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
             "count_letter": (
                 f"return {text}.count('{a}')",
                 f"return sum(1 for {ch} in {text} if {ch} == '{a}')",
-                f"{out} = 0\n    for {ch} in {text}:\n        if {ch} == '{a}':\n            {out} += 1\n    return {out}",
+                loop(ch, text, out, "0", (f"if {ch} == '{a}':", f"    {out} += 1")),
             ),
             "drop_letter": (
                 f"return {text}.replace('{a}', '')",
                 f"return ''.join({ch} for {ch} in {text} if {ch} != '{a}')",
-                f"{out} = ''\n    for {ch} in {text}:\n        if {ch} != '{a}':\n            {out} += {ch}\n    return {out}",
+                loop(ch, text, out, "''", (f"if {ch} != '{a}':", f"    {out} += {ch}")),
             ),
             "starts": (
                 f"return [{ch} for {ch} in {text}.split() if {ch}.startswith('{a}')]",
-                f"{out} = []\n    for {ch} in {text}.split():\n        if {ch}[0] == '{a}':\n            {out}.append({ch})\n"
-                f"    return {out}",
+                loop(ch, f"{text}.split()", out, "[]", (f"if {ch}[0] == '{a}':", f"    {out}.append({ch})")),
             ),
             "double_letter": (
                 f"return {text}.replace('{a}', '{a}{a}')",
-                f"{out} = ''\n    for {ch} in {text}:\n        {out} += {ch}\n        if {ch} == '{a}':\n            {out} += {ch}\n"
-                f"    return {out}",
+                loop(ch, text, out, "''", (f"{out} += {ch}", f"if {ch} == '{a}':", f"    {out} += {ch}")),
             ),
         }[kind]
         results: dict[str, object] = {
@@ -250,8 +280,7 @@ def string_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
             "repeat": (f"return {text} * {k}", f"return ''.join({text} for _ in range({k}))"),
             "keep_long": (
                 f"return [{ch} for {ch} in {text}.split() if len({ch}) > {k}]",
-                f"{out} = []\n    for {ch} in {text}.split():\n        if len({ch}) > {k}:\n            {out}.append({ch})\n"
-                f"    return {out}",
+                loop(ch, f"{text}.split()", out, "[]", (f"if len({ch}) > {k}:", f"    {out}.append({ch})")),
             ),
             "first_n": (f"return {text}[:{k}]", f"{out} = {text}[:{k}]\n    return {out}"),
             "last_n": (f"return {text}[-{k}:]", f"{out} = {text}[-{k}:]\n    return {out}"),
@@ -265,7 +294,7 @@ def string_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
         value = results[kind]
     body = comment(rng, "    ", ("works on any text", "short and simple", "no imports needed", "plain Python"))
     body += f"    {rng.choice(lines)}\n"
-    source = f'def {name}({text}):\n    """{docstring(rng, goal)}"""\n{body}\n\n{show(rng, name, repr(phrase), value)}'
+    source = define(rng, name, text, goal, body) + show(rng, name, repr(phrase), value)
     return f"takes a text and returns {goal}", name, source
 
 
@@ -279,7 +308,11 @@ def number_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
         "poly": (
             f"scale_{a}_add_{b}",
             f"{a} times the number plus {b}",
-            (f"return {a} * {x} + {b}", f"{out} = {a} * {x}\n    return {out} + {b}", f"{out} = {a} * {x} + {b}\n    return {out}"),
+            (
+                f"return {a} * {x} + {b}",
+                f"{out} = {a} * {x}\n    return {out} + {b}",
+                f"{out} = {a} * {x} + {b}\n    return {out}",
+            ),
             a * n + b,
         ),
         "clamp": (
@@ -309,9 +342,10 @@ def number_function(rng: random.Random, spec: Spec) -> tuple[str, str, str]:
             n * a % b,
         ),
     }[kind]
-    body = comment(rng, "    ", ("plain arithmetic", "short and simple", "no imports needed", "works for whole numbers"))
+    remarks = ("plain arithmetic", "short and simple", "no imports needed", "works for whole numbers")
+    body = comment(rng, "    ", remarks)
     body += f"    {rng.choice(lines)}\n"
-    source = f'def {name}({x}):\n    """{docstring(rng, goal)}"""\n{body}\n\n{show(rng, name, str(n), value)}'
+    source = define(rng, name, x, goal, body) + show(rng, name, str(n), value)
     return f"takes a number and returns {goal}", name, source
 
 

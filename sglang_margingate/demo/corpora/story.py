@@ -12,28 +12,106 @@ from typing import NamedTuple
 
 from sglang_margingate.demo.corpora.base import Document, draw_in_split, lean
 
-NAMES = (
-    "Pip Milo Tilly Bruno Olga Fern Otto Luna Rosa Kit Dot Hazel Moss Penny Remy Suki Toby Vera Wren Ziggy "
-    "Alba Basil Cleo Dara Edda Fritz Greta Hopi Inga Jory"
-).split()
-ANIMALS = "fox mouse bear rabbit wolf frog hedgehog cat duck goat badger squirrel beaver robin turtle mole".split()
-PLACES = (
-    "the old forest|the quiet valley|the windy hill|the small harbor|the deep garden|the long river|the snowy field|"
-    "the sunny meadow|the dark cave|the stone bridge|the empty mill|the far island"
-).split("|")
-WISHES = (
-    "find a lost key|bake a cake|see the sea|build a boat|learn to sing|catch a star|cross the river|grow a garden|"
-    "meet a friend|paint a picture|read a map|fly a kite"
-).split("|")
-TRAITS = "small brave shy clever quiet kind merry proud patient curious gentle stubborn".split()
-HELPERS = "heron beetle snail deer crow toad bee goose hare lark newt lamb".split()
-SKIES = "bright gray golden misty warm cold silver pale".split()
-THINGS = "lantern rope basket blanket spoon drum bell ladder ribbon bucket".split()
-FEELINGS = "happy tired hopeful calm sleepy glad proud safe".split()
-FOODS = "bread honey soup berries nuts cheese tea plums".split()
+NAMES = [
+    "Pip",
+    "Milo",
+    "Tilly",
+    "Bruno",
+    "Olga",
+    "Fern",
+    "Otto",
+    "Luna",
+    "Rosa",
+    "Kit",
+    "Dot",
+    "Hazel",
+    "Moss",
+    "Penny",
+    "Remy",
+    "Suki",
+    "Toby",
+    "Vera",
+    "Wren",
+    "Ziggy",
+    "Alba",
+    "Basil",
+    "Cleo",
+    "Dara",
+    "Edda",
+    "Fritz",
+    "Greta",
+    "Hopi",
+    "Inga",
+    "Jory",
+]
+ANIMALS = [
+    "fox",
+    "mouse",
+    "bear",
+    "rabbit",
+    "wolf",
+    "frog",
+    "hedgehog",
+    "cat",
+    "duck",
+    "goat",
+    "badger",
+    "squirrel",
+    "beaver",
+    "robin",
+    "turtle",
+    "mole",
+]
+PLACES = [
+    "the old forest",
+    "the quiet valley",
+    "the windy hill",
+    "the small harbor",
+    "the deep garden",
+    "the long river",
+    "the snowy field",
+    "the sunny meadow",
+    "the dark cave",
+    "the stone bridge",
+    "the empty mill",
+    "the far island",
+]
+WISHES = [
+    "find a lost key",
+    "bake a cake",
+    "see the sea",
+    "build a boat",
+    "learn to sing",
+    "catch a star",
+    "cross the river",
+    "grow a garden",
+    "meet a friend",
+    "paint a picture",
+    "read a map",
+    "fly a kite",
+]
+TRAITS = [
+    "small",
+    "brave",
+    "shy",
+    "clever",
+    "quiet",
+    "kind",
+    "merry",
+    "proud",
+    "patient",
+    "curious",
+    "gentle",
+    "stubborn",
+]
+HELPERS = ["heron", "beetle", "snail", "deer", "crow", "toad", "bee", "goose", "hare", "lark", "newt", "lamb"]
+SKIES = ["bright", "gray", "golden", "misty", "warm", "cold", "silver", "pale"]
+THINGS = ["lantern", "rope", "basket", "blanket", "spoon", "drum", "bell", "ladder", "ribbon", "bucket"]
+FEELINGS = ["happy", "tired", "hopeful", "calm", "sleepy", "glad", "proud", "safe"]
+FOODS = ["bread", "honey", "soup", "berries", "nuts", "cheese", "tea", "plums"]
 
-# One list a beat. {name} {animal} {place} {wish} {helper} {thing} stay the same through a story; {sky} {feel} {food} {trait}
-# are drawn anew at each use.
+# One list a beat. {name} {animal} {place} {wish} {helper} {thing} stay the same through a story; {sky} {feel} {food}
+# {trait} are drawn anew at each use.
 BEATS: tuple[tuple[str, ...], ...] = (
     (
         "Once there was a {trait} {animal} named {name} who lived near {place}.",
@@ -186,8 +264,9 @@ def generate(rng: random.Random, split: str) -> Document:
     cast, key = draw_in_split(rng, split, draw_cast, key_of)
     fixed = {**cast._asdict(), "helper": lean(rng, HELPERS, cast.animal), "thing": lean(rng, THINGS, cast.wish)}
     values = Fresh(rng, fixed)
-    sentences = [
-        (lean(rng, beat, cast.name) if i % 3 == 0 else rng.choice(beat)).format_map(values) for i, beat in enumerate(BEATS)
-    ]
+    sentences = []
+    for i, beat in enumerate(BEATS):
+        form = lean(rng, beat, cast.name) if i % 3 == 0 else rng.choice(beat)
+        sentences.append(form.format_map(values))
     paragraphs = (sentences[:5], sentences[5:10], sentences[10:])
     return Document(rng.choice(ASK).format_map(fixed), "\n".join(" ".join(p) for p in paragraphs) + "\nThe end.", key)
