@@ -1,0 +1,133 @@
+"""Two runs side by side: which requests had the same prompt, and where their tokens part."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+STEP_COLUMNS = ("request_id", "step", "token", "margin", "batch_rows")
+REQUEST_COLUMNS = ("request_id", "dataset", "prompt_tokens", "time", "finish_reason")
+
+
+class Pairs(NamedTuple):
+    """Requests of two runs that had the same prompt."""
+
+    table: pd.DataFrame
+    """Columns a and b (request ids) and dataset."""
+    how: str
+    """How they were matched, as a sentence for the reader."""
+
+
+def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
+    """Match the requests of two runs, by the strongest evidence that both have.
+
+    Request ids that occur in both; else equal prompt texts; else the n-th request of a dataset with the same number of
+    prompt tokens. Repeats of a prompt are matched in order of arrival.
+    """
+    a = a.drop_duplicates("request_id")
+    b = b.drop_duplicates("request_id")
+    if a.empty or b.empty:
+        return Pairs(pd.DataFrame(columns=["a", "b", "dataset"]), "One of the runs has no finished request.")
+    common = a.merge(b[["request_id"]], on="request_id")
+    if 2 * len(common) >= min(len(a), len(b)):
+        table = pd.DataFrame({"a": common["request_id"], "b": common["request_id"], "dataset": common["dataset"]})
+        return Pairs(table, "Matched by request id.")
+    if _has_text(a) and _has_text(b):
+        return Pairs(_by(a, b, ["prompt_text"]), "Matched by prompt text, repeats in order of arrival.")
+    table = _by(a, b, ["dataset", "prompt_tokens"])
+    return Pairs(
+        table,
+        "Matched by dataset, prompt length and order of arrival, because neither request ids nor prompt texts "
+        "are shared: prompts may differ.",
+    )
+
+
+def _has_text(requests: pd.DataFrame) -> bool:
+    return "prompt_text" in requests and bool(requests["prompt_text"].notna().all())
+
+
+def _by(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    def numbered(requests: pd.DataFrame) -> pd.DataFrame:
+        ordered = requests.sort_values("time", kind="stable")
+        ordered = ordered.assign(**{k: ordered[k].astype("string").fillna("") for k in keys})
+        return ordered.assign(repeat=ordered.groupby(keys, sort=False).cumcount())
+
+    left = numbered(a)[["request_id", "repeat", *dict.fromkeys([*keys, "dataset"])]]
+    right = numbered(b)[["request_id", "repeat", *keys]]
+    found = left.merge(right, on=[*keys, "repeat"], suffixes=("_a", "_b"))
+    return pd.DataFrame({"a": found["request_id_a"], "b": found["request_id_b"], "dataset": found["dataset"]})
+
+
+def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
+    """Return the first step at which two token sequences differ, or None where they are equal.
+
+    A sequence that ends earlier differs at the step where it has no token any more.
+    """
+    shared = min(a.size, b.size)
+    unequal = np.flatnonzero(a[:shared] != b[:shared])
+    if unequal.size:
+        return int(unequal[0])
+    return None if a.size == b.size else shared
+
+
+class _Sequences:
+    """The steps of a run, by request, each a slice of flat arrays."""
+
+    def __init__(self, steps: pd.DataFrame) -> None:
+        ids = steps["request_id"].astype("category")
+        codes = ids.cat.codes.to_numpy().astype(np.int64)
+        step = steps["step"].to_numpy()
+        order = np.lexsort((step, codes))
+        codes, step = codes[order], step[order]
+        # A step written twice (retraction): the later row is the one that stands.
+        last = np.ones(codes.size, dtype=bool)
+        last[:-1] = (codes[1:] != codes[:-1]) | (step[1:] != step[:-1])
+        order, codes = order[last], codes[last]
+        self.token = steps["token"].to_numpy()[order]
+        self.margin = steps["margin"].to_numpy()[order]
+        self.rows = steps["batch_rows"].to_numpy()[order]
+        bounds = np.searchsorted(codes, np.arange(len(ids.cat.categories) + 1))
+        names = ids.cat.categories.astype(str)
+        self.span = {name: slice(start, stop) for name, start, stop in zip(names, bounds[:-1], bounds[1:])}
+
+
+def divergences(pairs: pd.DataFrame, steps_a: pd.DataFrame, steps_b: pd.DataFrame) -> pd.DataFrame:
+    """Compare the tokens of matched requests.
+
+    Returns
+    -------
+    DataFrame
+        dataset, a, b, tokens_a, tokens_b, identical, first (step of the first difference, null where there is none),
+        and the margins and batch rows of both at that step.
+    """
+    left, right = _Sequences(steps_a), _Sequences(steps_b)
+    nothing = slice(0, 0)
+    rows = []
+    for dataset, a, b in zip(pairs["dataset"], pairs["a"].astype(str), pairs["b"].astype(str)):
+        x, y = left.span.get(a, nothing), right.span.get(b, nothing)
+        first = first_difference(left.token[x], right.token[y])
+
+        def at(values: np.ndarray, span: slice, where: int | None = first) -> float:
+            return float(values[span][where]) if where is not None and where < span.stop - span.start else np.nan
+
+        rows.append(
+            (dataset, a, b, x.stop - x.start, y.stop - y.start, first is None, first, at(left.margin, x),
+             at(right.margin, y), at(left.rows, x), at(right.rows, y))
+        )  # fmt: skip
+    names = [
+        "dataset",
+        "a",
+        "b",
+        "tokens_a",
+        "tokens_b",
+        "identical",
+        "first",
+        "margin_a",
+        "margin_b",
+        "rows_a",
+        "rows_b",
+    ]
+    table = pd.DataFrame(rows, columns=names)
+    return table.astype({"first": "Int64", "identical": bool})

@@ -1,0 +1,208 @@
+"""Cached loading: each page names the columns that it needs, and only those are ever read.
+
+A run's columns are kept once per server process and shared by all pages and browser tabs. Filters work on what is
+returned, outside the cache. A live run grows: only files closed since the last look are read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+from pandas.api.types import union_categoricals
+
+from margingate_dashboard import states
+from sglang_margingate.trace import RunFollower, RunInfo, TraceError, list_runs, read_run
+from sglang_margingate.trace.schema import REQUEST_SCHEMA
+
+KEPT_RUNS = 4
+"""Runs whose columns stay in memory at once; the least recently opened goes first."""
+
+Signature = tuple[tuple[str, int, int], ...]
+
+
+@st.cache_data(ttl=2.0, max_entries=8, show_spinner=False)
+def _list_runs(trace_dir: str) -> list[RunInfo]:
+    return list_runs(trace_dir)
+
+
+def runs(trace_dir: Path) -> list[RunInfo]:
+    """List the runs in the trace folder, newest first; at most two seconds old."""
+    return _list_runs(str(trace_dir))
+
+
+def signature(path: Path) -> Signature:
+    """Return name, size and time of a run's Parquet files: equal while nothing was closed since."""
+    found = []
+    for file in sorted([*path.glob("steps-*.parquet"), *path.glob("requests-*.parquet")]):
+        try:
+            stat = file.stat()
+        except OSError:
+            continue  # replaced or deleted between listing and looking
+        found.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
+
+
+@dataclass
+class _Group:
+    """Columns that were first asked for together, and so are read together."""
+
+    follower: RunFollower
+    frame: pd.DataFrame
+
+
+@dataclass
+class _Columns:
+    """The loaded columns of one kind of row (steps or requests) of one run."""
+
+    path: Path
+    kind: str
+    groups: list[_Group] = field(default_factory=list)
+    seen: Signature = ()
+    warnings: list[str] = field(default_factory=list)
+
+    def frame(self, names: Sequence[str], now: Signature) -> pd.DataFrame:
+        if self.seen and now[: len(self.seen)] != self.seen and not set(self.seen) <= set(now):
+            self.groups.clear()  # a file was replaced or removed: another run under the same name
+            self.warnings.clear()
+        if now != self.seen:
+            for group in self.groups:
+                self._poll(group)
+            self.seen = now
+        have = {name for group in self.groups for name in group.frame.columns}
+        missing = [name for name in names if name not in have]
+        if missing:
+            self._open(missing)
+        if len({len(group.frame) for group in self.groups}) > 1:
+            # A file closed between two reads, or one of its columns is damaged: read all in one go, so that rows match.
+            every = [name for group in self.groups for name in group.frame.columns]
+            self.groups.clear()
+            self._open(every)
+        by_name = {name: group.frame[name] for group in self.groups for name in group.frame.columns}
+        return pd.DataFrame({name: by_name[name] for name in names}, copy=False)
+
+    def _open(self, names: Sequence[str]) -> None:
+        if self.kind == "steps":
+            follower = RunFollower(self.path, step_columns=names, request_columns=[])
+        else:
+            follower = RunFollower(self.path, step_columns=[], request_columns=names)
+        group = _Group(follower, pd.DataFrame())
+        self._poll(group)
+        self.groups.append(group)
+
+    def _poll(self, group: _Group) -> None:
+        fresh = group.follower.poll()
+        rows = fresh.steps if self.kind == "steps" else fresh.requests
+        for warning in fresh.warnings:
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+        group.frame = rows if group.frame.empty else (_append(group.frame, rows) if len(rows) else group.frame)
+
+
+def _append(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """Stack two frames; categories are merged, because pandas would turn differing ones into objects."""
+    columns: dict[str, object] = {}
+    for name in old.columns:
+        a, b = old[name], new[name]
+        if isinstance(a.dtype, pd.CategoricalDtype) and isinstance(b.dtype, pd.CategoricalDtype):
+            columns[name] = union_categoricals([a, b])
+        else:
+            columns[name] = pd.concat([a, b], ignore_index=True)
+    return pd.DataFrame(columns, copy=False)
+
+
+_DERIVED: dict[str, tuple[Callable[[pd.DataFrame], np.ndarray], tuple[str, ...]]] = {
+    "state": (states.classify, states.STATE_COLUMNS),
+    "triggered": (states.triggered, ("margin", "threshold", "prefill")),
+    "verified": (states.verified, ("reason",)),
+}
+"""Columns made here from columns on disk: how, and from which."""
+
+
+class RunData:
+    """The rows of one run, loaded column by column.
+
+    Parameters
+    ----------
+    path
+        The run's folder.
+
+    Notes
+    -----
+    Shared between sessions: treat returned frames as read-only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._steps = _Columns(path, "steps")
+        self._requests = _Columns(path, "requests")
+        self._derived: dict[str, tuple[Signature, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def steps(self, *names: str) -> pd.DataFrame:
+        """Return step rows with these columns; ``state`` (code), ``triggered`` and ``verified`` count as columns.
+
+        Raises
+        ------
+        TraceError
+            The run cannot be read (:class:`~sglang_margingate.trace.SchemaVersionError` for a newer schema).
+        """
+        with self._lock:
+            now = signature(self.path)
+            real = [n for n in names if n not in _DERIVED]
+            wanted = [n for n in names if n in _DERIVED]
+            stale = [n for n in wanted if self._derived.get(n, (None,))[0] != now]
+            needs = [c for n in stale for c in _DERIVED[n][1]]
+            frame = self._steps.frame(list(dict.fromkeys([*real, *needs])) or ["step"], now)
+            for name in stale:
+                self._derived[name] = (now, _DERIVED[name][0](frame))
+            for name in wanted:
+                frame[name] = self._derived[name][1]
+            return frame[list(names)]
+
+    def requests(self, *names: str) -> pd.DataFrame:
+        """Return request rows with these columns (all except the prompt text by default)."""
+        with self._lock:
+            wanted = names or tuple(n for n in REQUEST_SCHEMA.names if n != "prompt_text")
+            return self._requests.frame(wanted, signature(self.path))[list(wanted)]
+
+    @property
+    def version(self) -> Signature:
+        """What is loaded: changes when a live run has grown."""
+        return self._steps.seen
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could not be read so far, one line each."""
+        return list(dict.fromkeys([*self._steps.warnings, *self._requests.warnings]))
+
+
+@st.cache_resource(max_entries=KEPT_RUNS, show_spinner=False)
+def _run_data(path: str) -> RunData:
+    return RunData(Path(path))
+
+
+def run_data(path: Path) -> RunData:
+    """Return the shared data of one run."""
+    return _run_data(str(path))
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _request_steps(path: str, now: Signature, request_id: str) -> pd.DataFrame:
+    del now  # in the key: a live request grows
+    run = read_run(path, request_columns=[], filters=[("request_id", "==", request_id)])
+    steps = run.steps.sort_values("step", kind="stable").drop_duplicates("step", keep="last")
+    return steps.reset_index(drop=True)
+
+
+def request_steps(path: Path, request_id: str) -> pd.DataFrame:
+    """Return every column of one request's steps, in order; a step written twice (retraction) counts once."""
+    return _request_steps(str(path), signature(path), request_id)
+
+
+__all__ = ["RunData", "RunInfo", "TraceError", "request_steps", "run_data", "runs", "signature"]

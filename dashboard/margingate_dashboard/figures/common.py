@@ -1,0 +1,104 @@
+"""What all figures share: layout, legend place, empty state. Figures are pure functions of frames."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+HEIGHT = 340
+
+# Middle grey with transparency: readable on white and on near-black, also in an exported file.
+GRID = "rgba(128,134,145,0.22)"
+AXIS = "rgba(128,134,145,0.55)"
+
+
+def finish(fig: go.Figure, title: str, *, height: int = HEIGHT, subtitle: str = "", legend: bool = True) -> go.Figure:
+    """Apply the common layout: title at the left, legend along the bottom. Backgrounds are left to the page's theme.
+
+    Parameters
+    ----------
+    fig
+        The figure, changed in place.
+    title, subtitle
+        What is shown, and on which data; both travel with an exported image.
+    height
+        Height in pixels.
+    legend
+        Whether to show the legend.
+    """
+    small = f'<br><span style="font-size:12px;font-weight:400;color:#858B96">{subtitle}</span>' if subtitle else ""
+    head = {
+        "text": f"{title}{small}",
+        "font": {"size": 15},
+        "x": 0,
+        "xref": "container",
+        "xanchor": "left",
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"l": 6, "t": 20},
+    }
+    fig.update_layout(
+        title=head,
+        height=height,
+        meta={"title": title},
+        margin={"l": 62, "r": 20, "t": 60 if subtitle else 44, "b": 82 if legend else 54},
+        showlegend=legend,
+        legend={
+            "orientation": "h",
+            "yref": "container",
+            "y": 0.005,
+            "yanchor": "bottom",
+            "xref": "paper",
+            "x": 0,
+            "traceorder": "normal",
+            "font": {"size": 12},
+        },
+        hoverlabel={"namelength": -1, "align": "left"},
+        bargap=0.12,
+        font={"size": 12},
+    )
+    fig.update_xaxes(gridcolor=GRID, linecolor=AXIS, zeroline=False, automargin=True, title_standoff=8)
+    fig.update_yaxes(gridcolor=GRID, linecolor=AXIS, zeroline=False, automargin=True, title_standoff=16)
+    return fig
+
+
+def empty(title: str, message: str, *, height: int = 220) -> go.Figure:
+    """Return a figure that says why it is empty."""
+    fig = go.Figure()
+    finish(fig, title, height=height, legend=False)
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(visible=False)
+    fig.add_annotation(text=message, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", opacity=0.75)
+    return fig
+
+
+def step_fill(x_edges: np.ndarray, y: np.ndarray, **style: Any) -> go.Scatter:
+    """Return a histogram outline that works on linear and logarithmic axes alike: ``n + 1`` edges, ``n`` heights."""
+    return go.Scatter(
+        x=x_edges,
+        y=np.append(y, y[-1] if y.size else 0),
+        mode="lines",
+        line={"shape": "hv", "width": 1.5, "color": style.pop("colour", None), "dash": style.pop("dash", None)},
+        fill=style.pop("fill", "tozeroy"),
+        **style,
+    )
+
+
+def safe(text: object) -> str:
+    """Return untrusted text for a figure: Plotly reads a little HTML in names, labels and hovers."""
+    return html.escape(str(text), quote=False)
+
+
+def extra(name: object) -> str:
+    """Return the name box of a hover label."""
+    return f"<extra>{name}</extra>"
+
+
+def translucent(colour: str, alpha: float) -> str:
+    """Return ``#RRGGBB`` as an rgba colour."""
+    r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},{alpha})"

@@ -1,0 +1,49 @@
+"""Figures of the Compare page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from margingate_dashboard.figures.common import empty, extra, finish
+from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES
+
+
+def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
+    """Draw how many matched requests have not diverged yet after each step, by dataset.
+
+    Parameters
+    ----------
+    table
+        From :func:`margingate_dashboard.align.divergences`, with ``dataset`` as shown.
+    """
+    title = "Requests still identical, by step"
+    if table.empty:
+        return empty(title, "No matched requests.")
+    fig = go.Figure()
+    longest = int(table[["tokens_a", "tokens_b"]].max(axis=None))
+    for index, (name, rows) in enumerate(table.groupby("dataset", sort=True, observed=True)):
+        first = np.sort(rows["first"].dropna().to_numpy(dtype=np.int64))
+        x = np.concatenate([[0], first, [longest]])
+        y = np.concatenate([[len(rows)], len(rows) - 1 - np.arange(first.size), [len(rows) - first.size]])
+        fig.add_trace(
+            go.Scatter(
+                x=x,
+                y=y / len(rows) * 100,
+                name=f"{name} ({len(rows) - first.size:,} / {len(rows):,})",
+                mode="lines",
+                customdata=np.stack([y, np.full(y.size, len(rows))], axis=-1),
+                line={
+                    "shape": "hv",
+                    "width": 2,
+                    "color": SERIES_COLOURS[index % len(SERIES_COLOURS)],
+                    "dash": SERIES_DASHES[index % len(SERIES_DASHES)],
+                },
+                hovertemplate="step %{x}: %{customdata[0]} / %{customdata[1]} identical" + extra(name),
+            )
+        )
+    finish(fig, title, subtitle=subtitle)
+    fig.update_xaxes(title_text="step (output token)", rangemode="tozero")
+    fig.update_yaxes(title_text="identical so far, %", range=[0, 103])
+    return fig

@@ -1,0 +1,101 @@
+"""Figures of the Flips page: at which steps flips happen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from margingate_dashboard.figures.common import empty, finish
+from margingate_dashboard.rates import upper_95
+from margingate_dashboard.states import CODE
+from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED
+
+FLIP_STATES = (REPAIRED, FLIPPED, MISSED)
+
+
+def by_bucket(bucket: np.ndarray, state: np.ndarray, labels: Sequence[str]) -> pd.DataFrame:
+    """Count steps and flips in each bucket.
+
+    Parameters
+    ----------
+    bucket
+        Bucket of each step, an index into ``labels``.
+    state
+        State code of each step.
+    labels
+        Names of the buckets, in order.
+
+    Returns
+    -------
+    DataFrame
+        label, steps, one column per flip state, flips, rate and its 95% upper bound; buckets without steps left out.
+    """
+    table: dict[str, object] = {"label": list(labels), "steps": np.bincount(bucket, minlength=len(labels))}
+    for look in FLIP_STATES:
+        table[look.name] = np.bincount(bucket[state == CODE[look.name]], minlength=len(labels))
+    frame = pd.DataFrame(table)
+    frame["flips"] = frame[[look.name for look in FLIP_STATES]].sum(axis=1)
+    frame = frame[frame["steps"] > 0].reset_index(drop=True)
+    frame["rate"] = frame["flips"] / frame["steps"]
+    frame["upper_95"] = [upper_95(f, n) for f, n in zip(frame["flips"], frame["steps"])]
+    return frame
+
+
+def ranges(values: np.ndarray, count: int = 10) -> tuple[np.ndarray, list[str]]:
+    """Cut whole numbers into at most ``count`` ranges of about equal size; return each value's range and its label."""
+    if values.size == 0:
+        return np.zeros(0, dtype=np.int64), []
+    distinct = np.unique(values)
+    if distinct.size <= count:
+        return np.searchsorted(distinct, values), [f"{v:g}" for v in distinct]
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)).astype(np.int64))
+    edges[-1] += 1
+    found = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, edges.size - 2)
+    labels = [f"{a}" if b - 1 == a else f"{a}–{b - 1}" for a, b in pairwise(edges)]
+    return found, labels
+
+
+def bars(table: pd.DataFrame, title: str, axis: str, subtitle: str = "") -> go.Figure:
+    """Draw flips per 1,000 steps in each bucket, with numerator and denominator on each bar."""
+    if table.empty or not table["flips"].sum():
+        return empty(
+            title, "No flip has been confirmed." if len(table) else "No decode steps have been recorded.", height=260
+        )
+    fig = go.Figure()
+    for look in FLIP_STATES:
+        if not table[look.name].any():
+            continue
+        fig.add_trace(
+            go.Bar(
+                x=table["label"],
+                y=1000.0 * table[look.name] / table["steps"],
+                name=look.name,
+                marker_color=look.colour,
+                customdata=np.stack([table[look.name], table["steps"], 1000 * table["upper_95"]], axis=-1),
+                hovertemplate="%{x}: %{customdata[0]:,} / %{customdata[1]:,} steps"
+                "<br>all flips at most %{customdata[2]:.3g} per 1,000 (95%)<extra>" + look.name + "</extra>",
+            )
+        )
+    crowded = len(table) > 11
+    fig.add_trace(
+        go.Scatter(
+            x=table["label"],
+            y=1000.0 * table["rate"],
+            mode="text",
+            showlegend=False,
+            hoverinfo="skip",
+            cliponaxis=False,
+            text=[f"{f:,}<br>/{n:,}" if not crowded else f"{f:,}" for f, n in zip(table["flips"], table["steps"])],
+            textposition="top center",
+            textfont={"size": 10},
+        )
+    )
+    finish(fig, title, height=340, subtitle=subtitle)
+    fig.update_layout(barmode="stack")
+    fig.update_xaxes(title_text=axis, type="category", categoryorder="array", categoryarray=table["label"].tolist())
+    fig.update_yaxes(title_text="flips per 1,000 steps", range=[0, 1000.0 * float(table["rate"].max()) * 1.28])
+    return fig

@@ -1,0 +1,116 @@
+"""Figures of the Latency page: time per token, cost of verifying, overhead of each request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from margingate_dashboard.figures.common import empty, extra, finish, translucent
+from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES, TRIGGERED
+
+
+def quantiles(groups: np.ndarray, values: np.ndarray) -> pd.DataFrame:
+    """Return count, median and 95th percentile of ``values`` for each whole number in ``groups``."""
+    keep = np.isfinite(values)
+    frame = pd.DataFrame({"rows": groups[keep], "ms": values[keep]})
+    grouped = frame.groupby("rows", sort=True)["ms"]
+    table = grouped.agg(steps="size", median="median").reset_index()
+    table["p95"] = grouped.quantile(0.95).to_numpy() if len(frame) else []
+    return table
+
+
+def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: str = "") -> go.Figure:
+    """Draw median and 95th percentile against batch rows, one colour per policy (from :func:`quantiles`)."""
+    tables = {name: table for name, table in tables.items() if len(table)}
+    if not tables:
+        return empty(title, f"No {what} has been recorded.")
+    fig = go.Figure()
+    for index, (name, table) in enumerate(tables.items()):
+        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        fig.add_trace(
+            go.Scatter(
+                x=table["rows"],
+                y=table["p95"],
+                name=f"{name}, 95th percentile",
+                mode="lines",
+                line={"color": colour, "width": 1.5, "dash": "dot"},
+                customdata=table["steps"],
+                hovertemplate="%{x} rows: %{y:.2f} ms (%{customdata:,} steps)<extra>" + name + " p95</extra>",
+            )
+        )
+        fig.add_trace(
+            go.Scatter(
+                x=table["rows"],
+                y=table["median"],
+                name=f"{name}, median",
+                mode="lines+markers",
+                line={"color": colour, "width": 2, "dash": SERIES_DASHES[0]},
+                marker={"size": 6},
+                customdata=table["steps"],
+                hovertemplate="%{x} rows: %{y:.2f} ms (%{customdata:,} steps)<extra>" + name + " median</extra>",
+            )
+        )
+    finish(fig, title, subtitle=subtitle)
+    fig.update_xaxes(title_text="batch rows")
+    fig.update_yaxes(title_text="ms", rangemode="tozero")
+    return fig
+
+
+def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "", bins: int = 40) -> go.Figure:
+    """Draw histograms of a number per request, with each group's median."""
+    values = {name: v[np.isfinite(v)] for name, v in values.items()}
+    values = {name: v for name, v in values.items() if v.size}
+    if not values:
+        return empty(title, "No request has finished yet.")
+    every = np.concatenate(list(values.values()))
+    low, high = float(every.min()), float(np.quantile(every, 0.995))
+    edges = np.linspace(min(low, high), max(high, low + 1e-6), bins + 1)
+    edges[-1] = max(edges[-1], float(every.max()))
+    shown = np.append(edges[:-1], edges[-2] + (edges[1] - edges[0]))
+    fig = go.Figure()
+    for index, (name, v) in enumerate(values.items()):
+        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        heights, _ = np.histogram(v, edges)
+        fig.add_trace(
+            go.Bar(
+                x=(shown[:-1] + shown[1:]) / 2,
+                y=heights,
+                width=np.diff(shown),
+                name=f"{name} ({v.size:,} requests, median {np.median(v):.4g})",
+                marker={"color": translucent(colour, 0.75), "line": {"width": 0}},
+                customdata=np.stack([edges[:-1], edges[1:]], axis=-1),
+                hovertemplate="%{customdata[0]:.4g} to %{customdata[1]:.4g}: %{y:,} requests" + extra(name),
+            )
+        )
+        if len(values) <= 3:
+            fig.add_vline(x=float(np.median(v)), line={"color": colour, "width": 1.5, "dash": "dash"})
+    finish(fig, title, subtitle=subtitle)
+    fig.update_layout(barmode="stack")
+    fig.update_xaxes(title_text=axis)
+    fig.update_yaxes(title_text="requests")
+    return fig
+
+
+def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
+    """Draw what a verify pass costs against the columns recomputed for a step (from :func:`quantiles`)."""
+    title = "Cost of a verify by window"
+    if table.empty:
+        return empty(title, "No step was verified.")
+    fig = go.Figure()
+    for column, dash in (("p95", "dot"), ("median", "solid")):
+        fig.add_trace(
+            go.Scatter(
+                x=table["rows"],
+                y=table[column],
+                name={"p95": "95th percentile", "median": "median"}[column],
+                mode="lines+markers" if column == "median" else "lines",
+                line={"color": TRIGGERED.colour, "width": 2 if column == "median" else 1.5, "dash": dash},
+                customdata=table["steps"],
+                hovertemplate="%{x} columns: %{y:.2f} ms (%{customdata:,} verified steps)<extra>" + column + "</extra>",
+            )
+        )
+    finish(fig, title, subtitle=subtitle)
+    fig.update_xaxes(title_text="columns recomputed for the step (window)")
+    fig.update_yaxes(title_text="ms the step waited", rangemode="tozero")
+    return fig

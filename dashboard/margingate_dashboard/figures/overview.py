@@ -1,0 +1,158 @@
+"""Figures of the Overview page: what happened when, how full the batch was, and what responses may claim."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from margingate_dashboard.figures.common import empty, extra, finish, safe, translucent
+from margingate_dashboard.states import CODE, as_bool
+from margingate_dashboard.theme import FLIPPED, GUARANTEE_COLOURS, MISSED, REPAIRED, SERIES_COLOURS, TRIGGERED
+
+
+def over_time(steps: pd.DataFrame, bins: int = 72) -> pd.DataFrame:
+    """Count decode steps, triggers, flips by state, and batch rows in equal spans of the run's time.
+
+    Parameters
+    ----------
+    steps
+        Step rows with time, prefill, state, triggered, batch_rows.
+    bins
+        Number of spans.
+
+    Returns
+    -------
+    DataFrame
+        One row a span: seconds (its middle, from the run's first step), steps, triggered, repaired, flipped, missed,
+        rows_mean, rows_max (NaN where the span has no decode step).
+    """
+    decode = ~as_bool(steps["prefill"])
+    times = steps["time"].to_numpy(dtype="datetime64[us]").astype(np.int64)[decode]
+    if times.size == 0:
+        return pd.DataFrame(
+            columns=["seconds", "steps", "triggered", "repaired", "flipped", "missed", "rows_mean", "rows_max"]
+        )
+    begin, span = times.min(), max(1, int(times.max() - times.min()))
+    slot = np.minimum((times - begin) * bins // span, bins - 1)
+    state = steps["state"].to_numpy()[decode]
+    rows = steps["batch_rows"].fillna(0).to_numpy(dtype=np.float64)[decode]
+    total = np.bincount(slot, minlength=bins)
+    largest = np.full(bins, -np.inf)
+    np.maximum.at(largest, slot, rows)
+    table = {
+        "seconds": (np.arange(bins) + 0.5) * span / bins / 1e6,
+        "steps": total,
+        "triggered": np.bincount(slot, weights=steps["triggered"].to_numpy()[decode], minlength=bins).astype(int),
+    }
+    for name in (REPAIRED.name, FLIPPED.name, MISSED.name):
+        table[name] = np.bincount(slot[state == CODE[name]], minlength=bins)
+    table["rows_mean"] = np.divide(
+        np.bincount(slot, weights=rows, minlength=bins), total, out=np.full(bins, np.nan), where=total > 0
+    )
+    table["rows_max"] = np.where(total > 0, largest, np.nan)
+    return pd.DataFrame(table)
+
+
+def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
+    """Draw trigger rate, flips and batch rows over the run's time (from :func:`over_time`)."""
+    title = "Triggers, flips and batch size over time"
+    if table.empty:
+        return empty(title, "No decode steps have been recorded yet.")
+    fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.075, row_heights=[0.38, 0.34, 0.28])
+    rate = 100.0 * table["triggered"] / table["steps"].where(table["steps"] > 0)
+    fig.add_trace(
+        go.Scatter(
+            x=table["seconds"],
+            y=rate,
+            name=f"{TRIGGERED.name} (share of decode steps)",
+            mode="lines",
+            line={"color": TRIGGERED.colour, "width": 2, "shape": "hvh"},
+            fill="tozeroy",
+            fillcolor=translucent(TRIGGERED.colour, 0.25),
+            customdata=np.stack([table["triggered"], table["steps"]], axis=-1),
+            hovertemplate="%{x:.1f} s: %{y:.2f}% (%{customdata[0]:,} / %{customdata[1]:,} steps)" + extra("triggered"),
+        ),
+        row=1,
+        col=1,
+    )
+    for state in (REPAIRED, FLIPPED, MISSED):
+        if not table[state.name].any() and state is FLIPPED:
+            continue
+        fig.add_trace(
+            go.Bar(
+                x=table["seconds"],
+                y=table[state.name],
+                name=state.name,
+                marker_color=state.colour,
+                customdata=table["steps"],
+                hovertemplate="%{x:.1f} s: %{y:,} of %{customdata:,} steps<extra>" + state.name + "</extra>",
+            ),
+            row=2,
+            col=1,
+        )
+    fig.add_trace(
+        go.Scatter(
+            x=table["seconds"],
+            y=table["rows_max"],
+            name="batch rows, largest",
+            mode="lines",
+            line={"color": SERIES_COLOURS[0], "width": 1, "dash": "dot", "shape": "hvh"},
+            hovertemplate="%{x:.1f} s: %{y:.0f} rows<extra>largest batch</extra>",
+        ),
+        row=3,
+        col=1,
+    )
+    fig.add_trace(
+        go.Scatter(
+            x=table["seconds"],
+            y=table["rows_mean"],
+            name="batch rows, mean over steps",
+            mode="lines",
+            line={"color": SERIES_COLOURS[0], "width": 2, "shape": "hvh"},
+            hovertemplate="%{x:.1f} s: %{y:.1f} rows<extra>mean batch</extra>",
+        ),
+        row=3,
+        col=1,
+    )
+    finish(fig, title, height=520, subtitle=subtitle)
+    fig.update_layout(barmode="stack", hovermode="x unified", bargap=0.05)
+    fig.update_yaxes(title_text="triggered, %", rangemode="tozero", row=1, col=1)
+    fig.update_yaxes(title_text="flips", rangemode="tozero", row=2, col=1)
+    tallest = int(table[[REPAIRED.name, FLIPPED.name, MISSED.name]].sum(axis=1).max())
+    if tallest < 5:
+        fig.update_yaxes(range=[0, max(1, tallest) * 1.05], dtick=1, row=2, col=1)
+    fig.update_yaxes(title_text="rows", rangemode="tozero", row=3, col=1)
+    fig.update_xaxes(title_text="seconds since the run's first decode step", row=3, col=1)
+    return fig
+
+
+def guarantees(requests: pd.DataFrame, subtitle: str = "") -> go.Figure:
+    """Draw how many finished requests may claim each guarantee."""
+    title = "Guarantee of finished requests"
+    total = len(requests)
+    if not total:
+        return empty(title, "No request has finished yet.", height=190)
+    found = requests["guarantee"].astype("string").fillna("none").value_counts()
+    fig = go.Figure()
+    names = [*GUARANTEE_COLOURS, *(n for n in found.index if n not in GUARANTEE_COLOURS)]
+    for name in names:
+        part = int(found.get(name, 0))
+        if not part:
+            continue
+        fig.add_trace(
+            go.Bar(
+                y=[""],
+                x=[part],
+                name=f"{safe(name)} {part:,} / {total:,}",
+                orientation="h",
+                marker_color=GUARANTEE_COLOURS.get(name, "#8C96A3"),
+                hovertemplate=f"{safe(name)}: {part:,} / {total:,} requests ({part / total:.1%})<extra></extra>",
+            )
+        )
+    finish(fig, title, height=150, subtitle=subtitle)
+    fig.update_layout(barmode="stack", bargap=0, margin={"l": 12, "b": 46})
+    fig.update_xaxes(range=[0, total], visible=False)
+    fig.update_yaxes(visible=False)
+    return fig

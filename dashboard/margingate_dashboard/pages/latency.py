@@ -1,0 +1,198 @@
+"""Latency: time per token, the cost of verifying, and what the policy added to each request."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from margingate_dashboard import links, states, ui
+from margingate_dashboard.figures import latency as figures
+from margingate_dashboard.rates import milliseconds, of, share
+from margingate_dashboard.summary import has_tag, overhead
+from margingate_dashboard.theme import PART_COLOURS
+from margingate_dashboard.ui import Card, Page
+
+STEPS = ("dataset", "prefill", "batch_rows", "step_ms", "verify_ms", "window_rows", "verified")
+REQUESTS = (
+    "request_id",
+    "dataset",
+    "policy",
+    "output_tokens",
+    "triggers",
+    "verified",
+    "ttft_ms",
+    "tpot_ms",
+    "e2e_ms",
+    "verify_ms",
+    "hold_ms",
+    "overhead_ms",
+    "overhead_share",
+    "max_batch_rows",
+    "prefill_chunks",
+    "floored_tokens",
+)
+WORST = 10
+
+
+def policies(page: Page, requests: pd.DataFrame) -> tuple[np.ndarray | None, list[str]]:
+    """Return the policy index of each step row and the policies' names; no index where the run has one policy only.
+
+    The column that ties steps to requests is loaded only for runs that mix policies.
+    """
+    every = page.data.requests("request_id", "policy")
+    names = sorted(every["policy"].dropna().astype(str).unique())
+    if len(names) < 2:
+        return None, names or [str(page.info.manifest.get("policy") or "unknown")]
+    ids = page.data.steps("request_id")["request_id"]
+    known = every.drop_duplicates("request_id").set_index("request_id")["policy"].astype(str)
+    by_category = ids.cat.categories.astype(str).map(known)
+    index = np.array([names.index(p) if p in names else -1 for p in by_category] + [-1])
+    return index[ids.cat.codes.to_numpy()], names
+
+
+def _per_token(page: Page, steps: pd.DataFrame, keep: np.ndarray, requests: pd.DataFrame) -> None:
+    which, names = policies(page, requests)
+    rows = steps["batch_rows"].fillna(0).to_numpy(dtype=np.int64)
+    took = steps["step_ms"].to_numpy(dtype=np.float64)
+    waited = steps["verify_ms"].to_numpy(dtype=np.float64)
+    whole, verify = {}, {}
+    for index, name in enumerate(names):
+        mine = keep if which is None else keep & (which == index)
+        whole[name] = figures.quantiles(rows[mine], took[mine])
+        paid = mine & (waited > 0)
+        verify[name] = figures.quantiles(rows[paid], waited[paid])
+    left, right = st.columns(2)
+    with left:
+        ui.chart(
+            figures.by_rows(whole, "Time per token by batch size", "decode step", page.subtitle),
+            "step-time",
+            page.exports,
+        )
+    with right:
+        ui.chart(
+            figures.by_rows(verify, "Verify time of the steps that waited for one", "verify", page.subtitle),
+            "verify-time",
+            page.exports,
+        )
+    seen = keep & steps["verified"].to_numpy()
+    window = figures.quantiles(steps["window_rows"].fillna(0).to_numpy(dtype=np.int64)[seen], waited[seen])
+    with right:
+        ui.chart(figures.verify_cost(window[window["rows"] > 0], page.subtitle), "verify-cost", page.exports)
+
+
+def _by_policy(requests: pd.DataFrame, column: str, scale: float = 1.0) -> dict[str, np.ndarray]:
+    groups = requests.groupby(requests["policy"].astype("string").fillna("unknown"), observed=True)[column]
+    return {ui.safe(name): scale * values.to_numpy(dtype=np.float64) for name, values in groups}
+
+
+@st.fragment
+def _worst(page: Page, requests: pd.DataFrame) -> None:
+    st.markdown(f"##### Most overhead: the worst {min(WORST, len(requests))} of {len(requests):,} requests")
+    shown = requests.nlargest(WORST, "overhead_ms").assign(overhead_share=lambda f: 100 * f["overhead_share"])
+    ms = st.column_config.NumberColumn(format="%.1f ms")
+    picked = ui.table(
+        shown[
+            [
+                "request_id",
+                "dataset",
+                "policy",
+                "overhead_ms",
+                "overhead_share",
+                "e2e_ms",
+                "verify_ms",
+                "hold_ms",
+                "output_tokens",
+                "triggers",
+                "verified",
+                "max_batch_rows",
+            ]
+        ],
+        "worst",
+        page.exports,
+        on_select="rerun",
+        selection_mode="single-row",
+        column_config={
+            "overhead_ms": ms,
+            "e2e_ms": ms,
+            "verify_ms": ms,
+            "hold_ms": ms,
+            "overhead_share": st.column_config.NumberColumn("overhead", format="%.1f%%", help="overhead_ms / e2e_ms"),
+        },
+    )
+    rows = [i for i in picked.selection.rows if i < len(shown)]
+    if rows:
+        request = str(shown["request_id"].iloc[rows[0]])
+        st.page_link(
+            ui.PAGES["request"],
+            label=f"Open {ui.markdown_safe(request)} in Request",
+            icon=":material/segment:",
+            query_params=links.params(page.run, request),
+        )
+    else:
+        st.caption("Select a row to open its request.")
+    page.exports.tables["requests"] = requests
+    page.exports.show(st.container(horizontal_alignment="right"), "latency")
+
+
+def _page() -> None:
+    page = ui.open_page(
+        "Latency", "What verifying costs: per token, per verify, and in each request's end-to-end time."
+    )
+    if page is None:
+        return
+    steps, requests = page.data.steps(*STEPS), page.data.requests(*REQUESTS)
+    keep = ~states.as_bool(steps["prefill"])
+    if page.datasets is not None:
+        keep &= has_tag(steps["dataset"], page.datasets)
+        requests = requests[has_tag(requests["dataset"], page.datasets)]
+    added, whole = overhead(requests)
+    verify_ms, hold_ms = float(requests["verify_ms"].fillna(0).sum()), float(requests["hold_ms"].fillna(0).sum())
+    touched = int((requests["overhead_ms"].fillna(0) > 0).sum())
+    took = steps["step_ms"].to_numpy(dtype=np.float64)[keep]
+    took = took[np.isfinite(took)]
+    median = float(np.median(took)) if took.size else float("nan")
+    ui.cards(
+        [
+            Card("Overhead", share(added, whole), f"{milliseconds(added)} of {milliseconds(whole)} end to end"),
+            Card(
+                "Verify",
+                milliseconds(verify_ms),
+                f"{share(verify_ms, whole)} of {milliseconds(whole)}",
+                PART_COLOURS["verify"],
+            ),
+            Card(
+                "Hold", milliseconds(hold_ms), f"{share(hold_ms, whole)} of {milliseconds(whole)}", PART_COLOURS["hold"]
+            ),
+            Card(
+                "Requests with overhead",
+                share(touched, len(requests)),
+                f"{of(touched, len(requests))} finished requests",
+            ),
+            Card(
+                "Time per token", milliseconds(median), f"median of {took.size:,} decode steps", PART_COLOURS["decode"]
+            ),
+            Card(
+                "First token",
+                milliseconds(float(requests["ttft_ms"].median())),
+                f"median of {len(requests):,} requests",
+                PART_COLOURS["prefill"],
+            ),
+        ]
+    )
+    _per_token(page, steps, keep, requests)
+    left, right = st.columns(2)
+    for place, column, scale, title, axis, name in (
+        (left, "overhead_share", 100.0, "Overhead of each request", "overhead, % of end-to-end time", "overhead"),
+        (right, "ttft_ms", 1.0, "Time to first token", "ms", "ttft"),
+        (left, "tpot_ms", 1.0, "Time per output token of each request", "ms", "tpot"),
+    ):
+        with place:
+            values = _by_policy(requests, column, scale)
+            ui.chart(figures.distribution(values, title, axis, page.subtitle), name, page.exports)
+    if len(requests):
+        _worst(page, requests)
+
+
+if __name__ == "__main__":
+    ui.guarded(_page)

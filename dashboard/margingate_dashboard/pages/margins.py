@@ -1,0 +1,188 @@
+"""Margins: how they are distributed, and what another threshold would do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from margingate_dashboard import states, ui, whatif
+from margingate_dashboard.bins import LINEAR, LOGARITHMIC, margin_bins
+from margingate_dashboard.figures import margins as figures
+from margingate_dashboard.rates import at_most, of, share
+from margingate_dashboard.summary import has_tag, tags
+from margingate_dashboard.theme import FLIPPED, MISSED, THRESHOLD_COLOUR, TRIGGERED
+from margingate_dashboard.ui import Card, Page
+
+STEPS = ("dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified")
+
+
+def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
+    """Return the sorted decode steps of each dataset."""
+    found = {}
+    for name in names:
+        mine = steps[has_tag(steps["dataset"], {name})]
+        found[name] = whatif.make_sample(
+            mine["margin"].to_numpy(),
+            states.as_bool(mine["flipped"]),
+            mine["triggered"].to_numpy(),
+            mine["verified"].to_numpy(),
+            ~states.as_bool(mine["prefill"]),
+        )
+    return found
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _prepared(path: str, now: object, _steps: pd.DataFrame) -> dict[str, whatif.Sample]:
+    """Sort once per state of the run, not at every move of the slider."""
+    del path, now
+    return samples(_steps, tags(_steps["dataset"]))
+
+
+def joined(parts: list[whatif.Sample]) -> whatif.Sample:
+    """Return several datasets' steps as one sample."""
+    fields = ("margins", "at_flips", "untriggered", "examined", "flips_examined")
+    if len(parts) == 1:
+        return parts[0]
+    return whatif.Sample(*(np.sort(np.concatenate([getattr(p, f) for p in parts] or [np.zeros(0)])) for f in fields))
+
+
+def _stable(sample: whatif.Sample) -> np.ndarray:
+    """Return the margins of the steps that are not known to have flipped (the flips' margins taken out once each)."""
+    values, counts = np.unique(sample.margins, return_counts=True)
+    flips, lost = np.unique(sample.at_flips, return_counts=True)
+    counts[np.searchsorted(values, flips)] -= lost
+    return np.repeat(values, counts)
+
+
+def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
+    """Return what a threshold would have done, each with its counts."""
+    if result.complete:
+        bound = f"exact: every step above it was verified; at most {at_most(result.miss_upper)} of further steps (95%)"
+    elif result.miss_upper < 1.0:
+        bound = f"known ones; at most {at_most(result.miss_upper)} of steps with those never looked at (95%)"
+    else:
+        bound = "known ones only: nothing above this threshold was verified"
+    return [
+        Card("Threshold (tau)", f"{threshold:.4g}", "logits; margin <= tau triggers", THRESHOLD_COLOUR),
+        Card(
+            "Would trigger",
+            share(result.triggered, result.steps),
+            f"{of(result.triggered, result.steps)} decode steps",
+            TRIGGERED.colour,
+        ),
+        Card(
+            "Flips caught",
+            f"{result.flips - result.missed:,}",
+            f"{of(result.flips - result.missed, result.flips)} known flips",
+            FLIPPED.colour,
+        ),
+        Card("Flips missed", f"{result.missed:,}", bound, MISSED.colour),
+    ]
+
+
+@st.fragment
+def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
+    whole = joined(list(parts.values()))
+    top = float(np.ceil(whatif.highest(whole) * 4) / 4)
+    grid = margin_bins(whole.margins).grid
+    step = grid / 2 if grid else round(top / 200, 4)
+    left, middle, right = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
+    threshold = left.slider(
+        "Threshold (tau), logits",
+        0.0,
+        max(top, start),
+        float(min(start, max(top, start))),
+        step=step,
+        format="%.4g",
+        key=f"tau-{page.run}",
+        help="Drag, or focus it and use the arrow keys. Nothing is changed on any server.",
+    )
+    scale = middle.segmented_control("Margins", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="scale") or LOGARITHMIC
+    logs = (
+        right.segmented_control("Counts", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="counts") or LOGARITHMIC
+    ) == LOGARITHMIC
+    ui.cards(outcome_cards(whatif.outcome(whole, threshold), threshold))
+    bins = margin_bins(whole.margins, scale)
+    names = {name: ui.safe(name) for name in parts}
+    ui.chart(
+        figures.histogram(
+            {names[n]: _stable(s) for n, s in parts.items()},
+            {names[n]: s.at_flips for n, s in parts.items()},
+            bins,
+            scale,
+            threshold,
+            logs,
+            page.subtitle,
+        ),
+        "margins",
+        page.exports,
+    )
+    if len(parts) > figures.MAX_FACETS:
+        st.caption(
+            f"{of(figures.MAX_FACETS, len(parts))} datasets shown; choose others with the filter in the sidebar."
+        )
+    ui.chart(
+        figures.effect(
+            {names[n]: whatif.curve(s, max(top, threshold)) for n, s in list(parts.items())[: figures.MAX_FACETS]},
+            threshold,
+            page.subtitle,
+        ),
+        "threshold-effect",
+        page.exports,
+    )
+    rows = []
+    for name, sample in parts.items():
+        r = whatif.outcome(sample, threshold)
+        rows.append(
+            {
+                "dataset": name,
+                "threshold": threshold,
+                "decode steps": r.steps,
+                "would trigger": r.triggered,
+                "trigger rate": 100 * r.triggered / r.steps if r.steps else None,
+                "known flips": r.flips,
+                "missed": r.missed,
+                "missed at most (95%)": 100 * r.miss_upper if r.miss_upper < 1 else None,
+                "exact": r.complete,
+            }
+        )
+    st.markdown("##### At this threshold, by dataset")
+    ui.table(
+        pd.DataFrame(rows),
+        "at-threshold",
+        page.exports,
+        column_config={
+            "trigger rate": st.column_config.NumberColumn(format="%.2f%%"),
+            "missed at most (95%)": st.column_config.NumberColumn(
+                format="%.4f%%", help="Upper bound per step; empty where nothing above was verified"
+            ),
+        },
+    )
+    page.exports.show(st.container(horizontal_alignment="right"), "margins")
+
+
+def _page() -> None:
+    page = ui.open_page(
+        "Margins",
+        "Flips live at low margins. Move the threshold and see at once what it would verify and what it would miss.",
+    )
+    if page is None:
+        return
+    steps = page.data.steps(*STEPS)
+    parts = _prepared(str(page.info.path), (len(steps), page.data.version), steps)
+    if page.datasets is not None:
+        parts = {name: sample for name, sample in parts.items() if name in page.datasets}
+    parts = {name: sample for name, sample in parts.items() if sample.margins.size}
+    if not parts:
+        ui.empty_state(
+            "No margins yet", "<p>No decode step of this run (or of the chosen datasets) has been recorded.</p>"
+        )
+        return
+    thresholds = steps["threshold"].dropna()
+    start = float(thresholds.mode().iloc[0]) if len(thresholds) else 0.5
+    _explore(page, parts, start)
+
+
+if __name__ == "__main__":
+    ui.guarded(_page)

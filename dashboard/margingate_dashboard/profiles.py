@@ -1,0 +1,95 @@
+"""From a fully verified run to a threshold profile that the server takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from margingate_dashboard import states
+from margingate_dashboard.summary import has_tag, tag
+from sglang_margingate.gate.profile import DatasetThreshold, Profile
+
+Samples = dict[str, tuple[np.ndarray, np.ndarray]]
+
+STEP_COLUMNS = ("request_id", "dataset", "margin", "flipped", "prefill", "verified")
+
+
+def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
+    """Return (margins, flipped) by dataset tag as shown, and how many of all decode steps they hold.
+
+    Only requests whose every decode step was verified count: in a gated run the verified steps are the low-margin ones,
+    a sample that would make any threshold look good.
+
+    Returns
+    -------
+    samples, taken, decode steps
+    """
+    decode = ~states.as_bool(steps["prefill"])
+    seen = steps["verified"].to_numpy()
+    codes = steps["request_id"].cat.codes.to_numpy()
+    unseen = np.bincount(codes[decode & ~seen], minlength=len(steps["request_id"].cat.categories) + 1)
+    usable = decode & seen & (unseen[codes] == 0)
+    margin, flipped = steps["margin"].to_numpy(dtype=np.float64), states.as_bool(steps["flipped"])
+    samples: Samples = {}
+    names = sorted({tag(v) for v in steps["dataset"].unique()})
+    for name in names:
+        mine = usable & has_tag(steps["dataset"], {name})
+        if mine.any():
+            samples[name] = (margin[mine], flipped[mine])
+    return samples, int(usable.sum()), int(decode.sum())
+
+
+def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, pd.Series]) -> Profile:
+    """Return the profile of the chosen thresholds.
+
+    Parameters
+    ----------
+    manifest
+        Of the run that the sample comes from: names the model and the machine that the thresholds are bound to.
+    repair
+        ``column`` or ``window``.
+    chosen
+        By dataset tag as shown: a row of :func:`sglang_margingate.gate.calibration.trade_off`.
+
+    Notes
+    -----
+    A dataset that the profile does not know gets the largest threshold: dear, but the one that missed least.
+    """
+    flags = manifest.get("flags") if isinstance(manifest.get("flags"), dict) else {}
+    versions = manifest.get("versions") if isinstance(manifest.get("versions"), dict) else {}
+
+    def named(*places: tuple[Any, str]) -> str:
+        return next((str(p[k]) for p, k in places if isinstance(p, Mapping) and p.get(k)), "unknown")
+
+    return Profile(
+        model=named((manifest, "model")),
+        dtype=named((manifest, "dtype"), (flags, "dtype")),
+        attention_backend=named((manifest, "attention_backend"), (flags, "attention_backend")),
+        device=named((manifest, "device")),
+        sglang_version=named((versions, "sglang")),
+        torch_version=named((versions, "torch")),
+        created=datetime.now(timezone.utc).date().isoformat(),
+        repair=repair,
+        default_threshold=max(float(row["threshold"]) for row in chosen.values()),
+        datasets={
+            "" if name == tag("") else name: DatasetThreshold(
+                threshold=float(row["threshold"]),
+                steps=int(row["steps"]),
+                flips=int(row["flips"]),
+                trigger_rate=float(row["trigger_rate"]),
+                missed=int(row["missed"]),
+                miss_upper_95=float(row["miss_upper"]),
+            )
+            for name, row in chosen.items()
+        },
+    )
+
+
+def to_json(profile: Profile) -> str:
+    """Return the file that the server's ``--margingate-profile`` reads."""
+    return json.dumps(profile.to_dict(), indent=2) + "\n"

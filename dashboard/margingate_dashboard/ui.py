@@ -1,0 +1,311 @@
+"""What every page shares: header, choice of run, cards, exports, and the rule that no page shows a traceback."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import io
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from margingate_dashboard import data, links
+from margingate_dashboard.figures.common import safe
+from margingate_dashboard.summary import tags
+from margingate_dashboard.theme import CSS
+from sglang_margingate.trace import RunInfo, TraceError
+
+PAGES = {
+    "runs": "runs.py",
+    "overview": "overview.py",
+    "request": "request.py",
+    "margins": "margins.py",
+    "flips": "flips.py",
+    "latency": "latency.py",
+    "tuning": "tuning.py",
+    "compare": "compare.py",
+}
+"""Page scripts by URL path, relative to pages/app.py."""
+
+FOLLOW_SECONDS = 3.0
+"""How often a live run is looked at for newly closed files."""
+
+_log = logging.getLogger("margingate.dashboard")
+# Alternative texts for charts came after the oldest Streamlit that we support.
+_CHART_HAS_ALT = "alt" in inspect.signature(st.plotly_chart).parameters
+
+
+class Card(NamedTuple):
+    """One headline number."""
+
+    label: str
+    value: str
+    sub: str = ""
+    accent: str = ""
+    help: str = ""
+
+
+@dataclass
+class Exports:
+    """Everything on a page that can be saved; made only when asked for."""
+
+    prefix: str
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def show(self, place: Any, key: str) -> None:
+        """Fill ``place`` with a menu of download buttons."""
+        if not self.figures and not self.tables:
+            return
+        with place.popover("Export", icon=":material/download:"):
+            if self.tables:
+                st.caption("Tables")
+            for name, frame in self.tables.items():
+                left, right = st.columns(2)
+                stem = f"{self.prefix}-{name}"
+                left.download_button(
+                    f"{name}.csv", partial(_csv, frame), f"{stem}.csv", "text/csv",
+                    key=f"{key}-{name}-csv", on_click="ignore", width="stretch",
+                )  # fmt: skip
+                right.download_button(
+                    f"{name}.parquet", partial(_parquet, frame), f"{stem}.parquet", "application/octet-stream",
+                    key=f"{key}-{name}-parquet", on_click="ignore", width="stretch",
+                )  # fmt: skip
+            if self.figures:
+                st.caption("Figures as interactive HTML; for PNG use the camera in a figure's own toolbar")
+            for name, figure in self.figures.items():
+                st.download_button(
+                    f"{name}.html", partial(_figure_html, figure),
+                    f"{self.prefix}-{name}.html", "text/html", key=f"{key}-{name}-html", on_click="ignore",
+                    width="stretch",
+                )  # fmt: skip
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    return frame.to_csv(index=False).encode()
+
+
+def _figure_html(figure: go.Figure) -> bytes:
+    """Return one file that opens from disk: plotly.js is inside."""
+    return str(figure.to_html(include_plotlyjs=True)).encode()
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+@dataclass
+class Page:
+    """The chosen run and what a page needs to show it."""
+
+    info: RunInfo
+    data: data.RunData
+    datasets: set[str] | None
+    """Dataset tags to show (as shown); None for all."""
+    exports: Exports
+    export_place: Any
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self.info.name
+
+    @property
+    def subtitle(self) -> str:
+        """What figures say below their title: run, model, and the filter in force."""
+        parts = [self.run, str(self.info.manifest.get("model") or "")]
+        if self.datasets is not None:
+            parts.append("datasets: " + ", ".join(sorted(self.datasets)))
+        return safe(" · ".join(p for p in parts if p))
+
+
+def markdown_safe(text: object) -> str:
+    r"""Return untrusted text for Streamlit's Markdown (labels, captions, errors): every special sign is escaped."""
+    return "".join("\\" + c if c in r"\`*_{}[]()#+-.!|~$:<>&" else c for c in str(text))
+
+
+def guarded(render: Callable[[], None]) -> None:
+    """Run a page; what cannot be read is said in one line, and nothing ever shows as a traceback."""
+    try:
+        render()
+    except TraceError as error:
+        st.error(markdown_safe(error), icon=":material/error:")
+    except Exception as error:  # the last line of defence: the log has the traceback, the reader a sentence
+        _log.exception("page failed")
+        st.error(
+            f"This page could not be shown ({type(error).__name__}: {markdown_safe(str(error)[:200])}). "
+            "The dashboard's terminal has the details.",
+            icon=":material/error:",
+        )
+
+
+def styles() -> None:
+    """Put the style sheet on the page."""
+    st.html(CSS)
+
+
+def header(title: str, lead: str, chips: Iterable[tuple[str, str]] = ()) -> Any:
+    """Show a page's title line and return the place for its export menu.
+
+    Parameters
+    ----------
+    title, lead
+        Name of the page, and one sentence that says what it answers.
+    chips
+        (text, CSS class) pairs; texts are escaped here.
+    """
+    left, right = st.columns([0.86, 0.14], vertical_alignment="top")
+    spans = "".join(f'<span class="mg-chip {css}">{html.escape(text)}</span>' for text, css in chips)
+    left.html(
+        f'<div class="mg-head"><h1>{html.escape(title)}</h1>{spans}</div><p class="mg-lead">{html.escape(lead)}</p>'
+    )
+    return right.container(horizontal_alignment="right")
+
+
+def run_chips(info: RunInfo) -> list[tuple[str, str]]:
+    """Return the chips that name a run, its model, policy and device."""
+    manifest = info.manifest
+    chips = [(info.name, "")]
+    if info.is_live:
+        chips.append(("● live", "live"))
+    chips += [(str(manifest[k]), "") for k in ("model", "policy", "device") if manifest.get(k)]
+    if manifest.get("synthetic"):
+        chips.append(("made-up data", "warn"))
+    return chips
+
+
+def cards(items: Iterable[Card]) -> None:
+    """Show headline numbers; every text is escaped."""
+    parts = []
+    for card in items:
+        accent = f' style="--mg-accent:{card.accent}"' if card.accent else ""
+        title = f' title="{html.escape(card.help, quote=True)}"' if card.help else ""
+        parts.append(
+            f'<div class="mg-card"{accent}{title}><div class="label">{html.escape(card.label)}</div>'
+            f'<div class="value">{html.escape(card.value)}</div><div class="sub">{html.escape(card.sub)}</div></div>'
+        )
+    st.html(f'<div class="mg-cards">{"".join(parts)}</div>')
+
+
+def empty_state(title: str, body_html: str) -> None:
+    """Show why there is nothing to see and what to do about it (``body_html`` must be our own, escaped text)."""
+    st.html(f'<div class="mg-empty"><h3>{html.escape(title)}</h3>{body_html}</div>')
+
+
+def no_runs() -> None:
+    """Say how to make a run."""
+    folder = html.escape(str(links.trace_dir()))
+    empty_state(
+        "No runs here yet",
+        f"<p>This dashboard shows runs from <code>{folder}</code>, and that folder has none. A server writes one while "
+        "it "
+        "serves:</p><pre>python -m sglang_margingate.launch_server --model-path MODEL --margingate-policy gate \\\n"
+        f"    --margingate-trace-dir {folder}</pre>"
+        "<p>or look at the sample run of the repository:</p>"
+        "<pre>python -m sglang_margingate.dashboard --trace-dir traces"
+        "</pre><p>This page follows along: a new run appears within seconds.</p>",
+    )
+
+
+def _remember_run() -> None:
+    st.session_state["run"] = st.session_state["run_box"]
+    for name in ("request", "step"):
+        st.query_params.pop(name, None)
+    st.query_params["run"] = st.session_state["run_box"]
+
+
+def choose_run(infos: list[RunInfo]) -> RunInfo:
+    """Show the sidebar's choice of run; a link's ``run`` parameter decides if it names a listed run."""
+    by_name = {info.name: info for info in infos}
+    asked = st.query_params.get("run")
+    linked = links.known_run(asked, by_name)
+    if asked is not None and linked is None:
+        st.warning(
+            f"There is no run named “{markdown_safe(asked[:80])}” in this trace folder.", icon=":material/link_off:"
+        )
+    name = linked or links.known_run(st.session_state.get("run"), by_name) or infos[0].name
+    st.session_state["run"] = st.session_state["run_box"] = name
+    if asked != name:
+        st.query_params["run"] = name
+    with st.sidebar:
+        st.selectbox("Run", list(by_name), key="run_box", on_change=_remember_run, help="Newest first.")
+    return by_name[name]
+
+
+def choose_datasets(run: data.RunData) -> set[str] | None:
+    """Show the sidebar's dataset filter and return the chosen tags, or None for all."""
+    every = tags(run.requests("dataset")["dataset"])
+    if len(every) < 2:
+        return None
+    kept = [name for name in st.session_state.get("datasets", []) if name in every]
+    st.session_state["datasets_box"] = kept
+
+    def remember() -> None:
+        st.session_state["datasets"] = st.session_state["datasets_box"]
+
+    with st.sidebar:
+        chosen = st.multiselect("Datasets", every, key="datasets_box", on_change=remember, placeholder="All datasets")
+    return set(chosen) if chosen else None
+
+
+def follow(info: RunInfo) -> None:
+    """Look at a live run now and then, and show the page again once the writer has closed another file."""
+    with st.sidebar:
+        if not st.toggle("Follow the live run", value=True, key="follow"):
+            return
+    seen = data.signature(info.path)
+
+    @st.fragment(run_every=FOLLOW_SECONDS)
+    def watch() -> None:
+        if data.signature(info.path) != seen:
+            st.rerun(scope="app")
+
+    with st.sidebar:
+        watch()
+
+
+def open_page(title: str, lead: str, *, filter_datasets: bool = True) -> Page | None:
+    """Show a page's header for the chosen run; None (and a reason on the page) where there is nothing to show."""
+    styles()
+    infos = data.runs(links.trace_dir())
+    if not infos:
+        header(title, lead)
+        no_runs()
+        return None
+    info = choose_run(infos)
+    place = header(title, lead, run_chips(info))
+    run = data.run_data(info.path)
+    datasets = choose_datasets(run) if filter_datasets else None
+    if info.is_live:
+        follow(info)
+    for warning in dict.fromkeys([*info.warnings, *run.warnings]):
+        st.caption(f":material/warning: {markdown_safe(warning)}")
+    exports = Exports(f"{info.name}-{title.lower()}")
+    return Page(info, run, datasets, exports, place)
+
+
+def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:
+    """Show a figure and put it into the page's export menu."""
+    exports.figures[name] = fig
+    if _CHART_HAS_ALT:
+        more["alt"] = (fig.layout.meta or {}).get("title", name)
+    config = {
+        "displaylogo": False,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+        "toImageButtonOptions": {"format": "png", "filename": f"{exports.prefix}-{name}", "scale": 2},
+    }
+    return st.plotly_chart(fig, key=key or f"chart-{name}", config=config, **more)
+
+
+def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:
+    """Show a table and put it into the page's export menu."""
+    exports.tables[name] = frame
+    return st.dataframe(frame, key=key or f"table-{name}", hide_index=True, **more)

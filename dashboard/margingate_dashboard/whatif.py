@@ -1,0 +1,96 @@
+"""What another threshold would have done to a recorded run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from margingate_dashboard.rates import upper_95
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The decode steps of a run, sorted once so that each threshold costs a binary search."""
+
+    margins: np.ndarray
+    """Margins of all decode steps, rising."""
+    at_flips: np.ndarray
+    """Margins of the known flips, rising."""
+    untriggered: np.ndarray
+    """Margins of the steps that did not trigger in the run, rising."""
+    examined: np.ndarray
+    """Margins of those among them that were verified (audit or `always`), rising."""
+    flips_examined: np.ndarray
+    """Margins of the flips among the examined, rising."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a threshold would have done."""
+
+    steps: int
+    triggered: int
+    flips: int
+    missed: int
+    """Known flips above the threshold."""
+    miss_upper: float
+    """Upper bound at 95% of missed flips per step of any kind; 1.0 where nothing above the threshold was verified."""
+    complete: bool
+    """Whether every step above the threshold was verified, so that ``missed`` is the exact count."""
+
+
+def make_sample(
+    margin: np.ndarray, flipped: np.ndarray, triggered: np.ndarray, verified: np.ndarray, decode: np.ndarray
+) -> Sample:
+    """Sort a run's decode steps; a margin that is not a number triggers at any threshold, so it counts as 0."""
+    margin = np.nan_to_num(margin.astype(np.float64), nan=0.0)
+    beyond = decode & ~triggered
+    return Sample(
+        margins=np.sort(margin[decode]),
+        at_flips=np.sort(margin[decode & flipped]),
+        untriggered=np.sort(margin[beyond]),
+        examined=np.sort(margin[beyond & verified]),
+        flips_examined=np.sort(margin[beyond & verified & flipped]),
+    )
+
+
+def _above(values: np.ndarray, threshold: float) -> int:
+    return int(values.size - np.searchsorted(values, threshold, side="right"))
+
+
+def outcome(sample: Sample, threshold: float) -> Outcome:
+    """Return what a threshold would have done.
+
+    Steps that triggered in the run were all verified: their flips above ``threshold`` are counted. The others were
+    verified by chance (audit) or all (`always`): Clopper-Pearson's bound of their flip rate, times their number, is
+    added.
+    """
+    steps = sample.margins.size
+    missed = _above(sample.at_flips, threshold)
+    examined, found = _above(sample.examined, threshold), _above(sample.flips_examined, threshold)
+    hidden = _above(sample.untriggered, threshold)
+    complete = examined == hidden
+    if complete:
+        bound = upper_95(missed, steps) if steps else 1.0
+    else:
+        counted = missed - found
+        bound = min(1.0, (counted + upper_95(found, examined) * hidden) / steps) if examined else 1.0
+    return Outcome(steps, steps - _above(sample.margins, threshold), sample.at_flips.size, missed, bound, complete)
+
+
+def curve(sample: Sample, top: float, points: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return thresholds up to ``top``, trigger rates (0 to 1) and counts of known flips above, for drawing."""
+    if sample.margins.size == 0:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    taus = np.unique(np.concatenate([np.linspace(0, top, points), sample.at_flips[sample.at_flips <= top]]))
+    rates = np.searchsorted(sample.margins, taus, side="right") / sample.margins.size
+    left = sample.at_flips.size - np.searchsorted(sample.at_flips, taus, side="right")
+    return taus, rates, left
+
+
+def highest(sample: Sample) -> float:
+    """Return the largest threshold worth drawing: beyond every flip, and at least the smallest third of the margins."""
+    flip = float(sample.at_flips[-1]) if sample.at_flips.size else 0.0
+    third = float(np.quantile(sample.margins, 1 / 3)) if sample.margins.size else 1.0
+    return max(1.25 * flip, third, 0.25)
