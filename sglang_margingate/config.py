@@ -22,6 +22,8 @@ at the price of more triggers. Calibrate to lower it.
 
 DEFAULT_VERIFY_ROWS_CPU = 16
 DEFAULT_VERIFY_ROWS_GPU = 64
+DEFAULT_CHUNK_CPU = 64
+DEFAULT_CHUNK_GPU = 512
 
 
 class ConfigError(ValueError):
@@ -59,9 +61,10 @@ class Radix(str, Enum):
     """What the prefix cache may share."""
 
     CANONICAL = "canonical"
-    """Prompt columns from canonical prefill, and generated columns where every one of them was verified."""
+    """Whatever was probed to be canonical. Today: whole prompt chunks, since no probe has put generated columns (decode
+    shape) and prompt columns (prefill shape) into one class."""
     PROMPT_ONLY = "prompt-only"
-    """Prompt columns from canonical prefill; generated columns never."""
+    """Whole prompt chunks from canonical prefill; generated columns never."""
     STOCK = "stock"
     """SGLang's own radix cache: a prefix hit may change output. Guarantees are lowered to none."""
     OFF = "off"
@@ -91,7 +94,7 @@ class MarginGateConfig:
     verify_rows: int = DEFAULT_VERIFY_ROWS_CPU
     """The canonical M: rows of every verify pass."""
     radix: Radix = Radix.CANONICAL
-    chunk: int = 64
+    chunk: int = DEFAULT_CHUNK_CPU
     """Tokens of a canonical prefill chunk; prefix hits are floored to multiples of it."""
     trace: bool = True
     trace_dir: str = "traces"
@@ -135,7 +138,9 @@ class MarginGateConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise ConfigError(f"{CONFIG_ENV}: unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{CONFIG_ENV}: unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         return cls(**data)
 
     def to_env(self) -> None:
@@ -152,10 +157,14 @@ class MarginGateConfig:
 def check_threshold(value: object, name: str) -> float:
     """Return a valid threshold in logits or raise :class:`ConfigError` naming ``name``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name}: {value!r} is not a number; give a margin in logits, 0 or more (0 verifies exact ties)")
+        raise ConfigError(
+            f"{name}: {value!r} is not a number; give a margin in logits, 0 or more (0 verifies exact ties)"
+        )
     number = float(value)
     if math.isnan(number) or number < 0:
-        raise ConfigError(f"{name}: {value!r} is not a margin; give a number in logits, 0 or more (0 verifies exact ties)")
+        raise ConfigError(
+            f"{name}: {value!r} is not a margin; give a number in logits, 0 or more (0 verifies exact ties)"
+        )
     return number
 
 

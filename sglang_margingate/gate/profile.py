@@ -71,7 +71,7 @@ class Profile:
 
 
 def _check_fields(data: dict[str, Any], cls: type, where: str) -> None:
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
         raise ConfigError(f"{where}: unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")

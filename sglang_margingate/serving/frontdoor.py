@@ -40,24 +40,64 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = p.add_argument_group("margingate").add_argument
-    add("--margingate-policy", choices=[m.value for m in Policy], default=Policy.GATE.value,
-        help="off: stock SGLang. log: record margins. gate: verify steps with margin <= threshold. always: verify every step")
-    add("--margingate-repair", choices=[m.value for m in Repair], default=Repair.WINDOW.value,
-        help="K/V columns that a verify puts in place: the current one, or all since the request's last verify")
-    add("--margingate-threshold", type=_number, metavar="LOGITS", default=None,
-        help=f"threshold on the top-1/top-2 margin, in logits; without it and without a profile {cfg.DEFAULT_THRESHOLD}")
-    add("--margingate-profile", metavar="FILE", default=None, help="thresholds per dataset, from `margingate calibrate`")
-    add("--margingate-audit-rate", type=_number, metavar="SHARE", default=0.0,
-        help="share of untriggered steps, 0 to 1, that are verified for the record to bound the missed-flip rate")
-    add("--margingate-max-miss", type=_number, metavar="SHARE", default=None,
-        help="drop the guarantee to none when the audit's 95%% upper bound of missed flips exceeds this share")
-    add("--margingate-verify-rows", type=int, metavar="ROWS", default=None,
+    add(
+        "--margingate-policy",
+        choices=[m.value for m in Policy],
+        default=Policy.GATE.value,
+        help="off: stock SGLang. log: record margins. gate: verify steps with margin <= threshold. always: verify every step",
+    )
+    add(
+        "--margingate-repair",
+        choices=[m.value for m in Repair],
+        default=Repair.WINDOW.value,
+        help="K/V columns that a verify puts in place: the current one, or all since the request's last verify",
+    )
+    add(
+        "--margingate-threshold",
+        type=_number,
+        metavar="LOGITS",
+        default=None,
+        help=f"threshold on the top-1/top-2 margin, in logits; without it and without a profile {cfg.DEFAULT_THRESHOLD}",
+    )
+    add(
+        "--margingate-profile", metavar="FILE", default=None, help="thresholds per dataset, from `margingate calibrate`"
+    )
+    add(
+        "--margingate-audit-rate",
+        type=_number,
+        metavar="SHARE",
+        default=0.0,
+        help="share of untriggered steps, 0 to 1, that are verified for the record to bound the missed-flip rate",
+    )
+    add(
+        "--margingate-max-miss",
+        type=_number,
+        metavar="SHARE",
+        default=None,
+        help="drop the guarantee to none when the audit's 95%% upper bound of missed flips exceeds this share",
+    )
+    add(
+        "--margingate-verify-rows",
+        type=int,
+        metavar="ROWS",
+        default=None,
         help=f"rows of every verify pass (the canonical M): {cfg.DEFAULT_VERIFY_ROWS_CPU} on a CPU, "
-        f"{cfg.DEFAULT_VERIFY_ROWS_GPU} on a GPU")
-    add("--margingate-radix", choices=[m.value for m in Radix], default=Radix.OFF.value,
-        help="what the prefix cache may share")
-    add("--margingate-chunk", type=int, metavar="TOKENS", default=64,
-        help="tokens of a canonical prefill chunk; prefix hits are floored to multiples of it")
+        f"{cfg.DEFAULT_VERIFY_ROWS_GPU} on a GPU",
+    )
+    add(
+        "--margingate-radix",
+        choices=[m.value for m in Radix],
+        default=Radix.CANONICAL.value,
+        help="what the prefix cache may share",
+    )
+    add(
+        "--margingate-chunk",
+        type=int,
+        metavar="TOKENS",
+        default=None,
+        help="tokens of a canonical prefill chunk (C); prefix hits are floored to multiples of it: "
+        f"{cfg.DEFAULT_CHUNK_CPU} on a CPU, {cfg.DEFAULT_CHUNK_GPU} on a GPU",
+    )
     add("--margingate-trace-dir", metavar="DIR", default="traces", help="folder that gets one folder per run")
     add("--margingate-trace", choices=ON_OFF, default="on", help="write the trace of every step")
     add("--margingate-trace-text", choices=ON_OFF, default="off", help="also record prompts and token texts")
@@ -86,7 +126,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         from sglang_margingate.gate.profile import load_profile
 
         profile = load_profile(ours.margingate_profile).to_dict()
-    rows = ours.margingate_verify_rows
+    rows, chunk = ours.margingate_verify_rows, ours.margingate_chunk
     config = MarginGateConfig(
         policy=ours.margingate_policy,
         repair=ours.margingate_repair,
@@ -96,7 +136,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         max_miss=ours.margingate_max_miss,
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
         radix=ours.margingate_radix,
-        chunk=ours.margingate_chunk,
+        chunk=chunk if chunk is not None else cfg.DEFAULT_CHUNK_CPU if cpu else cfg.DEFAULT_CHUNK_GPU,
         trace=ours.margingate_trace == "on",
         trace_dir=str(Path(ours.margingate_trace_dir).resolve()),
         trace_text=ours.margingate_trace_text == "on",
@@ -125,6 +165,8 @@ def _on_cpu(flags: list[str]) -> bool:
 
 def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[str]:
     """Add the SGLang flags that this machine and policy need, never overriding a given one."""
+    from sglang_margingate.serving.radix_names import BACKEND_NAME, uses_backend
+
     flags = list(given)
 
     def default(name: str, *value: str, unless: tuple[str, ...] = ()) -> None:
@@ -143,6 +185,11 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
     if config.policy.verifies:
         if config.radix is Radix.OFF:
             default("--disable-radix-cache")
+        elif uses_backend(config):
+            for flag in ("--radix-cache-backend", "--disable-radix-cache"):
+                if _has(flags, flag):
+                    raise ConfigError(f"{flag}: the gate brings its own; use --margingate-radix off or stock instead")
+            flags += ["--radix-cache-backend", BACKEND_NAME]
         if not cpu:
             # The prefill graphs pad chunks to sizes of their own, which would take them off the canonical shape.
             default("--cuda-graph-backend-prefill", "disabled")

@@ -8,6 +8,8 @@ Touch point beside the hooks below        Why and how                           
 ========================================  ====================================================  =======================
 ``sglang._triton_stub`` (cpu.py)          a CPU-only environment has no triton; the stub is     SGLang installs its stub
                                           installed before SGLang is imported                   on every CPU
+radix cache backend ``margingate``        shares canonical columns only (radix.py); SGLang's own    stays: it is an official
+                                          registry and flag                                     extension point
 ``torchvision::nms`` (cpu.py)             PyPI's torchvision fails to import beside a CPU       wheels match
                                           torch; its two operators are declared
 ``Req`` attribute ``margingate_state``    per-request state that dies with the request          SGLang offers a place
@@ -77,6 +79,12 @@ GATE_HOOKS: tuple[Hook, ...] = (
         "around", scheduler.sample, (SCHEDULER,),
         "margin, gate, verify and repair happen between the logits and the choice of the token",
         "SGLang has a hook between logits and sampling",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.Req.__init__",
+        "after", scheduler.open_request, (SCHEDULER,),
+        "a request's policy decides its prefill and its name space in the radix cache before it is first scheduled",
+        "SGLang has a request-created event",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch.Req.update_finish_state",

@@ -20,7 +20,13 @@ class AttestationError(RuntimeError):
 
 
 def before_http_server(
-    server_args: Any, tokenizer_manager: Any, template_manager: Any, port_args: Any, scheduler_infos: Any, *_: Any, **__: Any
+    server_args: Any,
+    tokenizer_manager: Any,
+    template_manager: Any,
+    port_args: Any,
+    scheduler_infos: Any,
+    *_: Any,
+    **__: Any,
 ) -> None:
     """Refuse to serve unless every scheduler attested its hooks and self-test; add the status page."""
     config = _config()
@@ -36,7 +42,9 @@ def before_http_server(
 def _config() -> MarginGateConfig:
     config = MarginGateConfig.from_env()
     if config is None:
-        raise AttestationError("the configuration is gone from the environment; start with sglang_margingate.launch_server")
+        raise AttestationError(
+            "the configuration is gone from the environment; start with sglang_margingate.launch_server"
+        )
     return config
 
 

@@ -22,6 +22,7 @@ def load() -> None:
     if _loaded or config is None:
         return
     _loaded = True
-    from sglang_margingate.serving.hooks import register
+    from sglang_margingate.serving import hooks, radix
 
-    register(config)
+    hooks.register(config)
+    radix.register(config)

@@ -65,17 +65,17 @@ class PrefillRules:
             state.ledger.notes.append(text)
 
 
-def _gated(runtime: Runtime, req: Any) -> bool:
-    state = state_of(req) or runtime.open_request(req)
-    return state.ledger.gated
+def _gated(req: Any) -> bool:
+    state = state_of(req)
+    return state is not None and state.ledger.gated
 
 
 def add_one_req(runtime: Runtime, original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Admit a waiting request to the prefill batch; a gated one only alone and with its chunk on the grid."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    gated = _gated(runtime, req)
-    if adder.can_run_list and (gated or any(_gated(runtime, r) for r in adder.can_run_list)):
+    gated = _gated(req)
+    if adder.can_run_list and (gated or any(_gated(r) for r in adder.can_run_list)):
         return AddReqResult.OTHER
     if gated:
         _cap(runtime, adder, req)
@@ -84,7 +84,7 @@ def add_one_req(runtime: Runtime, original: Any, adder: Any, req: Any, *args: An
 
 def add_chunked_req(runtime: Runtime, original: Any, adder: Any, req: Any) -> Any:
     """Continue a chunked prompt; a gated one's next chunk stays on the grid."""
-    if _gated(runtime, req):
+    if _gated(req):
         _cap(runtime, adder, req)
     return original(adder, req)
 

@@ -15,6 +15,7 @@ from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.gate.stats import Rate
 from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.prefill import PrefillRules
+from sglang_margingate.serving.radix_names import namespace, uses_backend
 from sglang_margingate.serving.selftest import SelfTestResult
 from sglang_margingate.serving.state import ATTRIBUTE, RequestState, state_of
 from sglang_margingate.serving.testknobs import TestKnobs, column_digest
@@ -84,7 +85,7 @@ class Runtime:
     # ---- requests -------------------------------------------------------------------------------------------------
 
     def open_request(self, req: Any) -> RequestState:
-        """Attach a state to a request at its first prefill chunk."""
+        """Attach a state to a new request, and choose its name space in the radix cache."""
         params_in = req.sampling_params.custom_params
         try:
             params = self.rules.parse(params_in)
@@ -97,17 +98,13 @@ class Runtime:
         if greedy and params.policy.verifies and req.custom_logit_processor is not None:
             ledger.greedy = False
             ledger.notes.append("a custom logit processor may keep state, so its steps are not verified")
-        state = RequestState(ledger, arrival=self._arrival(req))
+        state = RequestState(ledger)
+        if not ledger.gated and uses_backend(self.config):
+            req.extra_key = namespace(req.extra_key)
         if params.return_steps:
             state.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
         setattr(req, ATTRIBUTE, state)
         return state
-
-    @staticmethod
-    def _arrival(req: Any) -> float:
-        # SGLang stamps the queue entry with a monotonic clock.
-        entered = getattr(req.time_stats, "wait_queue_entry_time", 0.0)
-        return time.time() - max(0.0, time.perf_counter() - entered) if entered else time.time()
 
     def audits(self, request_id: str, step: int) -> bool:
         """Return whether this step is drawn for the audit, whoever else is in the batch."""
@@ -209,7 +206,9 @@ class Runtime:
         assert self.verifier is not None
         first = len(req.origin_input_ids)
         positions = list(range(first, first + len(req.output_ids) - 1))
-        return column_digest(self.verifier.kv, self.verifier.slots(int(req.req_pool_idx), positions)) if positions else ""
+        return (
+            column_digest(self.verifier.kv, self.verifier.slots(int(req.req_pool_idx), positions)) if positions else ""
+        )
 
     def _request_row(
         self, req: Any, state: RequestState, shown: int, guarantee: Guarantee, note: str | None

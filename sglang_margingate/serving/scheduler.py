@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import Any
 
@@ -23,10 +24,21 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     An exception here ends the scheduler before it takes a request, and SGLang then ends the launcher.
     """
     global _runtime, _step
-    _runtime = build_runtime(scheduler)
+    try:
+        _runtime = build_runtime(scheduler)
+    except Exception as error:
+        # SGLang prints the traceback; this line is for the person who started the server.
+        print(f"margingate: refusing to serve: {error}", file=sys.stderr, flush=True)
+        raise
     _step = StepHook(_runtime)
     info["margingate"] = _runtime.status()
     return info
+
+
+def open_request(_result: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Attach a state to a new request. SGLang's own requests before set-up (warm-up forwards) get none."""
+    if _runtime is not None:
+        _runtime.open_request(req)
 
 
 def tag_batch(result: Any, _cls: Any, batch: Any, *_: Any, **__: Any) -> None:

@@ -89,7 +89,9 @@ def run_self_test(verifier: Any, vocab_size: int) -> SelfTestResult:
     rows = verifier.rows
     mr = verifier.model_runner
     # Small pools and tables bound the number of fake requests; the rest of the pass is the usual padding.
-    requests = min(rows, mr.req_to_token_pool.req_to_token.shape[0], max(1, (mr.max_total_num_tokens - 1) // PREFIX_TOKENS))
+    requests = min(
+        rows, mr.req_to_token_pool.req_to_token.shape[0], max(1, (mr.max_total_num_tokens - 1) // PREFIX_TOKENS)
+    )
     generator = torch.Generator().manual_seed(2)
     with _fake_requests(verifier, requests, PREFIX_TOKENS):
         bench = _Bench(verifier, requests)
@@ -108,8 +110,13 @@ def run_self_test(verifier: Any, vocab_size: int) -> SelfTestResult:
             if not _same(reference, got):
                 layer = _first_broken_layer(bench, trials[0], trials[-1])
                 return SelfTestResult(
-                    False, rows, trial + 1, time.perf_counter() - start, layer,
-                    f"row 0 changed when its {rows - 1} companions and its place did", str(mr.device),
+                    False,
+                    rows,
+                    trial + 1,
+                    time.perf_counter() - start,
+                    layer,
+                    f"row 0 changed when its {rows - 1} companions and its place did",
+                    str(mr.device),
                 )
     return SelfTestResult(True, rows, len(trials), time.perf_counter() - start, device=str(mr.device))
 

@@ -57,7 +57,9 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
     if knobs.active:
         log.warning("margingate: TEST KNOBS ARE SET: %s", ", ".join(knobs.active))
     if knobs.break_linear:
-        log.warning("margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear))
+        log.warning(
+            "margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear)
+        )
     verifier = EagerVerifier(model_runner, config.verify_rows)
     result = run_self_test(verifier, model_runner.model_config.vocab_size)
     if not result.passed:

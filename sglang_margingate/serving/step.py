@@ -118,7 +118,9 @@ class StepHook:
         ends = batch.seq_lens_cpu.tolist() if batch.seq_lens_cpu is not None else batch.seq_lens.tolist()
         rows = []
         for index, (req, end) in enumerate(zip(reqs, ends)):
-            state = state_of(req) or self.runtime.open_request(req)
+            state = state_of(req)
+            if state is None:
+                continue  # made before set-up
             state.prefill_chunks += 1
             self.runtime.prefill_rules.note_chunk(req, state, batch, index)
             if end < len(req.origin_input_ids) + len(req.output_ids):
@@ -221,7 +223,9 @@ class StepHook:
             top = top2_margin(self._processed(mixed, info)[index], thresholds)
         else:
             top = top2_margin(result.logits, thresholds)
-        for row, job, token, margin, delta in zip(chosen, jobs, top.token.tolist(), top.margin.tolist(), result.kv_delta):
+        for row, job, token, margin, delta in zip(
+            chosen, jobs, top.token.tolist(), top.margin.tolist(), result.kv_delta
+        ):
             row.verify_token, row.verify_margin = token, margin
             row.window_rows, row.delta = len(job.rows), delta
         repairs = [k for k, r in enumerate(chosen) if r.repairs]

@@ -75,6 +75,12 @@ def check_server_args(args: Any, config: MarginGateConfig) -> list[str]:
             f"{broken[0]}. Leave it out, or add {OVERRIDE} to serve it at guarantee none"
             + (f" ({len(broken) - 1} more like it)" if len(broken) > 1 else "")
         )
+    size = args.chunked_prefill_size
+    if size is not None and 0 < size < config.chunk:
+        raise ConfigError(
+            f"--chunked-prefill-size {size} is smaller than --margingate-chunk {config.chunk}: chunks would leave their "
+            f"grid; raise it to {config.chunk} or lower --margingate-chunk"
+        )
     if config.radix is Radix.STOCK:
         broken.append("--margingate-radix stock: a prefix hit may change output")
     return broken

@@ -187,7 +187,9 @@ class EagerVerifier:
             if j.shadow
             for slots in [self.slots(j.pool_index, [p for p, _ in j.rows])]
         ]
-        flat = [(j.pool_index, p, t, i, k == len(j.rows) - 1) for i, j in enumerate(jobs) for k, (p, t) in enumerate(j.rows)]
+        flat = [
+            (j.pool_index, p, t, i, k == len(j.rows) - 1) for i, j in enumerate(jobs) for k, (p, t) in enumerate(j.rows)
+        ]
         answers: list[torch.Tensor | None] = [None] * len(jobs)
         passes = 0
         for at in range(0, len(flat), self.rows):

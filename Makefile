@@ -1,0 +1,59 @@
+# Two commands: `make demo` shows the main job on the embedded model, `make test` passes the tests.
+# Both work in a fresh clone with Python 3.10+ and make; they install into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The GPU set where a GPU is; `make ... SET=cpu` forces the small one.
+SET ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+export OMP_NUM_THREADS ?= 1
+export PIP_NO_WARN_SCRIPT_LOCATION = 1
+
+.PHONY: help install demo serve dashboard test test-unit test-gpu lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(STAMP)  ## make .venv with everything (SET=cpu or gpu)
+
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; set PYTHON=...")'
+	@echo "installing the $(SET) set into $(VENV) (1 to 4 minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install 'setuptools>=77' wheel
+ifeq ($(SET),cpu)
+	@$(PIP) install -r requirements/cpu.txt
+	@$(PIP) install --no-deps -r requirements/cpu-nodeps.txt
+	@$(PIP) install --no-build-isolation -e '.[dashboard,dev]'
+else
+	@$(PIP) install --no-build-isolation -e '.[gpu,dashboard,dev]'
+endif
+	@# Without .pyc files every server start takes twice as long.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib/python3*/site-packages/sglang $(VENV)/lib/python3*/site-packages/torch >/dev/null 2>&1 || true
+	@touch $@
+
+demo: install  ## serve the embedded model, show its flips, open the dashboard (DEMO_ONCE=1 ends by itself)
+	@$(BIN)/python -m sglang_margingate.demo.show $(if $(DEMO_ONCE),--once)
+
+serve: install  ## serve the embedded model with the gate
+	@$(BIN)/python -m sglang_margingate.launch_server --margingate-trace-text on
+
+dashboard: install  ## open the dashboard on traces/
+	@$(BIN)/python -m sglang_margingate.dashboard
+
+lint: install  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test: install lint  ## everything that needs no GPU
+	@$(BIN)/python -m pytest
+
+test-unit: install  ## the fast tests alone
+	@$(BIN)/python -m pytest -m 'not server and not browser and not gpu'
+
+test-gpu:  ## the GPU suite, on a machine with one
+	@$(PYTHON) -m pytest tests/gpu -m gpu
+
+clean:  ## remove what the tests and builds leave (keeps .venv and traces)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache out

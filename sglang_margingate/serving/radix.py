@@ -1,0 +1,155 @@
+"""A radix cache in which a prefix hit never changes the output.
+
+A K/V column is shared only where its bits depend on the tokens before it alone:
+
+* Gated requests share whole chunks of C prompt tokens. The chunk grid is the tree's page: SGLang's own radix tree
+  already floors, splits and evicts on page borders, so it is used as it is, with a page of C, while the allocator
+  keeps pages of 1. A partial chunk at a prompt's end ran at a shape of its own and stays private.
+* Generated columns are never shared between gated requests: they are decode-shaped, and the same tokens sent as a
+  prompt would be prefill-shaped. (`canonical` may share them where a probe has shown one class for both; none has.)
+* Requests that did not ask for determinism share as in stock SGLang, but in a name space of their own
+  (``FAST_NAMESPACE``), so their batch-shaped columns cannot reach a gated request through any split, eviction or
+  re-insertion: provenance is the tree's root, not a mark that code must carry along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from sglang.srt.mem_cache.radix_cache import RadixCache
+
+from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.serving.radix_names import BACKEND_NAME, uses_backend
+from sglang_margingate.serving.state import RequestState, state_of
+
+MAX_CHILDREN = 256
+
+
+class _PromptOnly:
+    """A view of SGLang's ``Req`` whose tokens end where its shareable columns end."""
+
+    def __init__(self, req: Any, limit: int) -> None:
+        object.__setattr__(self, "_req", req)
+        object.__setattr__(self, "_limit", limit)
+
+    def get_fill_ids(self) -> Any:
+        return self._req.get_fill_ids()[: self._limit]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_req"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._req, name, value)
+
+
+class CanonicalRadixCache(RadixCache):
+    """SGLang's radix tree on the grid of canonical prefill chunks.
+
+    Parameters
+    ----------
+    params
+        SGLang's ``CacheInitParams``.
+    config
+        The server's configuration.
+    """
+
+    def __init__(self, params: Any, config: MarginGateConfig) -> None:
+        self.chunk = config.chunk
+        super().__init__(params)
+
+    @contextmanager
+    def _on_grid(self) -> Iterator[None]:
+        """Let the tree's own methods see a page of C; everyone else sees the allocator's page of 1.
+
+        SGLang reads ``tree_cache.page_size`` for both purposes (mem_cache/allocation.py). The scheduler is
+        single-threaded, so nobody can look in between.
+        """
+        before: int = self.page_size  # type: ignore[has-type]
+        self.page_size = self.chunk
+        try:
+            yield
+        finally:
+            self.page_size = before
+
+    def match_prefix(self, params: Any) -> Any:
+        """Find the longest shared prefix, floored to whole chunks; note what the floor gave up."""
+        state = state_of(params.req) if params.req is not None else None
+        with self._on_grid():
+            if state is None or not state.ledger.gated:
+                return super().match_prefix(params)
+            self._cap_at_prompt(params, params.req)
+            result = super().match_prefix(params)
+        state.floored_tokens = self._floored(params.key, len(result.device_indices), result.last_device_node)
+        return result
+
+    @staticmethod
+    def _cap_at_prompt(params: Any, req: Any) -> None:
+        # After a retraction the key also holds generated tokens, whose columns a verify will write: never shared ones.
+        prompt = len(req.origin_input_ids)
+        if len(params.key) > prompt:
+            params.key = params.key[:prompt]
+
+    def _floored(self, key: Any, matched: int, node: Any) -> int:
+        """Return how many further tokens of the key the tree holds inside one more chunk.
+
+        For the record only, so a node with very many children is sampled.
+        """
+        rest = key[matched : matched + self.chunk]
+        children = list(islice(node.children.values(), MAX_CHILDREN)) if len(rest) else []
+        return max((c.key.match(rest, page_size=1) for c in children if c.key.extra_key == rest.extra_key), default=0)
+
+    def insert(self, params: Any) -> Any:
+        """Insert whole chunks."""
+        with self._on_grid():
+            return super().insert(params)
+
+    def evict(self, params: Any) -> Any:
+        """Evict leaves."""
+        with self._on_grid():
+            return super().evict(params)
+
+    def shareable(self, req: Any, state: RequestState) -> int:
+        """Return how many leading columns of a gated request may be shared."""
+        if state.ledger.notes:
+            return int(req.cache_protected_len)  # a chunk left the grid: share nothing beyond what came from the tree
+        return len(req.origin_input_ids) // self.chunk * self.chunk
+
+    def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
+        """Share the prompt's whole chunks after a prefill step."""
+        state = state_of(req)
+        with self._on_grid():
+            if state is None or not state.ledger.gated:
+                super().cache_unfinished_req(req, chunked=chunked)
+                return
+            filled = len(req.get_fill_ids())
+            super().cache_unfinished_req(_PromptOnly(req, self.shareable(req, state)), chunked=chunked)
+        # SGLang continues a chunked prompt behind prefix_indices, so the private columns belong to it as well.
+        if filled > len(req.prefix_indices):
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :filled]
+            req.prefix_indices = row.to(dtype=req.prefix_indices.dtype, copy=True)
+
+    def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        """Release a finished or retracted request: gated ones leave nothing but their prompt's whole chunks."""
+        state = state_of(req)
+        if state is not None and state.ledger.gated:
+            # A request that ended with its prefill was never cached as an unfinished one.
+            if (
+                is_insert
+                and not self.disable
+                and req.cache_protected_len < self.shareable(req, state) <= kv_len_to_handle
+            ):
+                self.cache_unfinished_req(req)
+            is_insert = False
+        with self._on_grid():
+            super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+
+
+def register(config: MarginGateConfig) -> None:
+    """Register the backend under :data:`BACKEND_NAME`; idempotent."""
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
+
+    if uses_backend(config) and get_radix_cache_factory(BACKEND_NAME) is None:
+        register_radix_cache_backend(BACKEND_NAME, lambda context: CanonicalRadixCache(context.params, config))
