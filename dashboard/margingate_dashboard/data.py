@@ -32,8 +32,12 @@ def _list_runs(trace_dir: str) -> list[RunInfo]:
 
 
 def runs(trace_dir: Path) -> list[RunInfo]:
-    """List the runs in the trace folder, newest first; at most two seconds old."""
-    return _list_runs(str(trace_dir))
+    """List the runs in the trace folder, newest first; at most two seconds old.
+
+    A folder that a symbolic link puts there from elsewhere is left out: nothing outside the trace folder is read.
+    """
+    inside = trace_dir.resolve()
+    return [info for info in _list_runs(str(trace_dir)) if info.path.resolve().is_relative_to(inside)]
 
 
 def signature(path: Path) -> Signature:

@@ -17,6 +17,15 @@ def at_most(bound: float) -> str:
     return percent(min(bound, 1.0), up=True)
 
 
+def number(value: object, default: float = math.nan) -> float:
+    """Return a cell of a table as a number; ``default`` where it is null."""
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # None, pandas' NA
+        return default
+    return default if math.isnan(found) else found
+
+
 def count(number: float) -> str:
     """Return a whole number with thousands separators."""
     return f"{int(number):,}"
@@ -28,8 +37,8 @@ def of(part: float, whole: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """Return a percentage, or a dash where the whole is zero."""
-    return percent(part / whole) if whole else "–"
+    """Return a percentage, or a dash where the whole is zero or a number is missing."""
+    return percent(part / whole) if whole and math.isfinite(part / whole) else "–"
 
 
 def rate(part: float, whole: float) -> str:

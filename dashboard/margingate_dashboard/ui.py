@@ -9,13 +9,14 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
 from margingate_dashboard import data, links
+from margingate_dashboard.cards import Card, cards_html
 from margingate_dashboard.figures.common import safe
 from margingate_dashboard.summary import tags
 from margingate_dashboard.theme import CSS
@@ -39,16 +40,6 @@ FOLLOW_SECONDS = 3.0
 _log = logging.getLogger("margingate.dashboard")
 # Alternative texts for charts came after the oldest Streamlit that we support.
 _CHART_HAS_ALT = "alt" in inspect.signature(st.plotly_chart).parameters
-
-
-class Card(NamedTuple):
-    """One headline number."""
-
-    label: str
-    value: str
-    sub: str = ""
-    accent: str = ""
-    help: str = ""
 
 
 @dataclass
@@ -183,16 +174,8 @@ def run_chips(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def cards(items: Iterable[Card]) -> None:
-    """Show headline numbers; every text is escaped."""
-    parts = []
-    for card in items:
-        accent = f' style="--mg-accent:{card.accent}"' if card.accent else ""
-        title = f' title="{html.escape(card.help, quote=True)}"' if card.help else ""
-        parts.append(
-            f'<div class="mg-card"{accent}{title}><div class="label">{html.escape(card.label)}</div>'
-            f'<div class="value">{html.escape(card.value)}</div><div class="sub">{html.escape(card.sub)}</div></div>'
-        )
-    st.html(f'<div class="mg-cards">{"".join(parts)}</div>')
+    """Show headline numbers."""
+    st.html(cards_html(items))
 
 
 def empty_state(title: str, body_html: str) -> None:

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from margingate_dashboard.figures.common import empty, extra, finish, translucent
+from margingate_dashboard.rates import number
 from margingate_dashboard.theme import PART_COLOURS, SERIES_COLOURS, STATES, THRESHOLD_COLOUR
 
 
@@ -114,8 +115,7 @@ def latency_parts(request: pd.Series) -> dict[str, float]:
     """
 
     def value(name: str) -> float:
-        number = request.get(name)
-        return float(number) if number is not None and np.isfinite(float(number)) else 0.0
+        return number(request.get(name), 0.0)
 
     whole = value("e2e_ms")
     prefill = min(value("prefill_ms"), whole)

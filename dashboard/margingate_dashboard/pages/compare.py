@@ -8,11 +8,12 @@ import pandas as pd
 import streamlit as st
 
 from margingate_dashboard import align, data, links, states, tokens, ui
+from margingate_dashboard.cards import Card
 from margingate_dashboard.figures import compare as figures
 from margingate_dashboard.rates import of, share
 from margingate_dashboard.summary import has_tag, tag
 from margingate_dashboard.theme import MISSED, REPAIRED
-from margingate_dashboard.ui import Card, Page
+from margingate_dashboard.ui import Page
 from sglang_margingate.trace import RunInfo
 
 BEFORE, AFTER = 60, 90

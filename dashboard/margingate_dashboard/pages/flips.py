@@ -8,53 +8,16 @@ import streamlit as st
 
 from margingate_dashboard import data, links, states, tokens, ui
 from margingate_dashboard.bins import margin_grid
+from margingate_dashboard.cards import Card
 from margingate_dashboard.context import flip_text
 from margingate_dashboard.figures import flips as figures
 from margingate_dashboard.rates import at_most, of, share, upper_95
 from margingate_dashboard.summary import has_tag
-from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES
-from margingate_dashboard.ui import Card, Page
+from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, MOST_FLIPS, flip_list
+from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED
+from margingate_dashboard.ui import Page
 
-STEPS = (
-    "request_id",
-    "dataset",
-    "step",
-    "position",
-    "token",
-    "fast_token",
-    "verify_token",
-    "margin",
-    "threshold",
-    "prefill",
-    "batch_rows",
-    "state",
-    "token_text",
-)
-FLIP_CODES = [states.CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]
-SHOWN = 2000
-"""Flips in the list; the export has as many."""
-
-
-def flip_list(steps: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per flip, lowest margin last: the surprising ones come first."""
-    found = steps[np.isin(steps["state"].to_numpy(), FLIP_CODES)]
-    found = found.sort_values("margin", ascending=False, kind="stable").head(SHOWN)
-    known = tokens.texts_by_id(found)
-    return pd.DataFrame(
-        {
-            "request": found["request_id"].astype(str).to_numpy(),
-            "dataset": found["dataset"].astype(str).to_numpy(),
-            "step": found["step"].to_numpy(),
-            "state": [STATES[s].name for s in found["state"]],
-            "committed": [tokens.plain(t, i) for t, i in zip(found["token_text"], found["token"])],
-            "fast token": [tokens.plain(known.get(int(i)), i) for i in found["fast_token"]],
-            "verify token": [tokens.plain(known.get(int(i)), i) if pd.notna(i) else "–" for i in found["verify_token"]],
-            "margin": found["margin"].to_numpy(),
-            "threshold": found["threshold"].to_numpy(),
-            "batch rows": found["batch_rows"].to_numpy(),
-            "position": found["position"].to_numpy(),
-        }
-    )
+STEPS = (*FLIP_COLUMNS, "prefill", "verified", "triggered")
 
 
 def _figures(page: Page, steps: pd.DataFrame) -> None:
@@ -124,7 +87,7 @@ def _list(page: Page, table: pd.DataFrame) -> None:
     st.markdown("##### Every flip, highest margin first")
     st.caption(
         "Select a row to see it in its text and to copy it for an issue."
-        + (f" First {SHOWN:,} shown." if len(table) == SHOWN else "")
+        + (f" First {MOST_FLIPS:,} shown." if len(table) == MOST_FLIPS else "")
     )
     picked = ui.table(
         table,
@@ -150,7 +113,7 @@ def _page() -> None:
     )
     if page is None:
         return
-    steps = page.data.steps(*STEPS, "verified", "triggered")
+    steps = page.data.steps(*STEPS)
     decode = ~states.as_bool(steps["prefill"])
     if page.datasets is not None:
         decode &= has_tag(steps["dataset"], page.datasets)

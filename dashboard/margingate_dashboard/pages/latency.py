@@ -7,11 +7,12 @@ import pandas as pd
 import streamlit as st
 
 from margingate_dashboard import links, states, ui
+from margingate_dashboard.cards import Card
 from margingate_dashboard.figures import latency as figures
 from margingate_dashboard.rates import milliseconds, of, share
 from margingate_dashboard.summary import has_tag, overhead
 from margingate_dashboard.theme import PART_COLOURS
-from margingate_dashboard.ui import Card, Page
+from margingate_dashboard.ui import Page
 
 STEPS = ("dataset", "prefill", "batch_rows", "step_ms", "verify_ms", "window_rows", "verified")
 REQUESTS = (

@@ -8,11 +8,12 @@ import streamlit as st
 
 from margingate_dashboard import states, ui, whatif
 from margingate_dashboard.bins import LINEAR, LOGARITHMIC, margin_bins
+from margingate_dashboard.cards import Card
 from margingate_dashboard.figures import margins as figures
 from margingate_dashboard.rates import at_most, of, share
 from margingate_dashboard.summary import has_tag, tags
 from margingate_dashboard.theme import FLIPPED, MISSED, THRESHOLD_COLOUR, TRIGGERED
-from margingate_dashboard.ui import Card, Page
+from margingate_dashboard.ui import Page
 
 STEPS = ("dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified")
 

@@ -7,12 +7,13 @@ import pandas as pd
 import streamlit as st
 
 from margingate_dashboard import data, links, states, tokens, ui
+from margingate_dashboard.cards import Card
 from margingate_dashboard.context import flip_text
 from margingate_dashboard.figures import request as figures
-from margingate_dashboard.rates import milliseconds, of, share
+from margingate_dashboard.rates import milliseconds, number, of, share
 from margingate_dashboard.summary import has_tag, tag
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES, TRIGGERED
-from margingate_dashboard.ui import Card, Page
+from margingate_dashboard.ui import Page
 
 ORDERS = ("most flips", "lowest margin", "slowest", "newest")
 LISTED = 200
@@ -150,12 +151,12 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame) -> None:
         ),
     ]
     if request is not None:
-        added, whole = float(request["overhead_ms"] or 0), float(request["e2e_ms"] or 0)
+        added, whole = number(request["overhead_ms"], 0.0), number(request["e2e_ms"], 0.0)
         items += [
             Card("Overhead", milliseconds(added), f"{share(added, whole)} of {milliseconds(whole)} end to end"),
             Card(
                 "First token",
-                milliseconds(float(request["ttft_ms"])),
+                milliseconds(number(request["ttft_ms"])),
                 f"then {milliseconds(float(request['tpot_ms']))} a token",
             ),
             Card(
@@ -292,12 +293,13 @@ def _follow_click(event: object, selected: int | None) -> None:
 def _prompt(page: Page, chosen: str, request: pd.Series | None) -> None:
     if request is None:
         return
-    floored = int(request["floored_tokens"] or 0)
-    cache = f"{of(request['cached_tokens'] or 0, request['prompt_tokens'] or 0)} from the prefix cache"
+    floored = int(number(request["floored_tokens"], 0))
+    cache = f"{of(number(request['cached_tokens'], 0), number(request['prompt_tokens'], 0))} from the prefix cache"
     text = page.data.requests("request_id", "prompt_text")
     prompt = text.loc[text["request_id"] == chosen, "prompt_text"].dropna()
     with st.expander(
-        f"Prompt: {int(request['prompt_tokens'] or 0):,} tokens, {cache}" + (f", {floored} given up" if floored else "")
+        f"Prompt: {int(number(request['prompt_tokens'], 0)):,} tokens, {cache}"
+        + (f", {floored} given up" if floored else "")
     ):
         if len(prompt):
             st.text(prompt.iloc[-1])

@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from margingate_dashboard import data, links, ui
+from margingate_dashboard.cards import Card
 from margingate_dashboard.rates import at_most, share
 from margingate_dashboard.summary import REQUEST_COLUMNS, Headline, from_requests, overhead, tags
 from sglang_margingate.trace import RunInfo, TraceError
@@ -107,10 +108,10 @@ def _listing(place: object) -> None:
     flips, verified = int(frame["flips"].fillna(0).sum()), int(frame["verified"].fillna(0).sum())
     ui.cards(
         [
-            ui.Card("Runs", f"{len(frame):,}", f"{live} live"),
-            ui.Card("Requests finished", f"{requests:,}", "in all runs"),
-            ui.Card("Steps recorded", f"{steps:,}", "prefill and decode"),
-            ui.Card("Flips confirmed", f"{flips:,}", f"{share(flips, verified)} of {verified:,} verified steps"),
+            Card("Runs", f"{len(frame):,}", f"{live} live"),
+            Card("Requests finished", f"{requests:,}", "in all runs"),
+            Card("Steps recorded", f"{steps:,}", "prefill and decode"),
+            Card("Flips confirmed", f"{flips:,}", f"{share(flips, verified)} of {verified:,} verified steps"),
         ]
     )
     picked = ui.table(

@@ -7,10 +7,11 @@ import pandas as pd
 import streamlit as st
 
 from margingate_dashboard import profiles, ui
+from margingate_dashboard.cards import Card
 from margingate_dashboard.figures import tuning as figures
 from margingate_dashboard.rates import at_most, of, share
 from margingate_dashboard.theme import FLIPPED, MISSED, TRIGGERED
-from margingate_dashboard.ui import Card, Page
+from margingate_dashboard.ui import Page
 from sglang_margingate.gate.calibration import Calibration, CalibrationError, threshold_for, trade_off, transfer_matrix
 
 CURVE_POINTS = 300

@@ -1,0 +1,80 @@
+"""Tables that more than one place shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from margingate_dashboard import tokens
+from margingate_dashboard.rates import of
+from margingate_dashboard.states import CODE
+from margingate_dashboard.summary import has_tag, headline, tag
+from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES
+
+FLIP_CODES = [CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]
+MOST_FLIPS = 2000
+"""Flips in a list at most."""
+
+FLIP_COLUMNS = (
+    "request_id",
+    "dataset",
+    "step",
+    "position",
+    "token",
+    "fast_token",
+    "verify_token",
+    "margin",
+    "threshold",
+    "batch_rows",
+    "state",
+    "token_text",
+)
+"""Step columns that :func:`flip_list` reads."""
+
+
+def flip_list(steps: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per flip, lowest margin last: the surprising ones come first."""
+    found = steps[np.isin(steps["state"].to_numpy(), FLIP_CODES)]
+    found = found.sort_values("margin", ascending=False, kind="stable").head(MOST_FLIPS)
+    known = tokens.texts_by_id(found)
+    return pd.DataFrame(
+        {
+            "request": found["request_id"].astype(str).to_numpy(),
+            "dataset": found["dataset"].astype(str).to_numpy(),
+            "step": found["step"].to_numpy(),
+            "state": [STATES[s].name for s in found["state"]],
+            "committed": [tokens.plain(t, i) for t, i in zip(found["token_text"], found["token"])],
+            "fast token": [tokens.plain(known.get(int(i)), i) for i in found["fast_token"]],
+            "verify token": [tokens.plain(known.get(int(i)), i) if pd.notna(i) else "–" for i in found["verify_token"]],
+            "margin": found["margin"].to_numpy(),
+            "threshold": found["threshold"].to_numpy(),
+            "batch rows": found["batch_rows"].to_numpy(),
+            "position": found["position"].to_numpy(),
+        }
+    )
+
+
+def by_dataset(steps: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
+    """Return one row of counts per dataset tag."""
+    rows = []
+    names = sorted({tag(v) for v in steps["dataset"].unique()} | {tag(v) for v in requests["dataset"].unique()})
+    for name in names:
+        total = headline(steps[has_tag(steps["dataset"], {name})])
+        mine = requests[has_tag(requests["dataset"], {name})]
+        rows.append(
+            {
+                "dataset": name,
+                "requests": len(mine),
+                "decode steps": total.steps,
+                "triggered": total.triggered,
+                "trigger rate": 100 * total.triggered / total.steps if total.steps else None,
+                "flips": total.flips,
+                "flips per 1,000 steps": 1000 * total.flips / total.steps if total.steps else None,
+                "repaired": total.repaired,
+                "missed": total.missed,
+                "untriggered verified": of(total.examined, total.untriggered),
+                "median TTFT": mine["ttft_ms"].median(),
+                "median TPOT": mine["tpot_ms"].median(),
+            }
+        )
+    return pd.DataFrame(rows)

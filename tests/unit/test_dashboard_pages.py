@@ -1,0 +1,292 @@
+"""Every dashboard page on every kind of run: no page shows a traceback, and each says what is the matter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
+pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
+
+from margingate_dashboard.synthetic import SyntheticSpec, write_run
+from margingate_dashboard.ui import PAGES
+from streamlit.testing.v1 import AppTest
+
+spec = find_spec("margingate_dashboard")
+assert spec is not None
+assert spec.submodule_search_locations is not None
+APP = Path(next(iter(spec.submodule_search_locations))) / "pages" / "app.py"
+
+SMALL = SyntheticSpec(requests=6, tokens=40)
+
+
+def rewrite_manifest(run: Path, **changes: object) -> None:
+    file = run / "manifest.json"
+    manifest = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def empty_folder(folder: Path) -> None:
+    folder.mkdir()
+
+
+def missing_folder(folder: Path) -> None:
+    pass
+
+
+def half_written(folder: Path) -> None:
+    run = write_run(folder / "half", SMALL)
+    last = run / "steps-0002.parquet"
+    last.write_bytes(last.read_bytes()[:900])
+    (run / "requests-0000.parquet").unlink()
+    (run / ".steps-0003.parquet.tmp").write_bytes(b"PAR1")
+    rewrite_manifest(run, closed_at=None)
+
+
+def nothing_but_a_manifest(folder: Path) -> None:
+    run = write_run(folder / "begun", SMALL)
+    for file in run.glob("*.parquet"):
+        file.unlink()
+
+
+def manifest_missing(folder: Path) -> None:
+    (write_run(folder / "lost", SMALL) / "manifest.json").unlink()
+
+
+def manifest_garbled(folder: Path) -> None:
+    (write_run(folder / "garbled", SMALL) / "manifest.json").write_text('{"schema_version": "1.')
+
+
+def manifest_of_odd_types(folder: Path) -> None:
+    run = write_run(folder / "odd", SMALL)
+    rewrite_manifest(run, model=["a"], flags="none", versions=7, created=12, device=None)
+
+
+def all_files_damaged(folder: Path) -> None:
+    for file in write_run(folder / "damaged", SMALL).glob("*.parquet"):
+        file.write_bytes(b"not parquet")
+
+
+def newer_schema(folder: Path) -> None:
+    write_run(folder / "newer", SyntheticSpec(requests=4, tokens=30, schema_version="2.0"))
+
+
+def no_flips(folder: Path) -> None:
+    write_run(folder / "calm", SyntheticSpec(requests=6, tokens=40, perturbation=0.0, policy="always"))
+
+
+def one_request(folder: Path) -> None:
+    write_run(folder / "one", SyntheticSpec(requests=1, tokens=30, datasets=("story",), policy="always"))
+
+
+def without_text(folder: Path) -> None:
+    write_run(folder / "mute", SyntheticSpec(requests=6, tokens=60, text=False))
+
+
+def ten_thousand_requests(folder: Path) -> None:
+    write_run(folder / "many", SyntheticSpec(requests=10_000, tokens=8, slots=64, policy="always"))
+
+
+def unknown_datasets(folder: Path) -> None:
+    names = (
+        "",
+        "<script>alert(1)</script>",
+        "../../etc",
+        "日本語",
+        "a" * 64,
+        "*b* [x](http://e)",
+        *(f"d{i}" for i in range(40)),
+    )
+    write_run(folder / "tags", SyntheticSpec(requests=92, tokens=20, datasets=names, policy="always", perturbation=0.5))
+
+
+def policy_off(folder: Path) -> None:
+    write_run(folder / "off", SyntheticSpec(requests=6, tokens=40, policy="off"))
+
+
+def live(folder: Path) -> None:
+    write_run(folder / "live", SyntheticSpec(requests=6, tokens=40, live=True))
+
+
+def first_tokens_only(folder: Path) -> None:
+    """Requests with one output token: nothing but prefills, no decode step at all."""
+    import pyarrow.parquet as pq
+
+    run = write_run(folder / "short", SMALL)
+    for file in sorted(run.glob("steps-*.parquet")):
+        table = pq.read_table(file)
+        pq.write_table(table.filter(table["prefill"]), file)
+
+
+def nulls_wherever_possible(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = write_run(folder / "nulls", SMALL)
+    for file in run.glob("*.parquet"):
+        table = pq.read_table(file)
+        for index, column in enumerate(table.schema):
+            if column.name not in ("request_id", "step", "token", "time", "position"):
+                table = table.set_column(index, column, pa.nulls(table.num_rows, column.type))
+        pq.write_table(table, file)
+
+
+def two_runs(folder: Path) -> None:
+    write_run(folder / "a", SMALL)
+    write_run(folder / "b", SyntheticSpec(requests=6, tokens=40, policy="off"))
+
+
+def two_runs_without_common_requests(folder: Path) -> None:
+    write_run(folder / "a", SMALL)
+    one_request(folder)
+    shutil.copytree(folder / "one", folder / "copy")
+
+
+SCENARIOS: list[Callable[[Path], None]] = [
+    empty_folder, missing_folder, half_written, nothing_but_a_manifest, manifest_missing, manifest_garbled,
+    manifest_of_odd_types, all_files_damaged, newer_schema, no_flips, one_request, without_text, ten_thousand_requests,
+    unknown_datasets, policy_off, live, first_tokens_only, nulls_wherever_possible, two_runs,
+    two_runs_without_common_requests,
+]  # fmt: skip
+
+
+def open_app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
+    monkeypatch.setenv("MARGINGATE_TRACE_DIR", str(folder))
+    return AppTest.from_file(str(APP), default_timeout=60)
+
+
+@pytest.mark.parametrize("make", SCENARIOS, ids=lambda f: f.__name__)
+def test_no_page_shows_a_traceback(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "traces"
+    make(folder)
+    at = open_app(folder, monkeypatch).run()
+    for page in PAGES.values():
+        at.switch_page(page).run()
+        assert not at.exception, f"{page}: {[e.value for e in at.exception]}"
+        errors = [e.value for e in at.error]
+        if make is newer_schema and page != "runs.py":
+            assert "2\\.0" in errors[0]
+            assert "upgrade" in errors[0]
+        else:
+            assert not errors, f"{page}: {errors}"
+
+
+def shown(at: AppTest) -> str:
+    """Return all HTML of the page."""
+    return "\n".join(e.proto.body if hasattr(e.proto, "body") else str(e.value) for e in at.get("html"))
+
+
+def test_an_empty_folder_says_how_to_make_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = open_app(tmp_path, monkeypatch).run()
+    assert "launch_server" in shown(at)
+
+
+def test_a_newer_run_is_listed_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer_schema(tmp_path)
+    at = open_app(tmp_path, monkeypatch).run()
+    assert at.dataframe[0].value["status"].tolist() == ["unreadable"]
+    assert any("upgrade" in c.value for c in at.caption)
+
+
+@pytest.mark.parametrize("script", [p for p in PAGES.values() if p != "runs.py"])
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/../b", "%2e%2e", "b\x00"])
+def test_a_link_cannot_leave_the_trace_folder(
+    script: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "traces"
+    write_run(tmp_path / "secret", SMALL)
+    write_run(folder / "a", SMALL)
+    at = open_app(folder, monkeypatch).run()
+    at.query_params["run"] = name
+    at.query_params["other"] = name
+    at.switch_page(script).run()
+    assert not at.exception
+    assert not at.error
+    assert at.query_params["run"] in ("a", ["a"])
+    assert any("There is no run named" in w.value for w in at.warning)
+    assert "secret" not in shown(at)
+
+
+def test_a_symbolic_link_cannot_leave_the_trace_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "traces"
+    write_run(tmp_path / "secret", SMALL)
+    write_run(folder / "a", SMALL)
+    (folder / "linked").symlink_to(tmp_path / "secret")
+    at = open_app(folder, monkeypatch).run()
+    assert at.dataframe[0].value["run"].tolist() == ["a"]
+
+
+def test_links_open_run_request_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_runs(tmp_path)
+    at = open_app(tmp_path, monkeypatch).run()
+    for key, value in (("run", "b"), ("request", "rid-00004"), ("step", "7")):
+        at.query_params[key] = value
+    at.switch_page("request.py").run()
+    assert at.selectbox(key="run_box").value == "b"
+    assert at.selectbox(key="request_box").value == "rid-00004"
+    assert at.number_input(key="step_box").value == 7
+    assert "step 7 of request rid-00004, run b" in at.code[0].value
+
+
+@pytest.mark.parametrize(
+    ("request_id", "step"), [("nobody", "0"), ("rid-00001", "999999"), ("rid-00001", "-1"), ("<b>", "x")]
+)
+def test_links_to_what_is_not_there_fall_back(
+    request_id: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_runs(tmp_path)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["request"], at.query_params["step"] = request_id, step
+    at.switch_page("request.py").run()
+    assert not at.exception
+    assert not at.error
+
+
+def test_untrusted_text_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = write_run(tmp_path / "x", SMALL)
+    attack = '<img src=x onerror="alert(1)">'
+    for file in run.glob("*.parquet"):
+        table = pq.read_table(file)
+        for name in ("token_text", "prompt_text"):
+            if name in table.column_names:
+                index = table.column_names.index(name)
+                table = table.set_column(index, name, pa.array([attack] * table.num_rows))
+        pq.write_table(table, file)
+    rewrite_manifest(run, model=attack, device=attack)
+    at = open_app(tmp_path, monkeypatch).run()
+    for page in PAGES.values():
+        at.switch_page(page).run()
+        assert not at.exception
+        assert "<img" not in shown(at)
+        assert not any("<img" in m.value for m in [*at.markdown, *at.caption])
+
+
+def test_the_threshold_slider_takes_effect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", SyntheticSpec(requests=12, tokens=100, policy="always"))
+    at = open_app(tmp_path, monkeypatch).run()
+    at.switch_page("margins.py").run()
+    before = at.dataframe[0].value["would trigger"].sum()
+    at.slider(key="tau-a").set_value(0.125).run()
+    after = at.dataframe[0].value["would trigger"].sum()
+    assert 0 < after < before
+    assert "0.125" in shown(at)
+
+
+def test_the_dataset_filter_changes_every_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_runs(tmp_path)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.switch_page("overview.py").run()
+    assert set(at.dataframe[0].value["dataset"]) == {"arith", "code", "story"}
+    at.multiselect(key="datasets_box").set_value(["code"]).run()
+    assert at.dataframe[0].value["dataset"].tolist() == ["code"]
