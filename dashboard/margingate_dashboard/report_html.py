@@ -1,0 +1,213 @@
+"""A run as one HTML file that opens from disk: numbers, guarantee, margins, flips, and the worst requests' tokens."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from margingate_dashboard import states, tokens
+from margingate_dashboard.bins import LOGARITHMIC, margin_bins
+from margingate_dashboard.cards import cards_html, headline_cards
+from margingate_dashboard.context import flip_text
+from margingate_dashboard.figures import margins as margin_figures
+from margingate_dashboard.figures import overview as overview_figures
+from margingate_dashboard.figures.common import safe
+from margingate_dashboard.rates import of
+from margingate_dashboard.summary import has_tag, headline, tags
+from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, by_dataset, flip_list
+from margingate_dashboard.theme import CSS
+from sglang_margingate import __version__
+from sglang_margingate.trace import Run, read_run
+from sglang_margingate.trace.schema import STEP_SCHEMA
+
+WORST = 5
+"""Requests whose tokens are shown."""
+STRIP = 600
+"""Tokens of a strip, around the request's first flip."""
+FLIPS = 300
+"""Rows of the table of flips."""
+
+STEPS = tuple(n for n in dict.fromkeys([*FLIP_COLUMNS, *states.STATE_COLUMNS, "time"]) if n in STEP_SCHEMA.names)
+REQUESTS = (
+    "request_id",
+    "dataset",
+    "policy",
+    "output_tokens",
+    "guarantee",
+    "guarantee_note",
+    "overhead_ms",
+    "e2e_ms",
+    "ttft_ms",
+    "tpot_ms",
+)
+
+_PAGE_CSS = """
+<style>
+:root { color-scheme: light dark; }
+body { font-family:system-ui, "Segoe UI", Helvetica, Arial, sans-serif; margin:0 auto; padding:2rem 2.2rem 4rem; max-width:1240px;
+  background:#fff; color:#23262d; line-height:1.5; }
+h1 { font-size:1.7rem; margin:0; } h2 { font-size:1.2rem; margin:2.2rem 0 .6rem; } h3 { font-size:1rem; margin:1.4rem 0 .3rem; }
+table { border-collapse:collapse; font-size:.85rem; font-variant-numeric:tabular-nums; }
+.scroll { overflow-x:auto; max-height:32rem; overflow-y:auto; }
+th, td { text-align:left; padding:.3rem .7rem; border-bottom:1px solid color-mix(in srgb, currentColor 14%, transparent); }
+th { position:sticky; top:0; background:#f3f4f6; } td.n { text-align:right; }
+pre { white-space:pre-wrap; overflow-wrap:anywhere; font-size:.8rem; padding:.8rem 1rem; border-radius:.5rem;
+  background:color-mix(in srgb, currentColor 6%, transparent); }
+.note { font-size:.85rem; opacity:.75; }
+@media (prefers-color-scheme: dark) { body { background:#16181d; color:#e8eaee; } th { background:#22262e; } }
+</style>
+"""
+
+# Axis text follows the reader's colour scheme; the file has no server to do it.
+_SCRIPT = """
+<script>
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function paint() {
+  const ink = dark.matches ? "#d7dae0" : "#3a3f48";
+  document.querySelectorAll(".js-plotly-plot").forEach(p => Plotly.relayout(p, {"font.color": ink}));
+}
+dark.addEventListener("change", paint); addEventListener("load", paint);
+</script>
+"""
+
+# The file may not load anything: what it shows is what it holds, whatever a prompt in it says.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def report_html(path: Path) -> str:
+    """Return the report of the run at ``path``.
+
+    Raises
+    ------
+    TraceError
+        The run cannot be read.
+    """
+    run = read_run(path, step_columns=STEPS, request_columns=REQUESTS)
+    steps = run.steps.assign(
+        state=states.classify(run.steps), triggered=states.triggered(run.steps), verified=states.verified(run.steps)
+    )
+    title = f"{run.path.resolve().name}: MarginGate report"
+    body = [
+        _head(run),
+        cards_html(headline_cards(headline(steps), run.requests)),
+        _figure(overview_figures.guarantees(run.requests)),
+        *_guarantee_notes(run.requests),
+        _figure(overview_figures.events(overview_figures.over_time(steps))),
+        "<h2>By dataset</h2>",
+        _table(by_dataset(steps, run.requests)),
+        _figure(_histogram(steps)),
+        *_flips(run, steps),
+        *_worst(run, steps),
+        f"<h2>Manifest</h2><pre>{html.escape(json.dumps(run.manifest, indent=2, default=str))}</pre>",
+        f'<p class="note">Written by sglang-margingate {html.escape(__version__)}. This file loads nothing from the network.</p>',
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"{CSS}{_PAGE_CSS}<script>{get_plotlyjs()}</script></head><body>{''.join(body)}{_SCRIPT}</body></html>\n"
+    )
+
+
+def _head(run: Run) -> str:
+    manifest = run.manifest
+    chips = [str(manifest[k]) for k in ("model", "policy", "device", "created") if manifest.get(k)]
+    spans = "".join(f'<span class="mg-chip">{html.escape(c)}</span>' for c in chips)
+    if manifest.get("synthetic"):
+        spans += '<span class="mg-chip warn">made-up data</span>'
+    warnings = "".join(f'<p class="note">Note: {html.escape(w)}</p>' for w in run.warnings)
+    return f'<div class="mg-head"><h1>{html.escape(run.path.resolve().name)}</h1>{spans}</div>{warnings}'
+
+
+def _figure(fig: go.Figure) -> str:
+    fig.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", template="none")
+    return str(fig.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}))
+
+
+def _guarantee_notes(requests: pd.DataFrame) -> list[str]:
+    notes = requests["guarantee_note"].dropna().value_counts().head(5)
+    return [
+        f'<p class="note">{of(times, len(requests))} requests claim less: {html.escape(str(note))}</p>'
+        for note, times in notes.items()
+    ]
+
+
+def _histogram(steps: pd.DataFrame) -> go.Figure:
+    decode = steps[~states.as_bool(steps["prefill"])]
+    flipped = states.as_bool(decode["flipped"])
+    margin = decode["margin"].to_numpy(dtype=np.float64)
+    stable, flips = {}, {}
+    for name in tags(decode["dataset"]):
+        mine = has_tag(decode["dataset"], {name})
+        stable[safe(name)], flips[safe(name)] = margin[mine & ~flipped], margin[mine & flipped]
+    known = decode["threshold"].dropna()
+    threshold = float(known.mode().iloc[0]) if len(known) else 0.0
+    return margin_figures.histogram(stable, flips, margin_bins(margin, LOGARITHMIC), LOGARITHMIC, threshold)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return f'<td class="n">{value:,}</td>'
+    if isinstance(value, (float, np.floating)):
+        return f'<td class="n">{value:.4g}</td>' if np.isfinite(value) else '<td class="n">–</td>'
+    return f"<td>{html.escape('–' if value is None or value is pd.NA else str(value))}</td>"
+
+
+def _table(frame: pd.DataFrame) -> str:
+    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in frame.itertuples(index=False))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _flips(run: Run, steps: pd.DataFrame) -> list[str]:
+    table = flip_list(steps)
+    if table.empty:
+        seen = int(steps["verified"].sum())
+        return [f"<h2>Flips</h2><p>No flip was confirmed in {seen:,} verified steps.</p>"]
+    first = table.iloc[0]
+    full = read_run(run.path, request_columns=[], filters=[("request_id", "==", str(first["request"]))]).steps
+    full = full.sort_values("step", kind="stable").reset_index(drop=True)
+    text = flip_text(run.path.resolve().name, run.manifest, str(first["request"]), full, int(first["step"]))
+    shown = f", first {FLIPS}" if len(table) > FLIPS else ""
+    return [
+        f"<h2>Flips</h2><p>{len(table):,} confirmed flips in {len(steps):,} step rows, highest margin first{shown}.</p>",
+        tokens.legend(("flipped", "repaired", "missed")),
+        _table(table.head(FLIPS)),
+        f"<h3>The first of them</h3><pre>{html.escape(text)}</pre>",
+    ]
+
+
+def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
+    """Return the token strips of the requests with most flips, then of those with the lowest margin."""
+    decode = steps[~states.as_bool(steps["prefill"])]
+    if decode.empty:
+        return []
+    ids = decode["request_id"].astype(str)
+    flips = pd.Series(np.isin(decode["state"], FLIP_CODES)).groupby(ids.to_numpy()).sum()
+    lowest = pd.Series(decode["margin"].to_numpy()).groupby(ids.to_numpy()).min()
+    order = pd.DataFrame({"flips": -flips, "lowest": lowest}).sort_values(["flips", "lowest"], kind="stable")
+    parts = ["<h2>Worst requests, token by token</h2>", tokens.legend()]
+    for request in order.index[:WORST]:
+        found = read_run(
+            run.path, step_columns=STEP_SCHEMA.names, request_columns=[], filters=[("request_id", "==", request)]
+        )
+        mine = (
+            found.steps.sort_values("step", kind="stable").drop_duplicates("step", keep="last").reset_index(drop=True)
+        )
+        mine = mine.assign(state=states.classify(mine))
+        flipped = np.flatnonzero(np.isin(mine["state"], FLIP_CODES))
+        begin = max(0, int(flipped[0]) - STRIP // 2) if len(mine) > STRIP and flipped.size else 0
+        window = mine.iloc[begin : begin + STRIP]
+        where = f", tokens {begin}–{begin + len(window) - 1}" if len(window) < len(mine) else ""
+        parts.append(
+            f"<h3>{html.escape(str(request))}</h3><p class='note'>{-int(order.loc[request, 'flips']):,} flips, lowest margin "
+            f"{order.loc[request, 'lowest']:.4g}, {len(mine):,} tokens{where}</p>"
+        )
+        parts.append(tokens.strip(window, tokens.texts_by_id(mine)))
+    return parts
