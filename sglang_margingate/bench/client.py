@@ -6,13 +6,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import requests
 
 TIMEOUT = 600.0
+FLUSH_SECONDS = 10.0
 
 
 class ServerError(RuntimeError):
@@ -56,23 +57,61 @@ class Completion:
         return None if len(self.tokens) == len(other.tokens) else min(len(self.tokens), len(other.tokens))
 
 
+def brief(error: Exception) -> str:
+    """Return the reason inside one of requests' nested errors, in a few words."""
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"HTTP {error.response.status_code}"
+    if isinstance(error, requests.ConnectionError):
+        text = str(error)
+        known = ("Connection refused", "Name or service not known", "Connection reset", "Remote end closed connection")
+        return next((k.lower() for k in known if k in text), "connection failed")
+    return " ".join(str(error).split())[:200]
+
+
+class Completer(Protocol):
+    """What the traffic functions need of a client: SGLang's native API or OpenAI's."""
+
+    base_url: str
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        sampling: dict[str, Any] | None = None,
+        custom: dict[str, Any] | None = None,
+    ) -> Completion:
+        """Complete one prompt, greedily unless ``sampling`` says otherwise."""
+        ...
+
+    def flush_cache(self) -> bool:
+        """Empty the server's prefix cache; False where it cannot."""
+        ...
+
+
 class Client:
-    """Talks to one server.
+    """Talks to one server through SGLang's native API.
 
     Parameters
     ----------
     base_url
         ``http://host:port``.
+    tagged
+        Send ``custom_params`` with each request: dataset and margingate's parameters. Stock SGLang ignores them.
     """
 
-    def __init__(self, base_url: str, timeout: float = TIMEOUT) -> None:
+    def __init__(self, base_url: str, timeout: float = TIMEOUT, tagged: bool = True, api_key: str = "") -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout = timeout
+        self.tagged = tagged
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._local = threading.local()
 
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
+            self._local.session.headers.update(self._headers)
         return self._local.session
 
     def get(self, path: str) -> Any:
@@ -82,15 +121,23 @@ class Client:
             answer.raise_for_status()
             return answer.json()
         except (requests.RequestException, ValueError) as error:
-            raise ServerError(f"GET {self.base_url}{path} failed: {error}") from None
+            raise ServerError(f"GET {self.base_url}{path}: {brief(error)}") from None
 
     def status(self) -> dict[str, Any]:
         """Return ``GET /margingate/status``."""
         return self.get("/margingate/status")
 
-    def flush_cache(self) -> None:
-        """Empty the server's prefix cache."""
-        self._session().post(self.base_url + "/flush_cache", timeout=60)
+    def flush_cache(self) -> bool:
+        """Empty the server's prefix cache; it refuses while requests run, so this tries for some seconds."""
+        end = time.monotonic() + FLUSH_SECONDS
+        while True:
+            try:
+                answer = self._session().post(self.base_url + "/flush_cache", timeout=60)
+            except requests.RequestException as error:
+                raise ServerError(f"POST {self.base_url}/flush_cache: {brief(error)}") from None
+            if answer.ok or answer.status_code in (404, 405) or time.monotonic() > end:
+                return answer.ok
+            time.sleep(0.2)
 
     def post(self, payload: dict[str, Any]) -> tuple[int, Any]:
         """Send one ``/generate``; return status code and JSON, whatever the code."""
@@ -98,7 +145,7 @@ class Client:
             answer = self._session().post(self.base_url + "/generate", json=payload, timeout=self.timeout)
             return answer.status_code, answer.json()
         except (requests.RequestException, ValueError) as error:
-            raise ServerError(f"POST {self.base_url}/generate failed: {error}") from None
+            raise ServerError(f"POST {self.base_url}/generate: {brief(error)}") from None
 
     def generate(
         self,
@@ -106,45 +153,75 @@ class Client:
         max_new_tokens: int = 256,
         sampling: dict[str, Any] | None = None,
         custom: dict[str, Any] | None = None,
+        rid: str | None = None,
     ) -> Completion:
         """Complete one prompt at temperature 0 unless ``sampling`` says otherwise."""
-        params: dict[str, Any] = {"temperature": 0, "max_new_tokens": max_new_tokens, **(sampling or {})}
-        params["custom_params"] = {"margingate_dataset": prompt.dataset, **(custom or {})}
+        payload = self.payload(prompt, max_new_tokens, sampling, custom, rid)
         start = time.perf_counter()
-        code, out = self.post({"text": prompt.text, "sampling_params": params})
+        code, out = self.post(payload)
         if code != 200:
             message = out.get("error", {}).get("message", out) if isinstance(out, dict) else out
             raise ServerError(f"prompt {prompt.id}: HTTP {code}: {message}")
+        return completion(prompt, out, time.perf_counter() - start)
+
+    def payload(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        sampling: dict[str, Any] | None = None,
+        custom: dict[str, Any] | None = None,
+        rid: str | None = None,
+    ) -> dict[str, Any]:
+        """Return the JSON of one ``/generate``; ``rid`` names the request in the trace and must be unique in flight."""
+        params: dict[str, Any] = {"temperature": 0, "max_new_tokens": max_new_tokens, **(sampling or {})}
+        if self.tagged:
+            params["custom_params"] = {"margingate_dataset": prompt.dataset, **(custom or {})}
+        return {"text": prompt.text, "sampling_params": params, **({"rid": rid} if rid else {})}
+
+
+def completion(prompt: Prompt, out: dict[str, Any], seconds: float) -> Completion:
+    """Return the completion in one JSON answer of ``/generate``."""
+    try:
         meta = out["meta_info"]
         reason = meta["finish_reason"]
-        return Completion(
-            prompt.id, tuple(out["output_ids"]), reason["type"] if isinstance(reason, dict) else str(reason),
-            out.get("text", ""), time.perf_counter() - start, meta,
-        )  # fmt: skip
+        kind = reason["type"] if isinstance(reason, dict) else str(reason)
+        tokens = tuple(out["output_ids"])
+    except (KeyError, TypeError) as error:
+        raise ServerError(f"prompt {prompt.id}: the answer has no {error}; is this SGLang's /generate?") from None
+    return Completion(prompt.id, tokens, kind, out.get("text", ""), seconds, meta)
 
 
 def run_alone(
-    client: Client, prompts: Sequence[Prompt], done: Callable[[], None] = lambda: None, **options: Any
+    client: Completer,
+    prompts: Sequence[Prompt],
+    done: Callable[[], None] = lambda: None,
+    on_result: Callable[[Completion], None] | None = None,
+    **options: Any,
 ) -> list[Completion]:
     """Complete the prompts one after the other, so that each is alone on the server."""
     out = []
     for prompt in prompts:
         out.append(client.generate(prompt, **options))
+        if on_result is not None:
+            on_result(out[-1])
         done()
     return out
 
 
 def run_together(
-    client: Client,
+    client: Completer,
     prompts: Sequence[Prompt],
     concurrency: int,
     stagger_seconds: float = 0.0,
     background: Sequence[Prompt] = (),
     done: Callable[[], None] = lambda: None,
     seed: int = 0,
+    on_result: Callable[[Completion], None] | None = None,
     **options: Any,
 ) -> list[Completion]:
     """Complete the prompts with ``concurrency`` requests in flight; return them in the order of ``prompts``.
+
+    Ctrl-C and the first error drop what has not been sent yet; results so far went to ``on_result``.
 
     Parameters
     ----------
@@ -152,17 +229,24 @@ def run_together(
         Each request waits a random time up to this before it is sent, so that arrivals interleave with decoding.
     background
         Prompts sampled at temperature 1 all the while, as non-greedy neighbours; their output is thrown away.
+    on_result
+        Called with each completion as it arrives, from several threads, one at a time.
     """
     rng = random.Random(seed)
     delays = [rng.uniform(0, stagger_seconds) for _ in prompts]
     stop = threading.Event()
+    lock = threading.Lock()
 
-    def one(job: tuple[Prompt, float]) -> Completion:
-        prompt, delay = job
+    def one(prompt: Prompt, delay: float) -> Completion:
         if delay:
-            time.sleep(delay)
+            stop.wait(delay)
+        if stop.is_set():
+            raise ServerError(f"prompt {prompt.id}: stopped before it was sent")
         result = client.generate(prompt, **options)
-        done()
+        with lock:
+            if on_result is not None:
+                on_result(result)
+            done()
         return result
 
     def noise(prompt: Prompt) -> None:
@@ -171,9 +255,16 @@ def run_together(
 
     with ThreadPoolExecutor(concurrency + len(background)) as pool:
         noisy = [pool.submit(noise, p) for p in background]
+        futures = [pool.submit(one, p, d) for p, d in zip(prompts, delays)]
         try:
-            return list(pool.map(one, zip(prompts, delays)))
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for failed in (f for f in futures if f.done() and f.exception()):
+                failed.result()
+            out = [f.result() for f in futures]
         finally:
             stop.set()
-            for n in noisy:
-                n.result()
+            for future in futures:
+                future.cancel()
+        for n in noisy:
+            n.result()
+        return out

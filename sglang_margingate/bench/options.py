@@ -1,0 +1,189 @@
+"""Options that several commands share: which server, which prompts; and how to reach or start the server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sglang_margingate.bench.client import Client, Prompt
+    from sglang_margingate.bench.openai_client import OpenAIClient
+
+API_KEY_ENV = "MARGINGATE_API_KEY"
+
+
+class UsageError(ValueError):
+    """A wrong option; one line that names it, the value and the fix."""
+
+
+def whole(least: int) -> Any:
+    """Return an argparse type: a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def number(least: float, most: float = float("inf")) -> Any:
+    """Return an argparse type: a number from ``least`` to ``most``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            top = "" if most == float("inf") else f" to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g}{top or ' up'}")
+        return value
+
+    return parse
+
+
+def names(text: str) -> list[str]:
+    """Return the names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_server(p: argparse.ArgumentParser) -> None:
+    """Add the options that choose a server."""
+    add = p.add_argument_group("server (without --base-url one is started; flags after -- are its own)").add_argument
+    add("--base-url", metavar="URL", help=f"a running server; its API key comes from {API_KEY_ENV}")
+    add("--port", type=whole(1), help="port of a started server (a free one)")
+    add("--server-log", type=Path, metavar="FILE", help="log of a started server (a temporary file)")
+    add(
+        "--start-timeout",
+        type=number(1),
+        default=600.0,
+        metavar="S",
+        help="seconds until a started server must serve (%(default)g)",
+    )
+
+
+def add_prompts(p: argparse.ArgumentParser, dataset: str | None, limit: int | None) -> None:
+    """Add the options that choose prompts."""
+    add = p.add_argument_group("prompts").add_argument
+    add("--dataset", type=names, default=names(dataset or ""), metavar="NAME[,NAME]",
+        help="arith, code, story (embedded); gsm8k, math500, humaneval, sharegpt; or a name given in --data"
+        + (f" ({dataset})" if dataset else ""))  # fmt: skip
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="file of a dataset: .jsonl with a field `prompt`, or the known one's own format; may be repeated",
+    )
+    add("--limit", type=whole(1), default=limit, metavar="N", help=f"prompts of each dataset ({limit or 'all'})")
+    add("--only", type=names, default=[], metavar="ID[,ID]", help="these prompts only")
+    add("--max-tokens", type=whole(1), default=64, metavar="N", help="tokens to generate for each (%(default)s)")
+    add("--no-template", action="store_true", help="send the text as it is, without the model's chat template")
+    add("--tokenizer", metavar="PATH", help="tokenizer with the chat template, where it is not the served model's")
+
+
+def prompts_of(args: argparse.Namespace) -> list[Prompt]:
+    """Return the chosen prompts as plain text; before any server is started, so that a wrong name fails at once."""
+    from sglang_margingate.bench.datasets import load
+
+    return load(args.dataset, args.data, args.limit, args.only)
+
+
+def rendered(args: argparse.Namespace, prompts: Sequence[Prompt], model: str) -> tuple[list[Prompt], str]:
+    """Return the prompts in the model's chat template, and the template's name."""
+    from sglang_margingate.bench.template import PLAIN, find_template
+
+    template = PLAIN if args.no_template else find_template(model, args.tokenizer)
+    return template.apply(prompts), template.name
+
+
+@contextmanager
+def server(args: argparse.Namespace, console: Console, flags: Sequence[str] = ()) -> Iterator[Client | OpenAIClient]:
+    """Give a client of ``--base-url``, or of a server started with ``flags`` and the flags after ``--``."""
+    from sglang_margingate.bench.openai_client import connect
+
+    api, model = getattr(args, "api", "auto"), getattr(args, "model", None)
+    if args.base_url:
+        if args.server_flags:
+            raise UsageError(
+                f"-- {args.server_flags[0]}: flags of a server to start, but --base-url names a running one"
+            )
+        yield connect(args.base_url, api, model, api_key=os.environ.get(API_KEY_ENV, ""))
+        return
+    from sglang_margingate.bench.console import starting
+    from sglang_margingate.bench.server import serve
+
+    every = [*flags, *args.server_flags]
+    with starting(console, "a server: python -m sglang_margingate.launch_server " + " ".join(every)) as tell:
+        context = serve(every, log=args.server_log, port=args.port, timeout=args.start_timeout, progress=tell)
+        running = context.__enter__()
+    try:
+        yield running.client if api != "openai" else connect(running.base_url, api, model)
+    finally:
+        context.__exit__(*sys.exc_info())
+
+
+def server_facts(client: Client | OpenAIClient) -> dict[str, str]:
+    """Return what the server says of itself, for the head of a report."""
+    from sglang_margingate.bench.client import Client, ServerError
+    from sglang_margingate.bench.openai_client import served_model
+    from sglang_margingate.bench.template import EMBEDDED_MODEL, is_embedded
+
+    model = served_model(client)
+    facts = {"model": EMBEDDED_MODEL if is_embedded(model) else model, "url": client.base_url}
+    if not isinstance(client, Client):
+        return {**facts, "api": "OpenAI API"}
+    try:
+        status = client.status()
+        facts["policy"] = f"policy {status.get('policy')}"
+        if status.get("policy") == "gate":
+            facts["threshold"] = f"threshold {status.get('threshold'):g}"
+        if status.get("test_knobs"):
+            facts["knobs"] = f"TEST KNOBS: {', '.join(status['test_knobs'])}"
+        facts["sglang"] = f"SGLang {(status.get('versions') or {}).get('sglang', '')}"
+    except (ServerError, TypeError):
+        facts["policy"] = "stock SGLang"
+    return facts
+
+
+def given(args: argparse.Namespace, parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> list[str]:
+    """Return the options that differ from their defaults, as words of a command line that repeats this one."""
+    words: list[str] = []
+    for action in parser._actions:
+        name = action.dest
+        if not action.option_strings or name in ("help", *leave_out):
+            continue
+        value = getattr(args, name)
+        if value == action.default:
+            continue
+        flag = action.option_strings[-1]
+        if isinstance(value, bool):
+            words.append(flag)
+        elif isinstance(action, argparse._AppendAction):
+            words += [w for v in value for w in (flag, str(v))]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+    return words + (["--", *args.server_flags] if args.server_flags else [])
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; making its folder, and with a one-line error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None

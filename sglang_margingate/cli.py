@@ -1,0 +1,130 @@
+"""The command ``margingate``. Each command's code is imported when it is called, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+USAGE, INTERRUPTED = 2, 130
+
+
+class Command(NamedTuple):
+    """One command: its line in the help, and where its code lies."""
+
+    help: str
+    module: str
+    options: str = "add_arguments"
+    function: str = "run"
+
+
+COMMANDS = {
+    "serve": Command("serve a model: stock SGLang with margingate's policy", ""),
+    "calibrate": Command("choose thresholds for a model, server and datasets", "cmd_calibrate"),
+    "check": Command("does a server give the same tokens whatever the batch?", "cmd_check"),
+    "bench": Command("compare policies side by side: speed, identity, cost", "cmd_bench"),
+    "dashboard": Command("open the dashboard on a folder of runs", ""),
+    "report": Command("write a run as one HTML file", "cmd_runs", "add_report", "report"),
+    "export": Command("write a run as CSV or as a Chrome trace", "cmd_runs", "add_export", "export"),
+    "runs": Command("list the recorded runs", "cmd_runs", "add_runs", "runs"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+class _OneLine(argparse.HelpFormatter):
+    """Each command's name and help on one line; argparse forgets the indentation when it measures the names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=20, width=80)
+        self._action_max_length = 14
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser, with the options of the one command that was called."""
+    p = _Parser(
+        prog="margingate", description="Batch-independent temperature-0 decoding for SGLang.", allow_abbrev=False
+    )
+    p.add_argument("--version", action="store_true", help="print the version")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    for name, entry in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=entry.help,
+            description=entry.help[0].upper() + entry.help[1:] + ("" if entry.help.endswith("?") else "."),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command and entry.module:
+            module = import_module(f"sglang_margingate.bench.{entry.module}")
+            getattr(module, entry.options)(sub)
+            sub.set_defaults(run=getattr(module, entry.function), parser=sub)
+    return p
+
+
+def _exec(module: str, argv: list[str]) -> int:
+    """Become ``python -m module``: SGLang spawns processes that import the main module again, so it must be that one."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *argv])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
+    if command == "serve":
+        return _exec("sglang_margingate.launch_server", words[1:])
+    if command == "dashboard":
+        return _exec("sglang_margingate.dashboard", words[1:])
+    # Flags after `--` belong to a server that the command starts.
+    cut = words.index("--") if "--" in words else len(words)
+    parser = _parser(command)
+    args = parser.parse_args(words[:cut])
+    args.server_flags = words[cut + 1 :]
+    if args.version:
+        from sglang_margingate import __version__
+
+        print(f"sglang-margingate {__version__}")
+        return 0
+    if not args.command:
+        parser.print_help()
+        return 0
+    return _guarded(args, command)
+
+
+def _guarded(args: argparse.Namespace, command: str) -> int:
+    """Run the command; what a user can do something about is one line, not a traceback."""
+    import signal
+
+    signal.signal(signal.SIGTERM, _interrupt)  # a started server is stopped, and what was measured is kept
+    try:
+        return int(args.run(args, args.parser))
+    except KeyboardInterrupt:
+        print(f"margingate {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        # Every error class of this project is one line for the user; others are shown with their kind.
+        if not type(error).__module__.startswith("sglang_margingate") and os.environ.get("MARGINGATE_DEBUG"):
+            raise
+        ours = type(error).__module__.startswith("sglang_margingate")
+        text = " ".join(str(error).split()) or "no reason given"
+        print(f"margingate {command}: error: {'' if ours else type(error).__name__ + ': '}{text}", file=sys.stderr)
+        return USAGE
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
