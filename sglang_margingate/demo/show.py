@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_margingate.bench.client import Client, Completion, ServerError, run_alone, run_together
 from sglang_margingate.bench.alone_vs_batch import CONCURRENCY, demo_prompts
+from sglang_margingate.bench.client import Client, Completion, ServerError, run_alone, run_together
 from sglang_margingate.bench.server import serve
 
 THRESHOLD = 0.0625

@@ -248,7 +248,7 @@ class Runtime:
             "guarantee": guarantee.value,
             "guarantee_note": note,
             "finish_reason": reason,
-            "prompt_text": req.origin_input_text if self.trace_text else None,
+            "prompt_text": self._text(list(req.origin_input_ids)),
         }
 
     # ---- counters -------------------------------------------------------------------------------------------------
@@ -264,9 +264,12 @@ class Runtime:
 
     def token_text(self, token: int) -> str | None:
         """Return a token decoded alone, or None when the run records no text."""
+        return self._text([token])
+
+    def _text(self, tokens: list[int]) -> str | None:
         if not self.trace_text or self.scheduler.tokenizer is None:
             return None
-        return self.scheduler.tokenizer.decode([token])
+        return self.scheduler.tokenizer.decode(tokens)
 
     def status(self) -> dict[str, Any]:
         """Return what ``GET /margingate/status`` shows of this process, in plain types."""
