@@ -1,5 +1,26 @@
-"""GPU kernels of sglang-margingate, each beside its plain PyTorch reference."""
+"""GPU kernels of sglang-margingate, each beside its plain PyTorch reference.
 
-from margingate_kernels.top2_margin import Top2, top2_margin
+Without a GPU or without Triton every function runs its reference; Triton is imported on first use, never here.
+"""
 
-__all__ = ["Top2", "top2_margin"]
+from margingate_kernels.kv_column import (
+    KVColumns,
+    max_abs_change_reference,
+    restore_reference,
+    save_reference,
+)
+from margingate_kernels.row_digest import row_digest, row_digest_reference
+from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top2_margin_reference
+
+__all__ = [
+    "KVColumns",
+    "Top2",
+    "Top2Workspace",
+    "max_abs_change_reference",
+    "restore_reference",
+    "row_digest",
+    "row_digest_reference",
+    "save_reference",
+    "top2_margin",
+    "top2_margin_reference",
+]

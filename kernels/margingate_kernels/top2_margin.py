@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from margingate_kernels._backend import on_device, use_triton
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
 
 class Top2(NamedTuple):
     """Result of :func:`top2_margin`; every tensor has shape [B] and lies on the device of the logits."""
@@ -13,11 +17,74 @@ class Top2(NamedTuple):
     token: torch.Tensor
     """int64: argmax, the lowest index among exact ties."""
     second: torch.Tensor
-    """int64: argmax of the rest, the lowest index among exact ties."""
+    """int64: argmax of the rest, the lowest index among exact ties; never equal to ``token``."""
     margin: torch.Tensor
-    """float32: top-1 minus top-2 in fp32; 0 for a tie, NaN where the row has no finite maximum."""
+    """float32: top-1 minus top-2 in fp32. 0 for a tie, inf beside a single unmasked token, NaN where both are +inf or
+    both -inf."""
     trigger: torch.Tensor
     """bool: not (margin > threshold), so ties and NaN always trigger."""
+
+
+class _Split(NamedTuple):
+    """How a row is cut into programs: a function of V alone, never of the number of rows."""
+
+    block: int
+    unroll: int
+    warps: int
+    splits: int
+
+
+def _split(vocab: int) -> _Split:
+    """Return the launch constants for rows of ``vocab`` logits (chosen by ``bench_top2_margin.py --tune``)."""
+    block, unroll, warps = (1024, 8, 8) if vocab > 8192 else (256, 4, 2)
+    return _Split(block, unroll, warps, -(-vocab // (block * unroll)))
+
+
+class Top2Workspace:
+    """Buffers for :func:`top2_margin`, made once so that the hot path allocates nothing.
+
+    Results are views of the workspace: the next call with it overwrites them. Calls that share a workspace must be
+    ordered (one stream, or one CUDA graph at a time).
+
+    Parameters
+    ----------
+    max_rows
+        Largest B.
+    vocab
+        V of the logits.
+    device
+        Device of the logits.
+    """
+
+    def __init__(self, max_rows: int, vocab: int, device: torch.device | str) -> None:
+        if max_rows < 0 or vocab < 2:
+            raise ValueError(f"need max_rows >= 0 and vocab >= 2, got {max_rows} and {vocab}")
+        self.max_rows = max_rows
+        self.vocab = vocab
+        self.device = torch.empty(0, device=device).device
+        self.split = _split(vocab)
+        shape = (max_rows, self.split.splits, 2)
+        self.values = torch.empty(shape, dtype=torch.float32, device=device)
+        self.indices = torch.empty(shape, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._out = empty_top2(max_rows, device)
+        self._views: dict[int, Top2] = {}
+
+    def out(self, rows: int) -> Top2:
+        """Return the result buffers of the first ``rows`` rows."""
+        if rows not in self._views:
+            self._views[rows] = Top2(*(t[:rows] for t in self._out))
+        return self._views[rows]
+
+
+def empty_top2(rows: int, device: torch.device | str) -> Top2:
+    """Allocate uninitialised result buffers for ``rows`` rows."""
+    return Top2(
+        torch.empty(rows, dtype=torch.int64, device=device),
+        torch.empty(rows, dtype=torch.int64, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.bool, device=device),
+    )
 
 
 def top2_margin_reference(logits: torch.Tensor, thresholds: torch.Tensor) -> Top2:
@@ -26,7 +93,7 @@ def top2_margin_reference(logits: torch.Tensor, thresholds: torch.Tensor) -> Top
     Parameters
     ----------
     logits
-        [B, V], float32 or bfloat16. -inf (masked tokens) is allowed; a NaN counts as the smallest value.
+        [B, V], float32 or bfloat16, V >= 2. -inf (masked tokens) and +inf are allowed; a NaN counts as -inf.
     thresholds
         [B], float32, in logits.
 
@@ -36,18 +103,101 @@ def top2_margin_reference(logits: torch.Tensor, thresholds: torch.Tensor) -> Top
         A row's result depends on that row alone.
     """
     values = torch.nan_to_num(logits.float(), nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    # max returns the first maximum; masking it leaves the runner-up, again the first of its equals.
     top, token = values.max(dim=-1)
-    # max returns the first maximum on the CPU; masking it leaves the runner-up, again the first of its equals.
-    rest = values.scatter(-1, token.unsqueeze(-1), float("-inf"))
-    next_best, second = rest.max(dim=-1)
-    # With a single unmasked token every other entry is -inf and second would repeat an arbitrary index.
+    next_best, second = values.scatter(-1, token.unsqueeze(-1), float("-inf")).max(dim=-1)
+    # Where nothing but the top lies above -inf, the second max may find the masked place itself.
+    second = torch.where(second == token, (token == 0).long(), second)
     margin = top - next_best
     return Top2(token, second, margin, ~(margin > thresholds))
 
 
-def top2_margin(logits: torch.Tensor, thresholds: torch.Tensor) -> Top2:
-    """Return argmax, runner-up, margin and trigger mask of each row.
+def top2_margin(
+    logits: torch.Tensor,
+    thresholds: torch.Tensor,
+    *,
+    workspace: Top2Workspace | None = None,
+    out: Top2 | None = None,
+) -> Top2:
+    """Return argmax, runner-up, margin and trigger mask of each row, in one launch and without a host sync.
 
-    See :func:`top2_margin_reference` for shapes and meanings.
+    On a GPU with Triton this is one pass over the logits; elsewhere it is :func:`top2_margin_reference`. Both give the
+    same numbers, and a row's result depends on that row alone: not on B, its place in the batch or its neighbours.
+
+    Parameters
+    ----------
+    logits
+        [B, V], float32 or bfloat16, V >= 2, unit stride along V (the row stride may be larger).
+    thresholds
+        [B], float32, in logits.
+    workspace
+        Buffers to reuse. Without it each call allocates its own, which a CUDA graph may capture too.
+    out
+        Result buffers; by default those of the workspace, else new ones.
+
+    Returns
+    -------
+    Top2
+        See :class:`Top2` for NaN and infinities.
     """
-    return top2_margin_reference(logits, thresholds)
+    _check(logits, thresholds)
+    rows, vocab = logits.shape
+    if workspace is not None and (
+        rows > workspace.max_rows or vocab != workspace.vocab or logits.device != workspace.device
+    ):
+        raise ValueError(
+            f"a workspace for {workspace.max_rows} rows of {workspace.vocab} on {workspace.device} "
+            f"does not fit logits {tuple(logits.shape)} on {logits.device}"
+        )
+    if out is None and workspace is not None:
+        out = workspace.out(rows)
+    if not use_triton(logits):
+        result = top2_margin_reference(logits, thresholds)
+        if out is None:
+            return result
+        for target, source in zip(out, result):
+            target.copy_(source)
+        return out
+    if out is None:
+        out = empty_top2(rows, logits.device)
+    if rows:
+        _launch(logits, thresholds, workspace or Top2Workspace(rows, vocab, logits.device), out)
+    return out
+
+
+def _check(logits: torch.Tensor, thresholds: torch.Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be [B, V] with V >= 2, got {tuple(logits.shape)}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"logits must be float32 or bfloat16, got {logits.dtype}")
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits must have unit stride along V, got strides {logits.stride()}")
+    if thresholds.shape != logits.shape[:1] or thresholds.dtype != torch.float32:
+        raise ValueError(
+            f"thresholds must be float32 [{logits.shape[0]}], got {thresholds.dtype} {tuple(thresholds.shape)}"
+        )
+    if thresholds.device != logits.device:
+        raise ValueError(f"thresholds are on {thresholds.device}, logits on {logits.device}")
+
+
+def _launch(logits: torch.Tensor, thresholds: torch.Tensor, work: Top2Workspace, out: Top2) -> None:
+    from margingate_kernels._triton_top2 import top2_kernel
+
+    block, unroll, warps, splits = work.split
+    with on_device(logits):
+        top2_kernel[(len(logits) * splits,)](
+            logits,
+            logits.stride(0),
+            thresholds,
+            thresholds.stride(0),
+            *out,
+            work.values,
+            work.indices,
+            work.counters,
+            V=logits.shape[1],
+            BLOCK=block,
+            UNROLL=unroll,
+            SPLITS=splits,
+            SPLITS_P2=1 << (splits - 1).bit_length(),
+            num_warps=warps,
+        )

@@ -1,0 +1,346 @@
+"""The Triton kernels against their references, on a GPU or in Triton's interpreter.
+
+    PYTHONPATH=kernels python3 -m pytest tests/gpu/test_kernels_gpu.py
+    PYTHONPATH=kernels TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= python3 -m pytest tests/gpu/test_kernels_gpu.py
+
+CI has no GPU: there tests/unit/test_kernels_interpreter.py starts the second command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+
+import pytest
+import torch
+from margingate_kernels import (
+    KVColumns,
+    Top2,
+    Top2Workspace,
+    max_abs_change_reference,
+    restore_reference,
+    row_digest,
+    row_digest_reference,
+    save_reference,
+    top2_margin,
+    top2_margin_reference,
+)
+from margingate_kernels._backend import has_triton, use_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+INF, NAN = math.inf, math.nan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
+]
+# The interpreter walks a reduction element by element, so there most tests cut rows into smaller programs; the chunks of
+# a row, and the tests' sizes around them, keep their proportions.
+CHUNK = 256 if INTERPRETED else 8192
+needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
+
+
+@pytest.fixture(autouse=True)
+def small_programs(request, monkeypatch):
+    module = importlib.import_module("margingate_kernels.top2_margin")
+    if INTERPRETED and "real_split" not in request.fixturenames:
+        monkeypatch.setattr(module, "_split", lambda vocab: module._Split(64, 4, 1, -(-vocab // 256)))
+
+
+@pytest.fixture
+def real_split():
+    """Ask for the launch constants of production, also in the interpreter."""
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed), device=DEVICE).to(dtype)
+
+
+def assert_same_top2(got: Top2, want: Top2) -> None:
+    assert torch.equal(got.token, want.token)
+    assert torch.equal(got.second, want.second)
+    torch.testing.assert_close(got.margin, want.margin, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got.trigger, want.trigger)
+
+
+def check_top2(logits: torch.Tensor, thresholds: torch.Tensor | None = None) -> Top2:
+    if thresholds is None:
+        thresholds = torch.rand(len(logits), generator=generator(1), device=DEVICE)
+    assert use_triton(logits)
+    got = top2_margin(logits, thresholds)
+    # The reference runs on the CPU: PyTorch promises the first maximum, its GPU code is not what is under test.
+    want = top2_margin_reference(logits.cpu(), thresholds.cpu())
+    assert_same_top2(Top2(*(t.cpu() for t in got)), want)
+    assert not torch.equal(got.token, got.second) or not len(logits)
+    return got
+
+
+# ---- top2_margin ------------------------------------------------------------------------------------------------------
+
+VOCABS = [2, 3, 31, 1000, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 8, 2 * CHUNK, 5 * CHUNK - 3]
+LONG = 5 * CHUNK - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_top2_random(vocab, dtype):
+    check_top2(normal(3 if INTERPRETED else 37, vocab, seed=vocab, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1025, 20011] if INTERPRETED else [32768, 128256, 151936, 262144])
+def test_top2_random_in_real_programs(vocab, dtype, real_split):
+    check_top2(normal(2 if INTERPRETED else 64, vocab, seed=vocab, dtype=dtype))
+
+
+@pytest.mark.parametrize("vocab", [5, 1025, LONG])
+def test_top2_ties(vocab):
+    """Few distinct values: the top is shared by many places, in one lane, across lanes and across programs."""
+    rows = 4 if INTERPRETED else 64
+    check_top2(torch.randint(-2, 3, (rows, vocab), generator=generator(2), device=DEVICE).float())
+    got = check_top2(torch.full((rows, vocab), 1.5, device=DEVICE), torch.zeros(rows, device=DEVICE))
+    assert got.token.tolist() == [0] * rows
+    assert got.second.tolist() == [1] * rows
+    assert got.trigger.all()
+
+
+@pytest.mark.parametrize("vocab", [5, 1025, LONG])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top2_special_values(vocab, dtype):
+    logits = normal(12, vocab, dtype=dtype)
+    logits[0] = -INF
+    logits[1] = NAN
+    logits[2] = -INF
+    logits[2, vocab - 1] = 1.0
+    logits[3] = -INF
+    logits[3, 0] = -1e30
+    logits[4, ::2] = NAN
+    logits[5, 1::2] = -INF
+    logits[6, 2] = INF
+    logits[7, [1, vocab - 1]] = INF
+    logits[8] = NAN
+    logits[8, 1] = -INF
+    logits[9, [0, vocab - 1]] = torch.tensor([-0.0, 0.0], device=DEVICE, dtype=dtype)
+    logits[10] = torch.finfo(dtype).min
+    logits[11] = INF
+    got = check_top2(logits)
+    assert got.token.tolist()[:4] == [0, 0, vocab - 1, 0]
+    assert got.second.tolist()[:4] == [1, 1, 0, 1]
+    assert got.margin[7].isnan()
+    assert got.trigger[7]
+    check_top2(logits, torch.full((12,), NAN, device=DEVICE))
+
+
+def test_top2_strided_rows():
+    wide = normal(4, LONG + 1)
+    check_top2(wide[:, :LONG])
+    check_top2(wide[:, 1 : LONG - 2])
+    check_top2(wide[::2, 3:700])
+    check_top2(wide, torch.zeros(1, device=DEVICE).expand(4))
+
+
+def test_top2_no_rows():
+    assert [len(t) for t in top2_margin(torch.empty(0, LONG, device=DEVICE), torch.empty(0, device=DEVICE))] == [0] * 4
+
+
+def test_top2_workspace_is_reused():
+    workspace = Top2Workspace(5, LONG, DEVICE)
+    for seed, rows in enumerate((5, 1, 3, 5)):
+        logits, thresholds = normal(rows, LONG, seed=seed), torch.full((rows,), 0.1, device=DEVICE)
+        for column in workspace.out(5):
+            column.fill_(True)
+        got = top2_margin(logits, thresholds, workspace=workspace)
+        assert_same_top2(got, top2_margin_reference(logits, thresholds))
+        assert got.token.data_ptr() == workspace.out(5).token.data_ptr()
+        assert not workspace.counters.any()
+
+
+def test_top2_row_invariance():
+    """A row's result is the same alone, in any batch and at any place, ties included."""
+    vocab = 1100 if INTERPRETED else 128256
+    rows = 5 if INTERPRETED else 130
+    pool = normal(rows, vocab, dtype=torch.bfloat16).float()
+    thresholds = torch.full((rows,), 0.02, device=DEVICE)
+    alone = [top2_margin(pool[i : i + 1], thresholds[:1]) for i in range(rows)]
+    want = Top2(*(torch.cat(column) for column in zip(*alone)))
+    for size in range(1, rows + 1):
+        assert_same_top2(top2_margin(pool[:size], thresholds[:size]), Top2(*(t[:size] for t in want)))
+    order = torch.randperm(rows, generator=generator(3), device=DEVICE)
+    assert_same_top2(top2_margin(pool[order], thresholds), Top2(*(t[order] for t in want)))
+
+
+@needs_cuda
+def test_top2_graph_capture():
+    logits, thresholds = normal(64, 128256), torch.full((64,), 0.05, device=DEVICE)
+    workspace = Top2Workspace(64, 128256, DEVICE)
+    top2_margin(logits, thresholds, workspace=workspace)
+    before = torch.cuda.memory_allocated()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = top2_margin(logits, thresholds, workspace=workspace)
+    assert torch.cuda.memory_allocated() == before
+    for seed in range(20):
+        logits.copy_(normal(64, 128256, seed=seed, dtype=torch.bfloat16))
+        graph.replay()
+        assert_same_top2(got, top2_margin_reference(logits, thresholds))
+
+
+# ---- kv_column --------------------------------------------------------------------------------------------------------
+
+
+def pool_of(layers: int, slots: int, heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> KVColumns:
+    planes = [normal(slots, heads, dim, seed=seed + i, dtype=dtype) for i in range(2 * layers)]
+    return KVColumns(planes[:layers], planes[layers:])
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+KV_SHAPES = [(2, 8, 128), (3, 2, 24), (2, 1, 5)] + ([] if INTERPRETED else [(32, 8, 128), (48, 40, 128)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", KV_SHAPES)
+def test_kv_column(shape, dtype):
+    layers, heads, dim = shape
+    index_dtype = torch.int32 if layers == 3 else torch.int64
+    pool = pool_of(layers, 40, heads, dim, dtype)
+    slots = torch.tensor([7, 39, -1, 0, 20], device=DEVICE, dtype=index_dtype)
+    staging = pool.staging(5).fill_(3.0)
+    want = staging.clone()
+    save_reference(pool, slots, want)
+    pool.save(slots, staging)
+    assert torch.equal(bits(staging), bits(want))
+    assert (staging[:, :, 2] == 3.0).all()
+    assert not pool.max_abs_change(slots, staging).any()
+
+    staging += normal(*staging.shape, seed=5, dtype=dtype)
+    change = pool.max_abs_change(slots, staging)
+    assert torch.equal(change, max_abs_change_reference(pool, slots, staging))
+    assert (change > 0).tolist() == [[True, True, False, True, True]] * layers
+
+    other = pool_of(layers, 40, heads, dim, dtype)
+    pool.restore(slots, staging)
+    restore_reference(other, slots, staging)
+    for got, expected in zip(pool.k_buffers + pool.v_buffers, other.k_buffers + other.v_buffers):
+        assert torch.equal(bits(got), bits(expected))
+
+
+def test_kv_column_in_a_larger_staging_buffer():
+    pool = pool_of(2, 10, 2, 24, torch.bfloat16)
+    large = pool.staging(6).zero_()
+    slots = torch.tensor([4, 9], device=DEVICE)
+    out = torch.empty(2, 2, device=DEVICE)
+    pool.save(slots, large[:, :, 1:3])
+    assert pool.max_abs_change(slots, large[:, :, 1:3], out=out) is out
+    assert not out.any()
+    assert not large[:, :, [0, 3, 4, 5]].any()
+
+
+def test_kv_column_special_values():
+    """Equal bits are no change, even of NaN and inf; a new NaN is not hidden."""
+    pool = pool_of(1, 4, 2, 24, torch.bfloat16)
+    pool.k_buffers[0][1, 0, 3] = NAN
+    pool.v_buffers[0][1, 1, 2] = INF
+    slots = torch.tensor([0, 1, 2], device=DEVICE)
+    staging = pool.staging(3)
+    pool.save(slots, staging)
+    assert not pool.max_abs_change(slots, staging).any()
+    staging[0, 1, 2, 7] = NAN
+    staging[0, 0, 0, 0] = INF
+    assert pool.max_abs_change(slots, staging).cpu()[0].tolist()[:2] == [INF, 0.0]
+    assert pool.max_abs_change(slots, staging)[0, 2].isnan()
+
+
+def test_kv_column_no_slots():
+    pool = pool_of(2, 4, 2, 24, torch.bfloat16)
+    slots = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    pool.save(slots, pool.staging(0))
+    pool.restore(slots, pool.staging(0))
+    assert pool.max_abs_change(slots, pool.staging(0)).shape == (2, 0)
+
+
+@needs_cuda
+def test_kv_column_graph_capture():
+    pool = pool_of(4, 100, 8, 128, torch.bfloat16)
+    slots, staging = torch.arange(8, device=DEVICE), pool.staging(8)
+    out = torch.empty(4, 8, device=DEVICE)
+    pool.save(slots, staging)
+    pool.max_abs_change(slots, staging, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pool.save(slots, staging)
+        pool.max_abs_change(slots, staging, out=out)
+    slots += 50
+    graph.replay()
+    want = pool.staging(8)
+    save_reference(pool, slots, want)
+    assert torch.equal(bits(staging), bits(want))
+    assert not out.any()
+
+
+# ---- row_digest -------------------------------------------------------------------------------------------------------
+
+
+def check_digest(x: torch.Tensor) -> torch.Tensor:
+    assert use_triton(x)
+    got = row_digest(x)
+    assert torch.equal(got.cpu(), row_digest_reference(x.cpu()))
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
+@pytest.mark.parametrize("shape", [(3, 1), (4, 7), (2, 255), (3, 5, 8), (2, 2051), (1, 9000), (5,), (3, 0), (0, 4)])
+def test_digest_equals_the_reference(shape, dtype):
+    check_digest((normal(*shape) * 50).to(dtype))
+
+
+@needs_cuda
+def test_digest_of_large_rows():
+    check_digest(normal(65, 128256))
+    check_digest(normal(3, 4_000_001, dtype=torch.bfloat16))
+
+
+def test_digest_depends_on_the_bytes_alone():
+    """Offsets, strides and neighbours that force other load widths give the same number."""
+    wide = normal(6, 1001, dtype=torch.bfloat16)
+    for left, right in ((0, 1000), (1, 1001), (3, 500), (4, 1000)):
+        part = wide[:, left:right]
+        got = check_digest(part)
+        assert torch.equal(got, row_digest(part.contiguous()))
+        assert torch.equal(got, row_digest(part.contiguous().view(torch.uint8)))
+        assert torch.equal(got[2:3], row_digest(part[2:3]))
+
+
+def test_digest_sees_every_bit_and_the_order():
+    x = torch.randint(0, 256, (8, 40), generator=generator(0), device=DEVICE, dtype=torch.uint8)
+    base = check_digest(x)
+    assert len(set(base.tolist())) == 8
+    for byte in range(40):
+        y = x.clone()
+        y[:, byte] ^= 1 << (byte % 8)
+        assert not (check_digest(y) == base).any()
+    assert not (check_digest(x.flip(1)) == base).any()
+    zeros = {row_digest(torch.zeros(1, n, device=DEVICE, dtype=torch.uint8)).item() for n in range(20)}
+    assert len(zeros) == 20
+
+
+@needs_cuda
+def test_digest_graph_capture():
+    x = normal(64, 4096)
+    row_digest(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = row_digest(x)
+    x.copy_(normal(64, 4096, seed=9))
+    graph.replay()
+    graph.replay()
+    assert torch.equal(got, row_digest_reference(x))
