@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,8 @@ def load(
         prompts = _one(name, files.get(name), limit)
         if not prompts:
             raise DatasetError(f"dataset {name}: no prompts in it")
-        out += prompts
+        taken = {p.id for p in out}
+        out += [replace(p, id=f"{name}:{p.id}") if p.id in taken else p for p in prompts]
     if only:
         missing = sorted(set(only) - {p.id for p in out})
         if missing:
