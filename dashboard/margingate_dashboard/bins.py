@@ -44,7 +44,7 @@ def margin_bins(margins: np.ndarray, scale: str = LOGARITHMIC, count: int = 64) 
     Parameters
     ----------
     margins
-        Margins in logits, 0 or more.
+        Margins in logits, 0 or more, in any order.
     scale
         ``"log"``: one bin for exact ties, then equal ratios. ``"linear"``: equal widths up to the 99.5th percentile,
         the rest in the last bin.
@@ -86,6 +86,6 @@ def margin_bins(margins: np.ndarray, scale: str = LOGARITHMIC, count: int = 64) 
 
 
 def counts(bins: Bins, margins: np.ndarray) -> np.ndarray:
-    """Return how many margins fall into each bin; a margin that is not a number counts as a tie (it triggers)."""
-    found = np.searchsorted(bins.edges, np.nan_to_num(margins, nan=0.0), side="right") - 1
-    return np.bincount(np.clip(found, 0, bins.centres.size - 1), minlength=bins.centres.size)
+    """Return how many of these rising margins fall into each bin; the outer bins are open."""
+    below = np.searchsorted(margins, bins.edges[1:-1], side="left")
+    return np.diff(np.concatenate([[0], below, [margins.size]]))

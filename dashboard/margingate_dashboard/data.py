@@ -7,9 +7,11 @@ returned, outside the cache. A live run grows: only files closed since the last 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,10 @@ from sglang_margingate.trace.schema import REQUEST_SCHEMA
 KEPT_RUNS = 4
 """Runs whose columns stay in memory at once; the least recently opened goes first."""
 
+KEPT_RESULTS = 64
+"""Results per run that :meth:`RunData.memo` keeps."""
+
+T = TypeVar("T")
 Signature = tuple[tuple[str, int, int], ...]
 
 
@@ -146,7 +152,9 @@ class RunData:
         self._steps = _Columns(path, "steps")
         self._requests = _Columns(path, "requests")
         self._derived: dict[str, tuple[Signature, np.ndarray]] = {}
-        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._kept_of: Signature = ()
+        self._lock = threading.RLock()
 
     def steps(self, *names: str) -> pd.DataFrame:
         """Return step rows with these columns; ``state`` (code), ``triggered`` and ``verified`` count as columns.
@@ -174,6 +182,23 @@ class RunData:
         with self._lock:
             wanted = names or tuple(n for n in REQUEST_SCHEMA.names if n != "prompt_text")
             return self._requests.frame(wanted, signature(self.path))[list(wanted)]
+
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return ``make()``, kept until the run grows: counts of a million steps are made once, not at every click.
+
+        Shared between sessions like the rows, so what is returned must not be changed.
+        """
+        with self._lock:
+            now = signature(self.path)
+            if now != self._kept_of:
+                self._kept.clear()
+                self._kept_of = now
+            if key not in self._kept:
+                self._kept[key] = make()
+                if len(self._kept) > KEPT_RESULTS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return cast(T, self._kept[key])
 
     @property
     def version(self) -> Signature:

@@ -141,11 +141,11 @@ def _guarantee_notes(requests: pd.DataFrame) -> list[str]:
 def _histogram(steps: pd.DataFrame) -> go.Figure:
     decode = steps[~states.as_bool(steps["prefill"])]
     flipped = states.as_bool(decode["flipped"])
-    margin = decode["margin"].to_numpy(dtype=np.float64)
+    margin = np.nan_to_num(decode["margin"].to_numpy(dtype=np.float64), nan=0.0)
     stable, flips = {}, {}
     for name in tags(decode["dataset"]):
         mine = has_tag(decode["dataset"], {name})
-        stable[safe(name)], flips[safe(name)] = margin[mine & ~flipped], margin[mine & flipped]
+        stable[safe(name)], flips[safe(name)] = np.sort(margin[mine & ~flipped]), np.sort(margin[mine & flipped])
     known = decode["threshold"].dropna()
     threshold = float(known.mode().iloc[0]) if len(known) else 0.0
     return margin_figures.histogram(stable, flips, margin_bins(margin, LOGARITHMIC), LOGARITHMIC, threshold)

@@ -6,10 +6,10 @@ import html
 import inspect
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -37,6 +37,7 @@ PAGES = {
 FOLLOW_SECONDS = 3.0
 """How often a live run is looked at for newly closed files."""
 
+T = TypeVar("T")
 _log = logging.getLogger("margingate.dashboard")
 # Alternative texts for charts came after the oldest Streamlit that we support.
 _CHART_HAS_ALT = "alt" in inspect.signature(st.plotly_chart).parameters
@@ -108,6 +109,11 @@ class Page:
     def run(self) -> str:
         """The run's name."""
         return self.info.name
+
+    def memo(self, name: str, make: Callable[[], T], *more: Hashable) -> T:
+        """Return ``make()``, kept for this run, this dataset filter and ``more`` (see :meth:`RunData.memo`)."""
+        chosen = None if self.datasets is None else frozenset(self.datasets)
+        return self.data.memo((name, chosen, *more), make)
 
     @property
     def subtitle(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -17,6 +17,8 @@ class Sample:
     """Margins of all decode steps, rising."""
     at_flips: np.ndarray
     """Margins of the known flips, rising."""
+    others: np.ndarray
+    """Margins of the decode steps that are not known to have flipped, rising."""
     untriggered: np.ndarray
     """Margins of the steps that did not trigger in the run, rising."""
     examined: np.ndarray
@@ -44,15 +46,23 @@ def make_sample(
     margin: np.ndarray, flipped: np.ndarray, triggered: np.ndarray, verified: np.ndarray, decode: np.ndarray
 ) -> Sample:
     """Sort a run's decode steps; a margin that is not a number triggers at any threshold, so it counts as 0."""
-    margin = np.nan_to_num(margin.astype(np.float64), nan=0.0)
+    margin = np.nan_to_num(margin, nan=0.0)
     beyond = decode & ~triggered
     return Sample(
         margins=np.sort(margin[decode]),
         at_flips=np.sort(margin[decode & flipped]),
+        others=np.sort(margin[decode & ~flipped]),
         untriggered=np.sort(margin[beyond]),
         examined=np.sort(margin[beyond & verified]),
         flips_examined=np.sort(margin[beyond & verified & flipped]),
     )
+
+
+def join(parts: list[Sample]) -> Sample:
+    """Return several samples' steps as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Sample(*(np.sort(np.concatenate([getattr(p, f.name) for p in parts])) for f in fields(Sample)))
 
 
 def _above(values: np.ndarray, threshold: float) -> int:

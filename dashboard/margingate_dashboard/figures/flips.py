@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -49,14 +48,21 @@ def ranges(values: np.ndarray, count: int = 10) -> tuple[np.ndarray, list[str]]:
     """Cut whole numbers into at most ``count`` ranges of about equal size; return each value's range and its label."""
     if values.size == 0:
         return np.zeros(0, dtype=np.int64), []
-    distinct = np.unique(values)
+    # Counting is faster than sorting: these are steps and batch rows, whole numbers of moderate size.
+    values = np.maximum(values, 0)
+    tally = np.bincount(values)
+    distinct = np.flatnonzero(tally)
     if distinct.size <= count:
-        return np.searchsorted(distinct, values), [f"{v:g}" for v in distinct]
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)).astype(np.int64))
-    edges[-1] += 1
-    found = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, edges.size - 2)
-    labels = [f"{a}" if b - 1 == a else f"{a}–{b - 1}" for a, b in pairwise(edges)]
-    return found, labels
+        starts = distinct
+        labels = [f"{v}" for v in distinct]
+    else:
+        shares = np.cumsum(tally) / values.size
+        starts = np.unique(np.concatenate([distinct[:1], np.searchsorted(shares, np.arange(1, count) / count) + 1]))
+        starts = starts[starts <= distinct[-1]]
+        ends = np.append(starts[1:], distinct[-1] + 1)
+        labels = [f"{a}" if b - 1 == a else f"{a}–{b - 1}" for a, b in zip(starts, ends)]
+    which = np.searchsorted(starts, np.arange(tally.size), side="right") - 1
+    return which[values], labels
 
 
 def bars(table: pd.DataFrame, title: str, axis: str, subtitle: str = "") -> go.Figure:

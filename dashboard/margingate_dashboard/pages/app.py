@@ -6,9 +6,12 @@ building apps, and then a deep link to a page would run that page without this f
 
 from __future__ import annotations
 
+import threading
+
 import streamlit as st
 from PIL import Image, ImageDraw
 
+from margingate_dashboard.synthetic import SyntheticSpec, make_frames
 from margingate_dashboard.ui import PAGES
 
 _LOOKS = {
@@ -44,10 +47,27 @@ def _icon() -> Image.Image:
     return image
 
 
+@st.cache_resource(show_spinner=False)
+def _warm_up() -> None:
+    """Load what the other pages need while the reader looks at the first one; once per server."""
+
+    def load() -> None:
+        from margingate_dashboard.figures import compare, flips, latency, margins, overview, request, tuning
+        from sglang_margingate.gate import calibration
+
+        del compare, flips, latency, margins, request, tuning, calibration
+        steps = make_frames(SyntheticSpec(requests=2, tokens=8, text=False))[0].assign(state=0, triggered=False)
+        # The first figure of a process is slow: Plotly loads its classes one by one, as they are used.
+        overview.events(overview.over_time(steps)).to_json()
+
+    threading.Thread(target=load, daemon=True).start()
+
+
 def main() -> None:
     """Show the chosen page."""
     st.set_page_config(page_title="MarginGate", page_icon=_icon(), layout="wide")
     st.logo(_LOGO, size="large")
+    _warm_up()
     pages = []
     for name, path in PAGES.items():
         title, icon = _LOOKS[name]

@@ -20,20 +20,20 @@ BEFORE, AFTER = 60, 90
 """Tokens shown around the first divergence."""
 
 
-@st.cache_data(max_entries=8, show_spinner="Comparing tokens")
+@st.cache_data(max_entries=8, show_spinner=False)
 def _compared(a: str, b: str, now_a: object, now_b: object) -> tuple[pd.DataFrame, str]:
     del now_a, now_b
     left, right = data.run_data(Path(a)), data.run_data(Path(b))
     columns = align.REQUEST_COLUMNS
     rows = [run.requests(*columns) for run in (left, right)]
-    ids = [set(r["request_id"]) for r in rows]
+    ids = [set(r["request_id"].tolist()) for r in rows]
     if 2 * len(ids[0] & ids[1]) < min(map(len, ids)):
         # Prompt texts are read only where ids do not tell.
         rows = [run.requests(*columns, "prompt_text") for run in (left, right)]
     pairs = align.pair(*rows)
     steps = [run.steps(*align.STEP_COLUMNS) for run in (left, right)]
     table = align.divergences(pairs.table, *steps)
-    ends = [dict(zip(r["request_id"], r["finish_reason"].astype(str))) for r in rows]
+    ends = [dict(zip(r["request_id"].tolist(), r["finish_reason"].astype(str).tolist())) for r in rows]
     table["ends_a"], table["ends_b"] = table["a"].map(ends[0]), table["b"].map(ends[1])
     table["dataset"] = table["dataset"].map(tag)
     return table, pairs.how

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from margingate_dashboard import data, links, states, tokens, ui
@@ -20,48 +23,62 @@ from margingate_dashboard.ui import Page
 STEPS = (*FLIP_COLUMNS, "prefill", "verified", "triggered")
 
 
-def _figures(page: Page, steps: pd.DataFrame) -> None:
-    state = steps["state"].to_numpy()
-    position, labels = figures.ranges(steps["step"].to_numpy(dtype=np.int64))
-    rows, row_labels = figures.ranges(steps["batch_rows"].fillna(0).to_numpy(dtype=np.int64), 16)
-    kinds = tokens.classes(steps["token"], steps["token_text"])
-    margin = np.nan_to_num(steps["margin"].to_numpy(dtype=np.float64), nan=0.0)
-    grid = margin_grid(margin) or 0.0625
-    edges = np.array([0.0, 0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5]) * grid
-    near = np.searchsorted(edges[1:], margin, side="right")
-    margin_labels = ["tie", *(f"≤ {grid * k:g}" for k in (1, 2, 4, 8, 16, 32)), f"> {32 * grid:g}"]
-    left, right = st.columns(2)
-    with left:
-        ui.chart(
-            figures.bars(figures.by_bucket(position, state, labels), "By step", "step (output token)", page.subtitle),
-            "by-step",
-            page.exports,
-        )
-        ui.chart(
-            figures.bars(figures.by_bucket(near, state, margin_labels), "By margin", "margin, logits", page.subtitle),
-            "by-margin",
-            page.exports,
-        )
-    with right:
-        ui.chart(
-            figures.bars(
-                figures.by_bucket(kinds, state, tokens.CLASSES),
-                "By token class",
-                "class of the committed token",
-                page.subtitle,
-            ),
-            "by-class",
-            page.exports,
-        )
-        ui.chart(
-            figures.bars(figures.by_bucket(rows, state, row_labels), "By batch size", "batch rows", page.subtitle),
-            "by-batch",
-            page.exports,
-        )
-    st.caption(
-        "Figures count confirmed flips over all decode steps. Under the policy gate, flips of steps that were never "
-        "verified are not in them."
+class Found(NamedTuple):
+    """What the page shows, counted over the run's decode steps."""
+
+    steps: int
+    verified: int
+    examined: int
+    """Untriggered steps that were verified."""
+    states: dict[str, int]
+    requests: int
+    touched: int
+    """Requests with a flip."""
+    table: pd.DataFrame
+    figures: dict[str, go.Figure]
+
+
+def count_flips(page: Page) -> Found:
+    """Count and draw everything on this page."""
+    steps = page.data.steps(*STEPS)
+    decode = ~states.as_bool(steps["prefill"])
+    if page.datasets is not None:
+        decode &= has_tag(steps["dataset"], page.datasets)
+    state = steps["state"].to_numpy()[decode]
+    seen, low = steps["verified"].to_numpy()[decode], steps["triggered"].to_numpy()[decode]
+    owner = steps["request_id"].cat.codes.to_numpy()[decode]
+    flip = np.isin(state, FLIP_CODES)
+    requests = len(steps["request_id"].cat.categories) + 1
+    return Found(
+        steps=state.size,
+        verified=int(seen.sum()),
+        examined=int((seen & ~low).sum()),
+        states={s.name: int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, FLIPPED, MISSED)},
+        requests=int(np.count_nonzero(np.bincount(owner, minlength=requests))),
+        touched=int(np.count_nonzero(np.bincount(owner[flip], minlength=requests))),
+        table=flip_list(steps[decode & np.isin(steps["state"].to_numpy(), FLIP_CODES)]),
+        figures=_figures(steps, decode, state, page.subtitle) if flip.any() else {},
     )
+
+
+def _figures(steps: pd.DataFrame, decode: np.ndarray, state: np.ndarray, subtitle: str) -> dict[str, go.Figure]:
+    position, labels = figures.ranges(steps["step"].to_numpy()[decode])
+    rows, row_labels = figures.ranges(steps["batch_rows"].fillna(0).to_numpy(dtype=np.int32)[decode], 16)
+    kinds = tokens.classes(steps["token"], steps["token_text"])[decode]
+    margin = np.nan_to_num(steps["margin"].to_numpy()[decode], nan=0.0)
+    grid = margin_grid(margin) or 0.0625
+    edges = np.array([0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5], dtype=np.float32) * np.float32(grid)
+    near = np.searchsorted(edges, margin, side="right")
+    margin_labels = ["tie", *(f"≤ {grid * k:g}" for k in (1, 2, 4, 8, 16, 32)), f"> {32 * grid:g}"]
+    found = {}
+    for name, title, axis, bucket, names in (
+        ("by-step", "By step", "step (output token)", position, labels),
+        ("by-class", "By token class", "class of the committed token", kinds, tokens.CLASSES),
+        ("by-margin", "By margin", "margin, logits", near, margin_labels),
+        ("by-batch", "By batch size", "batch rows", rows, row_labels),
+    ):
+        found[name] = figures.bars(figures.by_bucket(bucket, state, names), title, axis, subtitle)
+    return found
 
 
 def _detail(page: Page, row: pd.Series) -> None:
@@ -113,37 +130,34 @@ def _page() -> None:
     )
     if page is None:
         return
-    steps = page.data.steps(*STEPS)
-    decode = ~states.as_bool(steps["prefill"])
-    if page.datasets is not None:
-        decode &= has_tag(steps["dataset"], page.datasets)
-    steps = steps[decode]
-    table = flip_list(steps)
-    state = steps["state"].to_numpy()
-    count = {s.name: int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, FLIPPED, MISSED)}
-    flips, seen = sum(count.values()), int(steps["verified"].sum())
-    examined = int((steps["verified"] & ~steps["triggered"]).sum())
-    requests = steps["request_id"].cat.codes.to_numpy()
-    touched, every = np.unique(requests[np.isin(state, FLIP_CODES)]).size, np.unique(requests).size
+    found = page.memo("flips", lambda: count_flips(page))
+    count, flips = found.states, sum(found.states.values())
     ui.cards(
         [
             Card(
                 "Flips",
                 f"{flips:,}",
-                f"{share(flips, len(steps))} of {len(steps):,} decode steps; {seen:,} were verified",
+                f"{share(flips, found.steps)} of {found.steps:,} decode steps; {found.verified:,} were verified",
                 FLIPPED.colour,
             ),
             Card("Repaired", f"{count['repaired']:,}", f"{of(count['repaired'], flips)} flips", REPAIRED.colour),
             Card(
-                "Missed", f"{count['missed']:,}", f"of {examined:,} untriggered steps that were verified", MISSED.colour
+                "Missed",
+                f"{count['missed']:,}",
+                f"of {found.examined:,} untriggered steps that were verified",
+                MISSED.colour,
             ),
-            Card("Requests with a flip", share(touched, every), f"{of(touched, every)} requests"),
+            Card(
+                "Requests with a flip",
+                share(found.touched, found.requests),
+                f"{of(found.touched, found.requests)} requests",
+            ),
         ]
     )
     if not flips:
         said = (
-            f"<p>{of(0, seen)} verified steps flipped: at most {at_most(upper_95(0, seen))} of such steps do (95%).</p>"
-            if seen
+            f"<p>{of(0, found.verified)} verified steps flipped: at most {at_most(upper_95(0, found.verified))} of such steps do (95%).</p>"
+            if found.verified
             else "<p>No step of this run was verified (policy off or log), so flips cannot be known. Run the same "
             "prompts with "
             "<code>--margingate-policy always</code>, or compare two runs on the Compare page.</p>"
@@ -151,8 +165,15 @@ def _page() -> None:
         ui.empty_state("No confirmed flips", said)
         return
     st.html(tokens.legend(("flipped", "repaired", "missed")))
-    _figures(page, steps)
-    _list(page, table)
+    columns = st.columns(2)
+    for index, (name, figure) in enumerate(found.figures.items()):
+        with columns[index % 2]:
+            ui.chart(figure, name, page.exports)
+    st.caption(
+        "Figures count confirmed flips over all decode steps. Under the policy gate, flips of steps that were never "
+        "verified are not in them."
+    )
+    _list(page, found.table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -36,7 +38,7 @@ REQUESTS = (
 WORST = 10
 
 
-def policies(page: Page, requests: pd.DataFrame) -> tuple[np.ndarray | None, list[str]]:
+def policies(page: Page) -> tuple[np.ndarray | None, list[str]]:
     """Return the policy index of each step row and the policies' names; no index where the run has one policy only.
 
     The column that ties steps to requests is loaded only for runs that mix policies.
@@ -52,34 +54,54 @@ def policies(page: Page, requests: pd.DataFrame) -> tuple[np.ndarray | None, lis
     return index[ids.cat.codes.to_numpy()], names
 
 
-def _per_token(page: Page, steps: pd.DataFrame, keep: np.ndarray, requests: pd.DataFrame) -> None:
-    which, names = policies(page, requests)
-    rows = steps["batch_rows"].fillna(0).to_numpy(dtype=np.int64)
-    took = steps["step_ms"].to_numpy(dtype=np.float64)
-    waited = steps["verify_ms"].to_numpy(dtype=np.float64)
+class Times(NamedTuple):
+    """Quantiles of step times, by policy and batch rows."""
+
+    steps: int
+    """Decode steps with a time."""
+    median: float
+    whole: dict[str, pd.DataFrame]
+    verify: dict[str, pd.DataFrame]
+    window: pd.DataFrame
+    """By columns recomputed for the step."""
+
+
+def step_times(page: Page) -> Times:
+    """Sum up the run's step times."""
+    steps = page.data.steps(*STEPS)
+    keep = ~states.as_bool(steps["prefill"])
+    if page.datasets is not None:
+        keep &= has_tag(steps["dataset"], page.datasets)
+    which, names = policies(page)
+    rows = steps["batch_rows"].fillna(0).to_numpy(dtype=np.int32)
+    took, waited = steps["step_ms"].to_numpy(), steps["verify_ms"].to_numpy()
     whole, verify = {}, {}
     for index, name in enumerate(names):
         mine = keep if which is None else keep & (which == index)
-        whole[name] = figures.quantiles(rows[mine], took[mine])
+        whole[ui.safe(name)] = figures.quantiles(rows[mine], took[mine])
         paid = mine & (waited > 0)
-        verify[name] = figures.quantiles(rows[paid], waited[paid])
+        verify[ui.safe(name)] = figures.quantiles(rows[paid], waited[paid])
+    window = steps["window_rows"].fillna(0).to_numpy(dtype=np.int32)
+    seen = keep & steps["verified"].to_numpy() & (window > 0)
+    known = took[keep & np.isfinite(took)]
+    return Times(
+        steps=known.size,
+        median=float(np.median(known)) if known.size else float("nan"),
+        whole=whole,
+        verify=verify,
+        window=figures.quantiles(window[seen], waited[seen]),
+    )
+
+
+def _per_token(page: Page, times: Times) -> None:
     left, right = st.columns(2)
     with left:
-        ui.chart(
-            figures.by_rows(whole, "Time per token by batch size", "decode step", page.subtitle),
-            "step-time",
-            page.exports,
-        )
+        figure = figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle)
+        ui.chart(figure, "step-time", page.exports)
     with right:
-        ui.chart(
-            figures.by_rows(verify, "Verify time of the steps that waited for one", "verify", page.subtitle),
-            "verify-time",
-            page.exports,
-        )
-    seen = keep & steps["verified"].to_numpy()
-    window = figures.quantiles(steps["window_rows"].fillna(0).to_numpy(dtype=np.int64)[seen], waited[seen])
-    with right:
-        ui.chart(figures.verify_cost(window[window["rows"] > 0], page.subtitle), "verify-cost", page.exports)
+        title = "Verify time of the steps that waited for one"
+        ui.chart(figures.by_rows(times.verify, title, "verify", page.subtitle), "verify-time", page.exports)
+        ui.chart(figures.verify_cost(times.window, page.subtitle), "verify-cost", page.exports)
 
 
 def _by_policy(requests: pd.DataFrame, column: str, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -142,17 +164,12 @@ def _page() -> None:
     )
     if page is None:
         return
-    steps, requests = page.data.steps(*STEPS), page.data.requests(*REQUESTS)
-    keep = ~states.as_bool(steps["prefill"])
+    times, requests = page.memo("latency", lambda: step_times(page)), page.data.requests(*REQUESTS)
     if page.datasets is not None:
-        keep &= has_tag(steps["dataset"], page.datasets)
         requests = requests[has_tag(requests["dataset"], page.datasets)]
     added, whole = overhead(requests)
     verify_ms, hold_ms = float(requests["verify_ms"].fillna(0).sum()), float(requests["hold_ms"].fillna(0).sum())
     touched = int((requests["overhead_ms"].fillna(0) > 0).sum())
-    took = steps["step_ms"].to_numpy(dtype=np.float64)[keep]
-    took = took[np.isfinite(took)]
-    median = float(np.median(took)) if took.size else float("nan")
     ui.cards(
         [
             Card("Overhead", share(added, whole), f"{milliseconds(added)} of {milliseconds(whole)} end to end"),
@@ -171,7 +188,10 @@ def _page() -> None:
                 f"{of(touched, len(requests))} finished requests",
             ),
             Card(
-                "Time per token", milliseconds(median), f"median of {took.size:,} decode steps", PART_COLOURS["decode"]
+                "Time per token",
+                milliseconds(times.median),
+                f"median of {times.steps:,} decode steps",
+                PART_COLOURS["decode"],
             ),
             Card(
                 "First token",
@@ -181,7 +201,7 @@ def _page() -> None:
             ),
         ]
     )
-    _per_token(page, steps, keep, requests)
+    _per_token(page, times)
     left, right = st.columns(2)
     for place, column, scale, title, axis, name in (
         (left, "overhead_share", 100.0, "Overhead of each request", "overhead, % of end-to-end time", "overhead"),

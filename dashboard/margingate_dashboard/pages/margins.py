@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from margingate_dashboard import states, ui, whatif
-from margingate_dashboard.bins import LINEAR, LOGARITHMIC, margin_bins
+from margingate_dashboard.bins import LINEAR, LOGARITHMIC, margin_bins, margin_grid
 from margingate_dashboard.cards import Card
 from margingate_dashboard.figures import margins as figures
 from margingate_dashboard.rates import at_most, of, share
@@ -33,27 +33,13 @@ def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
     return found
 
 
-@st.cache_data(max_entries=8, show_spinner=False)
-def _prepared(path: str, now: object, _steps: pd.DataFrame) -> dict[str, whatif.Sample]:
-    """Sort once per state of the run, not at every move of the slider."""
-    del path, now
-    return samples(_steps, tags(_steps["dataset"]))
-
-
-def joined(parts: list[whatif.Sample]) -> whatif.Sample:
-    """Return several datasets' steps as one sample."""
-    fields = ("margins", "at_flips", "untriggered", "examined", "flips_examined")
-    if len(parts) == 1:
-        return parts[0]
-    return whatif.Sample(*(np.sort(np.concatenate([getattr(p, f) for p in parts] or [np.zeros(0)])) for f in fields))
-
-
-def _stable(sample: whatif.Sample) -> np.ndarray:
-    """Return the margins of the steps that are not known to have flipped (the flips' margins taken out once each)."""
-    values, counts = np.unique(sample.margins, return_counts=True)
-    flips, lost = np.unique(sample.at_flips, return_counts=True)
-    counts[np.searchsorted(values, flips)] -= lost
-    return np.repeat(values, counts)
+def _prepared(page: Page) -> tuple[dict[str, whatif.Sample], float]:
+    """Sort the run's steps, and find the threshold in force at most of them: once, not at every move of the slider."""
+    steps = page.data.steps(*STEPS)
+    values, times = np.unique(steps["threshold"].to_numpy(), return_counts=True)
+    known = np.isfinite(values)
+    start = float(values[known][np.argmax(times[known])]) if known.any() else 0.5
+    return samples(steps, tags(steps["dataset"])), start
 
 
 def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
@@ -84,9 +70,9 @@ def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
 
 @st.fragment
 def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
-    whole = joined(list(parts.values()))
+    whole = page.memo("margins-joined", lambda: whatif.join(list(parts.values())))
     top = float(np.ceil(whatif.highest(whole) * 4) / 4)
-    grid = margin_bins(whole.margins).grid
+    grid = margin_grid(whole.margins)
     step = grid / 2 if grid else round(top / 200, 4)
     left, middle, right = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
     threshold = left.slider(
@@ -104,11 +90,11 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
         right.segmented_control("Counts", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="counts") or LOGARITHMIC
     ) == LOGARITHMIC
     ui.cards(outcome_cards(whatif.outcome(whole, threshold), threshold))
-    bins = margin_bins(whole.margins, scale)
+    bins = page.memo("margin-bins", lambda: margin_bins(whole.margins, scale), scale)
     names = {name: ui.safe(name) for name in parts}
     ui.chart(
         figures.histogram(
-            {names[n]: _stable(s) for n, s in parts.items()},
+            {names[n]: s.others for n, s in parts.items()},
             {names[n]: s.at_flips for n, s in parts.items()},
             bins,
             scale,
@@ -170,8 +156,7 @@ def _page() -> None:
     )
     if page is None:
         return
-    steps = page.data.steps(*STEPS)
-    parts = _prepared(str(page.info.path), (len(steps), page.data.version), steps)
+    parts, start = page.data.memo("margins", lambda: _prepared(page))
     if page.datasets is not None:
         parts = {name: sample for name, sample in parts.items() if name in page.datasets}
     parts = {name: sample for name, sample in parts.items() if sample.margins.size}
@@ -180,8 +165,6 @@ def _page() -> None:
             "No margins yet", "<p>No decode step of this run (or of the chosen datasets) has been recorded.</p>"
         )
         return
-    thresholds = steps["threshold"].dropna()
-    start = float(thresholds.mode().iloc[0]) if len(thresholds) else 0.5
     _explore(page, parts, start)
 
 

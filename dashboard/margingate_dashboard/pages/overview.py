@@ -11,7 +11,7 @@ from margingate_dashboard import ui
 from margingate_dashboard.cards import headline_cards
 from margingate_dashboard.figures import overview as figures
 from margingate_dashboard.rates import of
-from margingate_dashboard.summary import has_tag, headline
+from margingate_dashboard.summary import Headline, has_tag, headline
 from margingate_dashboard.tables import by_dataset
 
 STEPS = ("time", "dataset", "prefill", "state", "triggered", "verified", "batch_rows")
@@ -28,6 +28,13 @@ REQUESTS = (
 )
 
 
+def _counts(page: ui.Page, requests: pd.DataFrame) -> tuple[Headline, pd.DataFrame, pd.DataFrame]:
+    steps = page.data.steps(*STEPS)
+    if page.datasets is not None:
+        steps = steps[has_tag(steps["dataset"], page.datasets)]
+    return headline(steps), figures.over_time(steps), by_dataset(steps, requests)
+
+
 def _notes(requests: pd.DataFrame) -> None:
     notes = requests["guarantee_note"].dropna().value_counts()
     for note, times in notes.head(5).items():
@@ -40,17 +47,17 @@ def _page() -> None:
     )
     if page is None:
         return
-    steps, requests = page.data.steps(*STEPS), page.data.requests(*REQUESTS)
+    requests = page.data.requests(*REQUESTS)
     if page.datasets is not None:
-        steps = steps[has_tag(steps["dataset"], page.datasets)]
         requests = requests[has_tag(requests["dataset"], page.datasets)]
-    ui.cards(headline_cards(headline(steps), requests))
-    ui.chart(figures.events(figures.over_time(steps), page.subtitle), "over-time", page.exports)
+    total, course, per_dataset = page.memo("overview", lambda: _counts(page, requests))
+    ui.cards(headline_cards(total, requests))
+    ui.chart(figures.events(course, page.subtitle), "over-time", page.exports)
     ui.chart(figures.guarantees(requests, page.subtitle), "guarantees", page.exports)
     _notes(requests)
     st.markdown("##### By dataset")
     ui.table(
-        by_dataset(steps, requests),
+        per_dataset,
         "datasets",
         page.exports,
         column_config={

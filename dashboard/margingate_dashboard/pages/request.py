@@ -94,7 +94,7 @@ def listing(page: Page, order: str) -> pd.DataFrame:
 def _choose(page: Page) -> str | None:
     left, middle, right = st.columns([0.4, 0.4, 0.2], vertical_alignment="bottom")
     order = left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order") or ORDERS[0]
-    table = listing(page, order)
+    table = page.memo("requests", lambda: listing(page, order), order)
     if table.empty:
         ui.empty_state("No requests", "<p>No step of this run (or of the chosen datasets) has been recorded yet.</p>")
         return None

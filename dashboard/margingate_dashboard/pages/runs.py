@@ -7,6 +7,7 @@ import streamlit as st
 
 from margingate_dashboard import data, links, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.figures import runs as figures
 from margingate_dashboard.rates import at_most, share
 from margingate_dashboard.summary import REQUEST_COLUMNS, Headline, from_requests, overhead, tags
 from sglang_margingate.trace import RunInfo, TraceError
@@ -33,16 +34,20 @@ def _row(info: RunInfo) -> dict[str, object]:
         "steps": info.step_rows,
     }
     try:
-        requests = data.run_data(info.path).requests(*REQUEST_COLUMNS, "threshold")
+        run = data.run_data(info.path)
+        counted = run.memo("runs", lambda: _counts(run.requests(*REQUEST_COLUMNS, "threshold")))
     except TraceError as error:
         return {**row, "status": "unreadable", "datasets": str(error).split(": ", 1)[-1][:90]}
     if info.warnings and row["status"] == "closed":
         row["status"] = "incomplete"
+    return {**row, **counted}
+
+
+def _counts(requests: pd.DataFrame) -> dict[str, object]:
     total = from_requests(requests)
     added, whole = overhead(requests)
     gated = bool(requests["threshold"].notna().any())  # without a threshold there is nothing to trigger
     return {
-        **row,
         "datasets": ", ".join(tags(requests["dataset"])) if len(requests) else "–",
         "decode steps": total.steps,
         "triggers": total.triggered,
@@ -140,6 +145,8 @@ def _listing(place: object) -> None:
         },
     )
     _actions([str(frame["run"].iloc[i]) for i in picked.selection.rows if i < len(frame)])
+    if frame["overhead"].notna().any():
+        ui.chart(figures.price(frame), "price", exports)
     exports.show(st.container(horizontal_alignment="right"), "runs")
     for info in infos:
         for warning in info.warnings:

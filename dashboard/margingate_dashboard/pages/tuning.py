@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -17,25 +19,9 @@ from sglang_margingate.gate.calibration import Calibration, CalibrationError, th
 CURVE_POINTS = 300
 
 
-@st.cache_data(max_entries=8, show_spinner=False)
-def _samples(path: str, now: object, _steps: pd.DataFrame) -> tuple[profiles.Samples, int, int]:
-    del path, now
-    return profiles.calibration_samples(_steps)
-
-
-@st.cache_data(max_entries=64, show_spinner="Calibrating")
-def _calibrated(
-    path: str, now: object, name: str, target: float, tail: bool, _sample: tuple[np.ndarray, np.ndarray]
-) -> Calibration:
-    del path, now, name
-    return threshold_for(*_sample, target_miss=target, tail=tail)
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def _curve(path: str, now: object, name: str, _sample: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:
+def _curve(sample: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:
     """Tabulate the trade-off: at the flips' margins, where misses change, and evenly between for the trigger rate."""
-    del path, now, name
-    margin, flipped = _sample
+    margin, flipped = sample
     at_flips = margin[flipped & (margin > 0)]
     top = max(float(at_flips.max()) * 1.1 if at_flips.size else 0.5, 0.25)
     return trade_off(margin, flipped, np.concatenate([np.linspace(0, top, CURVE_POINTS), at_flips]))
@@ -78,7 +64,6 @@ def _choose(found: dict[str, Calibration]) -> dict[str, float]:
 
 @st.fragment
 def _tune(page: Page, samples: profiles.Samples) -> None:
-    key = (str(page.info.path), page.data.version)
     left, right = st.columns([0.5, 0.5], vertical_alignment="bottom")
     target = left.select_slider(
         "Largest acceptable miss rate (missed flips per step, to be shown at 95%)",
@@ -90,13 +75,19 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
     found: dict[str, Calibration] = {}
     for name, sample in samples.items():
         try:
-            found[name] = _calibrated(*key, name, float(target), tail, sample)
+            found[name] = page.data.memo(
+                ("calibration", name, target, tail),
+                partial(threshold_for, *sample, target_miss=float(target), tail=tail),
+            )
         except CalibrationError as error:
             st.warning(f"{ui.markdown_safe(name)}: {ui.markdown_safe(error)}", icon=":material/warning:")
     if not found:
         return
     taus = _choose(found)
-    chosen = {name: trade_off(*samples[name], [tau]).iloc[0] for name, tau in taus.items()}
+    chosen = {
+        name: page.data.memo(("chosen", name, tau), partial(trade_off, *samples[name], [tau])).iloc[0]
+        for name, tau in taus.items()
+    }
     total = {k: int(sum(row[k] for row in chosen.values())) for k in ("steps", "triggered", "flips", "missed")}
     ui.cards(
         [
@@ -124,7 +115,7 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
     names = {name: ui.safe(name) for name in found}
     ui.chart(
         figures.trade_off(
-            {names[n]: _curve(*key, n, samples[n]) for n in found},
+            {names[n]: page.data.memo(("curve", n), partial(_curve, samples[n])) for n in found},
             {names[n]: r for n, r in chosen.items()},
             page.subtitle,
         ),
@@ -160,7 +151,9 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
     )
     for name, calibration in found.items():
         st.caption(f"**{ui.markdown_safe(name)}**: {ui.markdown_safe(calibration.statement())}")
-    matrix = transfer_matrix({n: samples[n] for n in found}, taus)
+    matrix = page.data.memo(
+        ("transfer", tuple(taus.items())), lambda: transfer_matrix({n: samples[n] for n in found}, taus)
+    )
     shown = matrix.assign(**{c: [names[v] for v in matrix[c]] for c in ("calibrated_on", "applied_to")})
     ui.chart(figures.transfer(shown, page.subtitle), "transfer", page.exports)
     st.caption(
@@ -211,8 +204,9 @@ def _page() -> None:
     )
     if page is None:
         return
-    steps = page.data.steps(*profiles.STEP_COLUMNS)
-    samples, taken, decode = _samples(str(page.info.path), page.data.version, steps)
+    samples, taken, decode = page.data.memo(
+        "samples", lambda: profiles.calibration_samples(page.data.steps(*profiles.STEP_COLUMNS))
+    )
     if page.datasets is not None:
         samples = {name: sample for name, sample in samples.items() if name in page.datasets}
     if not samples:

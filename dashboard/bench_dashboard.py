@@ -1,0 +1,206 @@
+"""Measure the dashboard on a run of 1,000,000 steps: opening, switching pages, memory.
+
+    python dashboard/bench_dashboard.py [--steps N] [--json FILE]
+
+Writes a made-up run into a temporary folder, starts the dashboard as a user would, and drives it with Chromium through
+Playwright. Without them it measures the page scripts alone (Streamlit's AppTest), which leaves out the browser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # a source tree needs no installation
+
+from margingate_dashboard.synthetic import SyntheticSpec, write_run  # noqa: E402
+
+PAGES = ("overview", "request", "margins", "flips", "latency", "tuning", "compare")
+OPEN_LIMIT = 3.0
+SWITCH_LIMIT = 1.0
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def hardware() -> dict[str, object]:
+    """Name the machine that the numbers are from."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": model,
+        "cores": cores,
+        "load": load and round(load, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def memory_mb(pid: int) -> dict[str, float]:
+    """Return resident and peak memory of a process in MB; empty where /proc does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return {}
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return {name: int(fields[key].split()[0]) / 1024 for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))}
+
+
+@contextmanager
+def server(trace_dir: Path) -> Iterator[tuple[str, int]]:
+    """Start the dashboard on a free port and yield its address and process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sglang_margingate.dashboard", "--trace-dir", str(trace_dir), "--port", str(port)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def wait_drawn(page: Any, title: str) -> None:
+    """Wait until the page's script has ended, nothing on it is stale, and its charts are drawn."""
+    page.wait_for_function(
+        """title => {
+            const head = document.querySelector('.mg-head h1');
+            const app = document.querySelector('[data-testid=stApp]');
+            const charts = document.querySelectorAll('[data-testid=stPlotlyChart]');
+            return head && head.textContent === title && app.dataset.testScriptState === 'notRunning'
+                && !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stSkeleton]')
+                && [...charts].every(c => c.querySelector('.main-svg'));
+        }""",
+        arg=title,
+        timeout=60_000,
+        polling=20,
+    )
+
+
+def in_browser(trace_dir: Path, chromium: str, run: str) -> dict[str, Any]:
+    """Return seconds as a user sees them, in a real browser."""
+    from playwright.sync_api import sync_playwright
+
+    found: dict[str, Any] = {"how": "real browser", "switch": {}, "again": {}}
+    with server(trace_dir) as (url, pid), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        # The server imports its libraries with the first page of its life; that is not opening a run.
+        page.goto(f"{url}/?warm", wait_until="commit")
+        wait_drawn(page, "Runs")
+        page.goto("about:blank")
+        start = time.perf_counter()
+        page.goto(f"{url}/overview?run={run}", wait_until="commit")
+        wait_drawn(page, "Overview")
+        found["open"] = time.perf_counter() - start
+        for key in ("switch", "again"):
+            for name in (*PAGES[1:], PAGES[0]):
+                start = time.perf_counter()
+                page.locator("[data-testid=stSidebarNavLink]", has_text=name.title()).click()
+                wait_drawn(page, name.title())
+                found[key][name] = time.perf_counter() - start
+        found["memory"] = memory_mb(pid)
+        browser.close()
+    return found
+
+
+def without_browser(trace_dir: Path, run: str) -> dict[str, Any]:
+    """Return seconds of the page scripts alone."""
+    from streamlit.testing.v1 import AppTest
+
+    os.environ["MARGINGATE_TRACE_DIR"] = str(trace_dir)
+    at = AppTest.from_file(str(HERE / "margingate_dashboard" / "pages" / "app.py"), default_timeout=120).run()
+    at.query_params["run"] = run
+    found: dict[str, Any] = {"how": "page scripts only (no Chromium with Playwright here)", "switch": {}, "again": {}}
+    start = time.perf_counter()
+    at.switch_page("overview.py").run()
+    found["open"] = time.perf_counter() - start
+    for key in ("switch", "again"):
+        for name in (*PAGES[1:], PAGES[0]):
+            start = time.perf_counter()
+            at.switch_page(f"{name}.py").run()
+            found[key][name] = time.perf_counter() - start
+    found["memory"] = memory_mb(os.getpid())
+    return found
+
+
+def main() -> int:
+    """Measure, print, and return 1 where a limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=1_000_000, help="step rows of the run (default: 1,000,000)")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("chromium-browser"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="margingate-bench-") as folder:
+        traces = Path(folder)
+        # A request has 170 tokens in the mean, one of them from its prefill; a little more than asked for.
+        spec = SyntheticSpec(
+            requests=max(1, args.steps // 168), tokens=170, slots=64, files=20, policy="always", seed=3
+        )
+        run = write_run(traces / "million", spec)
+        write_run(traces / "other", SyntheticSpec(requests=200, tokens=170, policy="off", seed=3))
+        import pyarrow.parquet as pq
+
+        rows = sum(pq.read_metadata(f).num_rows for f in run.glob("steps-*.parquet"))
+        size = sum(f.stat().st_size for f in run.iterdir()) / 1e6
+        found = (
+            in_browser(traces, args.chromium, run.name)
+            if args.chromium and find_spec("playwright")
+            else without_browser(traces, run.name)
+        )
+    result = {"hardware": hardware(), "step_rows": rows, "requests": spec.requests, "run_mb": size, **found}
+    print(f"{rows:,} step rows, {spec.requests:,} requests, {size:.0f} MB on disk; {found['how']}")
+    print("machine: " + ", ".join(f"{k} {v}" for k, v in hardware().items()))
+    print(f"open the run (Overview, nothing cached)   {found['open']:.2f} s   limit {OPEN_LIMIT:g} s")
+    for name in found["switch"]:
+        first, again = found["switch"][name], found["again"][name]
+        print(f"switch to {name:<10} first {first:.2f} s   again {again:.2f} s   limit {SWITCH_LIMIT:g} s")
+    print("server memory: " + ", ".join(f"{k} {v:,.0f} MB" for k, v in found["memory"].items()))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    slow = [n for n, s in found["switch"].items() if s > SWITCH_LIMIT] + (
+        ["open"] if found["open"] > OPEN_LIMIT else []
+    )
+    print("over the limit: " + ", ".join(slow) if slow else "all within the limits")
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
