@@ -1,0 +1,111 @@
+"""A dashboard server on a free port and a real Chromium, both once per session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "traces" / "sample"
+SCREENSHOTS = ROOT / "out" / "screenshots"  # ignored by git
+CHROMIUM = os.environ.get("MARGINGATE_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+ATTACK = "<img src=x onerror=\"document.title='attacked'\">"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def trace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed sample run (a made-up one where it is missing), a second run to compare, and a hostile one."""
+    pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+    synthetic = pytest.importorskip("margingate_dashboard.synthetic", reason="the package is not installed")
+    folder = tmp_path_factory.mktemp("traces")
+    if SAMPLE.is_dir():
+        shutil.copytree(SAMPLE, folder / "sample")
+    else:
+        synthetic.write_run(folder / "sample", synthetic.SyntheticSpec(policy="always"))
+    synthetic.write_run(folder / "calibration", synthetic.SyntheticSpec(policy="always"))
+    synthetic.write_run(folder / "stock", synthetic.SyntheticSpec(policy="off"))
+    hostile = synthetic.write_run(folder / "hostile", synthetic.SyntheticSpec(policy="always", datasets=(ATTACK,)))
+    poison(hostile)
+    return folder
+
+
+def poison(run: Path) -> None:
+    """Put HTML into every text that users or models write."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in run.glob("*.parquet"):
+        table = pq.read_table(file)
+        for name in {"token_text", "prompt_text"} & set(table.column_names):
+            table = table.set_column(table.column_names.index(name), name, pa.array([ATTACK] * table.num_rows))
+        pq.write_table(table, file)
+
+
+@pytest.fixture(scope="session")
+def address(trace_dir: Path) -> Iterator[str]:
+    """Start the dashboard as a user does."""
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "sglang_margingate.dashboard", "--trace-dir", str(trace_dir), "--port", str(port)]
+    server = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "the dashboard ended at once"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is missing (apt-get install chromium, or set MARGINGATE_CHROMIUM)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["light"])
+def tab(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A fresh tab; ends the test if the page asked anybody but us for something."""
+    context = chromium.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=request.param)
+    page = context.new_page()
+    outside: list[str] = []
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith(("http://127.0.0.1:", "data:", "blob:", "file:")) else outside.append(r.url),
+    )
+    yield page
+    context.close()
+    assert not outside, f"the page called out: {outside}"

@@ -1,0 +1,214 @@
+"""The dashboard in a real Chromium: every page, the threshold, the way from a flip to its request, links, exports."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.fixtures import FixtureRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = ROOT / "out" / "screenshots"
+PAGES = ("runs", "overview", "request", "margins", "flips", "latency", "tuning", "compare")
+
+pytestmark = pytest.mark.browser
+
+
+def wait_drawn(tab: Any, title: str) -> None:
+    """Wait until the page's script has ended, nothing on it is stale, and its charts are drawn."""
+    tab.wait_for_function(
+        """title => {
+            const head = document.querySelector('.mg-head h1');
+            const app = document.querySelector('[data-testid=stApp]');
+            const charts = document.querySelectorAll('[data-testid=stPlotlyChart]');
+            return head && head.textContent === title && app.dataset.testScriptState === 'notRunning'
+                && !document.querySelector('[data-stale=true]')
+                && [...charts].every(c => c.querySelector('.main-svg'));
+        }""",
+        arg=title,
+        timeout=60_000,
+    )
+
+
+def visit(tab: Any, address: str, page: str, query: str = "") -> None:
+    tab.goto(f"{address}/{'' if page == 'runs' else page}{query}")
+    wait_drawn(tab, page.title())
+
+
+def keep(tab: Any, name: str) -> None:
+    """Save a screenshot of the whole page: Streamlit scrolls inside, so the window is made as tall as the content."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    height = tab.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+    tab.set_viewport_size({"width": 1440, "height": max(800, min(height + 20, 6000))})
+    tab.wait_for_timeout(500)
+    tab.screenshot(path=SCREENSHOTS / f"{name}.png")
+    tab.set_viewport_size({"width": 1440, "height": 1000})
+
+
+def cards(tab: Any) -> dict[str, str]:
+    """Return the headline numbers by label."""
+    labels = tab.locator(".mg-card .label").all_text_contents()
+    return dict(zip(labels, tab.locator(".mg-card .value").all_text_contents()))
+
+
+@pytest.mark.parametrize("tab", ["light", "dark"], indirect=True)
+@pytest.mark.parametrize("name", PAGES)
+def test_each_page_opens(tab: Any, address: str, name: str, request: FixtureRequest) -> None:
+    visit(tab, address, name, "?run=sample")
+    assert tab.locator("[data-testid=stException]").count() == 0
+    assert tab.locator("[data-testid=stAlertContentError]").count() == 0
+    keep(tab, f"{name}-{request.node.callspec.params['tab']}")
+
+
+def test_tuning_exports_a_profile_that_the_server_reads(tab: Any, address: str, tmp_path: Path) -> None:
+    from sglang_margingate.gate.profile import load_profile
+
+    visit(tab, address, "tuning", "?run=calibration")
+    keep(tab, "tuning-calibration")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download the profile").click()
+    file = tmp_path / "profile.json"
+    download.value.save_as(file)
+    assert set(load_profile(file).datasets) == {"arith", "code", "story"}
+
+
+def test_dragging_the_threshold_takes_effect_at_once(tab: Any, address: str) -> None:
+    visit(tab, address, "margins", "?run=calibration")
+    before = cards(tab)
+    thumb = tab.get_by_role("slider").first
+    box = thumb.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(x, y)
+    tab.mouse.down()
+    tab.mouse.move(x + 160, y, steps=8)
+    tab.mouse.up()
+    tab.wait_for_function(
+        "old => document.querySelector('.mg-card .value').textContent !== old", arg=before["Threshold (tau)"]
+    )
+    wait_drawn(tab, "Margins")
+    after = cards(tab)
+    assert float(after["Threshold (tau)"]) > float(before["Threshold (tau)"])
+    assert float(after["Would trigger"].rstrip("%")) > float(before["Would trigger"].rstrip("%"))
+    assert int(after["Flips missed"]) <= int(before["Flips missed"])
+    keep(tab, "margins-dragged")
+
+
+def test_the_threshold_moves_by_keyboard(tab: Any, address: str) -> None:
+    visit(tab, address, "margins", "?run=calibration")
+    before = cards(tab)["Threshold (tau)"]
+    tab.get_by_role("slider").first.focus()
+    tab.keyboard.press("ArrowLeft")
+    tab.wait_for_function("old => document.querySelector('.mg-card .value').textContent !== old", arg=before)
+    assert float(cards(tab)["Threshold (tau)"]) < float(before)
+
+
+def test_a_flip_leads_to_its_request(tab: Any, address: str) -> None:
+    visit(tab, address, "flips", "?run=calibration")
+    tab.get_by_role("link", name="Open in Request").click()
+    wait_drawn(tab, "Request")
+    query = dict(re.findall(r"(\w+)=([^&]+)", tab.url))
+    assert query["run"] == "calibration"
+    selected = tab.locator(".mg-strip .t.sel")
+    assert selected.get_attribute("data-step") == query["step"]
+    assert re.search(r"repaired|missed|flipped", selected.get_attribute("class"))
+    assert (
+        f"step {query['step']} of request {query['request']}"
+        in tab.locator("[data-testid=stCode]").first.text_content()
+    )
+    keep(tab, "request-from-flip")
+
+
+def test_a_token_tells_its_story_on_hover_and_focus(tab: Any, address: str) -> None:
+    visit(tab, address, "request", "?run=calibration")
+    token = tab.locator(".mg-strip .t.repaired, .mg-strip .t.missed").first
+    token.hover()
+    shown = "e => getComputedStyle(e, '::after').display"
+    assert token.evaluate(shown) == "block"
+    tip = token.get_attribute("data-tip")
+    for word in ("margin", "threshold", "second token", "verify token", "K/V change", "batch"):
+        assert word in tip
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=SCREENSHOTS / "request-hover.png")
+    tab.mouse.move(0, 0)
+    tab.keyboard.press("Tab")
+    token.focus()
+    assert token.evaluate(shown) == "block"
+
+
+def test_next_flip_walks_through_the_response(tab: Any, address: str) -> None:
+    visit(tab, address, "request", "?run=calibration")
+    tab.get_by_role("button", name="Next flip").click()
+    tab.wait_for_url(re.compile(r"step=\d+"))
+    wait_drawn(tab, "Request")
+    assert tab.locator(".mg-strip .t.sel").count() == 1
+
+
+def test_a_deep_link_opens_run_request_and_step(tab: Any, address: str) -> None:
+    visit(tab, address, "request", "?run=calibration&request=rid-00004&step=7")
+    assert tab.locator(".mg-strip .t.sel").get_attribute("data-step") == "7"
+    assert "rid-00004" in tab.url
+
+
+def test_switching_pages_keeps_the_run(tab: Any, address: str) -> None:
+    visit(tab, address, "overview", "?run=stock")
+    tab.locator("[data-testid=stSidebarNavLink]", has_text="Margins").click()
+    wait_drawn(tab, "Margins")
+    assert "run=stock" in tab.url
+
+
+@pytest.mark.parametrize("name", ["../..", "%2Fetc", "..%2Fsample"])
+def test_a_link_cannot_leave_the_trace_folder(tab: Any, address: str, name: str) -> None:
+    tab.goto(f"{address}/overview?run={name}")
+    wait_drawn(tab, "Overview")
+    tab.get_by_text("There is no run named").wait_for()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_text_of_users_and_models_is_never_run(tab: Any, address: str, name: str) -> None:
+    visit(tab, address, name, "?run=hostile")
+    tab.wait_for_timeout(300)
+    assert tab.title() != "attacked"
+    assert tab.locator("[data-testid=stMain] img[src='x']").count() == 0
+
+
+def test_a_figure_is_saved_as_png_and_html(tab: Any, address: str, tmp_path: Path) -> None:
+    visit(tab, address, "overview", "?run=sample")
+    tab.locator("[data-testid=stPlotlyChart]").first.hover()
+    with tab.expect_download() as download:
+        tab.locator(".modebar-btn[data-title^='Download plot']").first.click()
+    png = tmp_path / "figure.png"
+    download.value.save_as(png)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    tab.get_by_role("button", name="Export").click()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="over-time.html").click()
+    page = tmp_path / "figure.html"
+    download.value.save_as(page)
+    assert "plotly" in page.read_text()[:2_000_000].lower()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="datasets.parquet").click()
+    table = tmp_path / "table.parquet"
+    download.value.save_as(table)
+    assert table.read_bytes().startswith(b"PAR1")
+
+
+@pytest.mark.parametrize("tab", ["light", "dark"], indirect=True)
+@pytest.mark.parametrize("run", ["sample", "hostile"])
+def test_the_report_opens_from_disk(
+    tab: Any, trace_dir: Path, tmp_path: Path, run: str, request: FixtureRequest
+) -> None:
+    from sglang_margingate.report import write_report
+
+    problems: list[str] = []
+    tab.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: problems.append(str(e)))
+    tab.goto(write_report(trace_dir / run, tmp_path / "report.html").as_uri())
+    tab.wait_for_selector(".js-plotly-plot .main-svg")
+    assert not problems
+    assert tab.title() != "attacked"
+    if run == "sample":
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        scheme = request.node.callspec.params["tab"]
+        tab.screenshot(path=SCREENSHOTS / f"report-{scheme}.png", full_page=True)
