@@ -106,9 +106,12 @@ class Client:
         self.timeout = timeout
         self.tagged = tagged
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.post_mortem: Callable[[], str] = lambda: ""
+        """Says why the server died, where that is known; added to errors."""
         self._local = threading.local()
 
-    def _session(self) -> requests.Session:
+    def session(self) -> requests.Session:
+        """Return this thread's connection."""
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
             self._local.session.headers.update(self._headers)
@@ -117,7 +120,7 @@ class Client:
     def get(self, path: str) -> Any:
         """Return the JSON of a GET."""
         try:
-            answer = self._session().get(self.base_url + path, timeout=30)
+            answer = self.session().get(self.base_url + path, timeout=30)
             answer.raise_for_status()
             return answer.json()
         except (requests.RequestException, ValueError) as error:
@@ -132,7 +135,7 @@ class Client:
         end = time.monotonic() + FLUSH_SECONDS
         while True:
             try:
-                answer = self._session().post(self.base_url + "/flush_cache", timeout=60)
+                answer = self.session().post(self.base_url + "/flush_cache", timeout=60)
             except requests.RequestException as error:
                 raise ServerError(f"POST {self.base_url}/flush_cache: {brief(error)}") from None
             if answer.ok or answer.status_code in (404, 405) or time.monotonic() > end:
@@ -142,10 +145,10 @@ class Client:
     def post(self, payload: dict[str, Any]) -> tuple[int, Any]:
         """Send one ``/generate``; return status code and JSON, whatever the code."""
         try:
-            answer = self._session().post(self.base_url + "/generate", json=payload, timeout=self.timeout)
+            answer = self.session().post(self.base_url + "/generate", json=payload, timeout=self.timeout)
             return answer.status_code, answer.json()
         except (requests.RequestException, ValueError) as error:
-            raise ServerError(f"POST {self.base_url}/generate: {brief(error)}") from None
+            raise ServerError(f"POST {self.base_url}/generate: {brief(error)}{self.post_mortem()}") from None
 
     def generate(
         self,

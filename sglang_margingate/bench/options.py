@@ -187,3 +187,23 @@ def write(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def started(args: argparse.Namespace, flags: Sequence[str], label: str) -> Iterator[Client]:
+    """Give a client of a server started for one mode; its log is kept beside the results where it fails."""
+    from sglang_margingate.bench.server import serve
+
+    log = args.out.with_name(f"{args.out.stem}-{label.replace(' ', '')}.log")
+    with serve(flags, log=log, port=args.port, timeout=args.start_timeout) as running:
+        yield running.client
+    log.unlink(missing_ok=True)
+
+
+def flag_value(flags: Sequence[str], *names: str) -> str | None:
+    """Return the value of a flag in a server's command line, in either of its two forms."""
+    for i, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else flags[i + 1] if i + 1 < len(flags) else None
+    return None

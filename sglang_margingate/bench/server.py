@@ -50,11 +50,19 @@ class Server:
         """A client of this server."""
         if self._client is None:
             self._client = Client(self.base_url)
+            self._client.post_mortem = self._post_mortem
         return self._client
 
     def alive(self) -> bool:
         """Return whether the launcher still runs."""
         return self.process.poll() is None
+
+    def _post_mortem(self) -> str:
+        try:
+            self.process.wait(1.0)  # a connection breaks a moment before the process is gone
+        except subprocess.TimeoutExpired:
+            return ""
+        return f"; the server died (exit {self.process.returncode}): {self.last_error()} (log: {self.log_path})"
 
     def last_error(self) -> str:
         """Return the line of the log that says best why a server died: the last error, else the last line."""
