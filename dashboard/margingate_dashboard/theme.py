@@ -101,9 +101,11 @@ CSS = """
   bottom:100%;
   pointer-events:none; }
 .mg-strip .t:hover::after, .mg-strip .t:focus-visible::after { display:block; }
+/* Where the browser can anchor it, the hover text stands below its token and stays inside the window. */
 @supports (position-area: bottom span-right) {
-  .mg-strip .t::after { position:fixed; left:auto; bottom:auto; position-area:bottom span-right; margin:.3rem 0;
-    position-try-fallbacks:flip-inline, flip-block, flip-inline flip-block; }
+  .mg-strip .t:hover, .mg-strip .t:focus-visible { anchor-name:--mg-token; }
+  .mg-strip .t::after { position:fixed; left:auto; bottom:auto; position-anchor:--mg-token;
+    position-area:bottom span-right; margin:.35rem 0; position-try-fallbacks:flip-inline, flip-block, flip-block flip-inline; }
 }
 .mg-two { display:grid; grid-template-columns:repeat(auto-fit, minmax(420px, 1fr)); gap:1rem; }
 .mg-two h4 { margin:.1rem 0 .35rem 0; padding:0; font-size:.92rem; font-weight:600; opacity:.85; }

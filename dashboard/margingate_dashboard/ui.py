@@ -297,4 +297,4 @@ def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None
 def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:
     """Show a table and put it into the page's export menu."""
     exports.tables[name] = frame
-    return st.dataframe(frame, key=key or f"table-{name}", hide_index=True, **more)
+    return st.dataframe(frame, key=key or f"table-{name}", hide_index=True, placeholder="–", **more)

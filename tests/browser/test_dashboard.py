@@ -123,9 +123,13 @@ def test_a_flip_leads_to_its_request(tab: Any, address: str) -> None:
 def test_a_token_tells_its_story_on_hover_and_focus(tab: Any, address: str) -> None:
     visit(tab, address, "request", "?run=calibration")
     token = tab.locator(".mg-strip .t.repaired, .mg-strip .t.missed").first
+    box = token.bounding_box()
+    below = {"x": max(300, box["x"] - 150), "y": box["y"] + 40, "width": 300, "height": 80}
+    before = tab.screenshot(clip=below)
     token.hover()
     shown = "e => getComputedStyle(e, '::after').display"
     assert token.evaluate(shown) == "block"
+    assert tab.screenshot(clip=below) != before, "the hover text is not where the token is"
     tip = token.get_attribute("data-tip")
     for word in ("margin", "threshold", "second token", "verify token", "K/V change", "batch"):
         assert word in tip

@@ -68,7 +68,7 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
     )
     finish(fig, title, height=420, subtitle=subtitle)
     fig.update_xaxes(title_text="steps triggered, %", rangemode="tozero")
-    fig.update_yaxes(title_text="steps missed at most (95%), %", type="log")
+    fig.update_yaxes(title_text="steps missed at most (95%), %", type="log", dtick="D2")
     return fig
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -93,17 +94,6 @@ def step_times(page: Page) -> Times:
     )
 
 
-def _per_token(page: Page, times: Times) -> None:
-    left, right = st.columns(2)
-    with left:
-        figure = figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle)
-        ui.chart(figure, "step-time", page.exports)
-    with right:
-        title = "Verify time of the steps that waited for one"
-        ui.chart(figures.by_rows(times.verify, title, "verify", page.subtitle), "verify-time", page.exports)
-        ui.chart(figures.verify_cost(times.window, page.subtitle), "verify-cost", page.exports)
-
-
 def _by_policy(requests: pd.DataFrame, column: str, scale: float = 1.0) -> dict[str, np.ndarray]:
     groups = requests.groupby(requests["policy"].astype("string").fillna("unknown"), observed=True)[column]
     return {ui.safe(name): scale * values.to_numpy(dtype=np.float64) for name, values in groups}
@@ -113,7 +103,6 @@ def _by_policy(requests: pd.DataFrame, column: str, scale: float = 1.0) -> dict[
 def _worst(page: Page, requests: pd.DataFrame) -> None:
     st.markdown(f"##### Most overhead: the worst {min(WORST, len(requests))} of {len(requests):,} requests")
     shown = requests.nlargest(WORST, "overhead_ms").assign(overhead_share=lambda f: 100 * f["overhead_share"])
-    ms = st.column_config.NumberColumn(format="%.1f ms")
     picked = ui.table(
         shown[
             [
@@ -136,10 +125,15 @@ def _worst(page: Page, requests: pd.DataFrame) -> None:
         on_select="rerun",
         selection_mode="single-row",
         column_config={
-            "overhead_ms": ms,
-            "e2e_ms": ms,
-            "verify_ms": ms,
-            "hold_ms": ms,
+            "request_id": "request",
+            "overhead_ms": st.column_config.NumberColumn(
+                "added", format="%.1f ms", help="overhead_ms: verify and hold"
+            ),
+            "e2e_ms": st.column_config.NumberColumn("end to end", format="%.1f ms"),
+            "verify_ms": st.column_config.NumberColumn("verify", format="%.1f ms"),
+            "hold_ms": st.column_config.NumberColumn("hold", format="%.1f ms"),
+            "output_tokens": "tokens",
+            "max_batch_rows": "largest batch",
             "overhead_share": st.column_config.NumberColumn("overhead", format="%.1f%%", help="overhead_ms / e2e_ms"),
         },
     )
@@ -201,16 +195,23 @@ def _page() -> None:
             ),
         ]
     )
-    _per_token(page, times)
-    left, right = st.columns(2)
-    for place, column, scale, title, axis, name in (
-        (left, "overhead_share", 100.0, "Overhead of each request", "overhead, % of end-to-end time", "overhead"),
-        (right, "ttft_ms", 1.0, "Time to first token", "ms", "ttft"),
-        (left, "tpot_ms", 1.0, "Time per output token of each request", "ms", "tpot"),
-    ):
-        with place:
-            values = _by_policy(requests, column, scale)
-            ui.chart(figures.distribution(values, title, axis, page.subtitle), name, page.exports)
+    by_policy = functools.partial(_by_policy, requests)
+    waits = "Verify time of the steps that waited for one"
+    axis = "overhead, % of end-to-end time"
+    shown = {
+        "step-time": figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle),
+        "verify-time": figures.by_rows(times.verify, waits, "verify", page.subtitle),
+        "tpot": figures.distribution(by_policy("tpot_ms"), "Time per output token, by request", "ms", page.subtitle),
+        "verify-cost": figures.verify_cost(times.window, page.subtitle),
+        "overhead": figures.distribution(
+            by_policy("overhead_share", 100.0), "Overhead by request", axis, page.subtitle
+        ),
+        "ttft": figures.distribution(by_policy("ttft_ms"), "Time to first token, by request", "ms", page.subtitle),
+    }
+    columns = st.columns(2)
+    for index, (name, figure) in enumerate(shown.items()):
+        with columns[index % 2]:
+            ui.chart(figure, name, page.exports)
     if len(requests):
         _worst(page, requests)
 

@@ -72,8 +72,8 @@ def _table(infos: list[RunInfo]) -> pd.DataFrame:
         "trigger rate",
         "verified",
         "flips",
-        "missed (95% bound)",
         "overhead",
+        "missed (95% bound)",
         "steps",
         "created",
     ]
@@ -141,7 +141,6 @@ def _listing(place: object) -> None:
             ),
             "requests": st.column_config.NumberColumn(format="localized"),
             "datasets": st.column_config.TextColumn(width="small"),
-            "missed (95% bound)": st.column_config.TextColumn(width="medium"),
         },
     )
     _actions([str(frame["run"].iloc[i]) for i in picked.selection.rows if i < len(frame)])

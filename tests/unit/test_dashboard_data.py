@@ -1,0 +1,434 @@
+"""The dashboard's data: loading by column, live runs, states, counts, and what is made of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
+
+from margingate_dashboard import align, bins, links, profiles, rates, states, summary, tables, tokens, whatif
+from margingate_dashboard.context import flip_text
+from margingate_dashboard.data import RunData, request_steps
+from margingate_dashboard.figures.flips import by_bucket, ranges
+from margingate_dashboard.figures.latency import quantiles
+from margingate_dashboard.figures.request import latency_parts
+from margingate_dashboard.synthetic import SyntheticSpec, make_frames, make_manifest, write_run
+
+from sglang_margingate.gate.policy import triggers
+from sglang_margingate.gate.profile import parse_profile
+from sglang_margingate.trace import RunFollower, TraceError
+
+SPEC = SyntheticSpec(requests=12, tokens=80)
+ALWAYS = SyntheticSpec(requests=12, tokens=80, policy="always")
+
+
+@pytest.fixture(scope="module")
+def gated() -> pd.DataFrame:
+    steps, _ = make_frames(SPEC)
+    return with_derived(steps)
+
+
+def with_derived(steps: pd.DataFrame) -> pd.DataFrame:
+    return steps.assign(
+        state=states.classify(steps), triggered=states.triggered(steps), verified=states.verified(steps)
+    )
+
+
+# states ------------------------------------------------------------------------------------------------------------
+
+
+def one_step(**changes: object) -> pd.DataFrame:
+    row = {"margin": 1.0, "threshold": 0.5, "prefill": False, "reason": "none", "flipped": False, "repaired": False}
+    return pd.DataFrame([{**row, **changes}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "stable"),
+        ({"reason": "audit"}, "stable"),
+        ({"margin": 0.5, "reason": "margin"}, "triggered"),
+        ({"margin": 0.0, "reason": "margin"}, "triggered"),
+        ({"margin": float("nan"), "reason": "margin"}, "triggered"),
+        ({"margin": 0.5, "prefill": True}, "stable"),
+        ({"threshold": float("nan")}, "stable"),
+        ({"margin": 0.1, "reason": "margin", "flipped": True, "repaired": True}, "repaired"),
+        ({"margin": 0.1, "reason": "margin", "flipped": True}, "flipped"),
+        ({"reason": "audit", "flipped": True}, "missed"),
+        ({"reason": "always", "flipped": True, "repaired": True}, "missed"),
+        ({"reason": "always", "flipped": True, "repaired": True, "threshold": float("nan")}, "repaired"),
+        ({"reason": "resume", "flipped": True, "repaired": True, "prefill": True}, "repaired"),
+        ({"flipped": None, "repaired": None, "prefill": None}, "stable"),
+    ],
+)
+def test_each_step_has_the_state_that_the_legend_says(changes: dict[str, object], name: str) -> None:
+    assert states.classify(one_step(**changes))[0] == states.CODE[name]
+
+
+def test_triggering_is_the_gates_own_rule() -> None:
+    margins = np.array([0.0, 0.25, 0.5, 0.50001, 3.0, np.nan], dtype=np.float32)
+    steps = pd.DataFrame({"margin": margins, "threshold": np.float32(0.5), "prefill": False})
+    assert states.triggered(steps).tolist() == [triggers(float(m), 0.5) for m in margins]
+
+
+def test_nulls_and_categories_of_reason() -> None:
+    reason = pd.Series(pd.Categorical(["none", None, "audit", "always", ""]))
+    assert states.verified(pd.DataFrame({"reason": reason})).tolist() == [False, False, True, True, False]
+    assert states.verified(pd.DataFrame({"reason": reason.astype(object)})).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+# loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_asked_columns_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    start = RunFollower.__init__
+
+    def spy(self: RunFollower, path: Path, *, step_columns: list[str], request_columns: list[str]) -> None:
+        asked.extend(step_columns)
+        start(self, path, step_columns=step_columns, request_columns=request_columns)
+
+    monkeypatch.setattr(RunFollower, "__init__", spy)
+    run = RunData(write_run(tmp_path / "a", SPEC))
+    frame = run.steps("margin", "state")
+    assert list(frame.columns) == ["margin", "state"]
+    assert set(asked) == {"margin", *states.STATE_COLUMNS}
+    run.steps("margin", "reason")
+    assert len(asked) == len(set(asked)), "a column was read twice"
+
+
+def test_a_live_run_grows_and_rows_stay_together(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole", SPEC)
+    live = tmp_path / "live"
+    live.mkdir()
+    run = RunData(live)
+    parts = sorted(whole.glob("steps-*.parquet"))
+    shutil.copy(parts[0], live)
+    first = run.steps("request_id", "margin", "state")
+    kept = run.memo("n", lambda: len(first))
+    shutil.copy(parts[1], live)
+    assert len(run.steps("step")) > len(first)
+    assert run.memo("n", lambda: -1) == -1 != kept, "a count outlived the growth of the run"
+    shutil.copy(parts[2], live)
+    grown, expected = (
+        run.steps("request_id", "margin", "step", "state"),
+        RunData(whole).steps("request_id", "margin", "step", "state"),
+    )
+    pd.testing.assert_frame_equal(
+        grown.assign(request_id=grown["request_id"].astype(str)),
+        expected.assign(request_id=expected["request_id"].astype(str)),
+    )
+    assert isinstance(grown["request_id"].dtype, pd.CategoricalDtype)
+
+
+def test_another_run_under_the_same_name_is_read_anew(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", SPEC)
+    run = RunData(path)
+    before = run.steps("margin", "state")
+    shutil.rmtree(path)
+    write_run(path, SyntheticSpec(requests=5, tokens=30, seed=9))
+    after = run.steps("margin", "state")
+    assert len(after) != len(before)
+    assert len(after) == len(run.steps("request_id"))
+
+
+def test_unknown_columns_and_missing_runs_are_errors_in_words(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="unknown column"):
+        RunData(write_run(tmp_path / "a", SPEC)).steps("nonsense")
+
+
+def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", SyntheticSpec(requests=2, tokens=20, files=1))
+    shutil.copy(path / "steps-0000.parquet", path / "steps-0001.parquet")
+    steps = request_steps(path, "rid-00001")
+    assert steps["step"].is_unique
+    assert steps["step"].is_monotonic_increasing
+
+
+# counts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [SPEC, ALWAYS, SyntheticSpec(requests=12, tokens=80, policy="off")])
+def test_steps_and_requests_tell_the_same(spec: SyntheticSpec) -> None:
+    steps, requests = make_frames(spec)
+    from_steps, from_requests = summary.headline(with_derived(steps)), summary.from_requests(requests)
+    for name in ("steps", "triggered", "verified", "examined", "untriggered", "flips", "missed"):
+        assert getattr(from_steps, name) == getattr(from_requests, name), name
+
+
+def test_the_missed_bound_is_the_rule_of_three() -> None:
+    found = summary.Headline(1000, 0, 300, 300, 1000, 0, 0, 0)
+    assert found.miss_upper == pytest.approx(3 / 300, rel=0.01)
+    assert not found.miss_known
+    assert summary.Headline(10, 10, 10, 0, 0, 0, 0, 0).miss_upper == 1.0
+
+
+def test_datasets_are_named_even_without_a_tag() -> None:
+    column = pd.Series(pd.Categorical(["a", "", None, "b"]))
+    assert summary.tags(column) == ["(untagged)", "a", "b"]
+    assert summary.has_tag(column, {"(untagged)"}).tolist() == [False, True, True, False]
+    assert summary.has_tag(column.astype(object), {"a"}).tolist() == [True, False, False, False]
+
+
+def test_counts_by_dataset_add_up(gated: pd.DataFrame) -> None:
+    _, requests = make_frames(SPEC)
+    table, total = tables.by_dataset(gated, requests), summary.headline(gated)
+    assert table["decode steps"].sum() == total.steps
+    assert table["flips"].sum() == total.flips
+    assert table["requests"].sum() == SPEC.requests
+
+
+def test_rates_are_written_with_their_counts() -> None:
+    assert rates.rate(421, 7383) == "5.70% (421 / 7,383)"
+    assert rates.rate(0, 0) == "– (0 / 0)"
+    assert rates.milliseconds(float("nan")) == "–"
+    assert rates.milliseconds(12345.0) == "12.3 s"
+    assert np.isnan(rates.number(pd.NA))
+
+
+# margins -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+@pytest.mark.parametrize(
+    "margins",
+    [np.zeros(0), np.zeros(3), np.array([1e-7]), np.arange(400) / 16, np.random.default_rng(0).exponential(1, 999), np.array([0.0, 1e4])],
+    ids=["none", "ties", "tiny", "grid", "fp32", "far"],
+)  # fmt: skip
+def test_bins_rise_and_hold_every_margin(margins: np.ndarray, scale: str) -> None:
+    found = bins.margin_bins(margins, scale)
+    assert (np.diff(found.edges) > 0).all()
+    assert (np.diff(found.drawn) > 0).all()
+    assert found.edges.size == found.drawn.size == found.centres.size + 1
+    assert bins.counts(found, np.sort(margins)).sum() == margins.size
+
+
+def test_bins_follow_the_bf16_grid() -> None:
+    margins = np.repeat(np.arange(64) / 16, 10)
+    for scale in ("log", "linear"):
+        found = bins.margin_bins(margins, scale)
+        assert found.grid == 1 / 16
+        # No edge on a grid point: each margin lies clearly inside one bin.
+        inner = found.edges[1:-1] * 16
+        assert np.abs(inner - np.round(inner)).min() > 0.4
+    ties = bins.counts(bins.margin_bins(margins, "log"), np.sort(margins))[0]
+    assert ties == 10, "exact ties share their bin with nothing"
+
+
+def sample_of(steps: pd.DataFrame) -> whatif.Sample:
+    return whatif.make_sample(
+        steps["margin"].to_numpy(), states.as_bool(steps["flipped"]), steps["triggered"].to_numpy(),
+        steps["verified"].to_numpy(), ~states.as_bool(steps["prefill"]),
+    )  # fmt: skip
+
+
+def test_another_threshold_on_a_fully_verified_run_is_exact() -> None:
+    steps = with_derived(make_frames(ALWAYS)[0])
+    decode = steps[~steps["prefill"]]
+    for tau in (0.0, 0.25, 0.5, 2.0, 1e9):
+        found = whatif.outcome(sample_of(steps), tau)
+        assert found.triggered == int((decode["margin"] <= tau).sum())
+        assert found.missed == int((decode["flipped"] & (decode["margin"] > tau)).sum())
+        assert found.complete
+
+
+def test_another_threshold_on_a_gated_run_bounds_what_was_never_looked_at(gated: pd.DataFrame) -> None:
+    truth = with_derived(make_frames(ALWAYS)[0])  # the same seed: the same flips, all of them seen
+    for tau in (0.1, 0.5, 1.0):
+        found = whatif.outcome(sample_of(gated), tau)
+        real = int((truth["flipped"] & (truth["margin"] > tau)).sum())
+        assert not found.complete
+        assert found.missed <= real <= found.miss_upper * found.steps
+    assert whatif.outcome(sample_of(gated), 1e9).missed == 0
+
+
+def test_samples_join() -> None:
+    steps = with_derived(make_frames(ALWAYS)[0])
+    parts = [sample_of(steps[summary.has_tag(steps["dataset"], {n})]) for n in ("arith", "code", "story")]
+    assert whatif.outcome(whatif.join(parts), 0.5) == whatif.outcome(sample_of(steps), 0.5)
+
+
+# tokens ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [(" the", "word"), ("The", "word"), ("ing", "word piece"), (" 42", "number"), (",", "punctuation"), (" +", "punctuation"),
+     ("\n", "white space"), ("  ", "white space"), (None, "no text"), ("", "no text"), ("日本", "word piece"), ("\x00", "other")],
+)  # fmt: skip
+def test_token_classes(text: object, name: str) -> None:
+    assert tokens.token_class(text) == name
+
+
+def test_classes_of_many_tokens_are_those_of_each() -> None:
+    ids = pd.Series([5, 7, 5, 9], dtype="int32")
+    texts = pd.Series([" a", "1", " a", None], dtype=object)
+    assert [tokens.CLASSES[i] for i in tokens.classes(ids, texts)] == ["word", "number", "word", "no text"]
+
+
+def test_strips_escape_text_and_show_white_space() -> None:
+    steps = with_derived(make_frames(SyntheticSpec(requests=1, tokens=12))[0])
+    steps["token_text"] = ["<script>alert(1)</script>", " x", "\n", '"', "\x1b[31m", None] + ["y"] * (len(steps) - 6)
+    found = tokens.strip(steps, selected=1)
+    assert "<script" not in found
+    assert "&lt;script&gt;" in found
+    assert "·" in found
+    assert "⏎" in found
+    assert "\\u001b" in found
+    assert 'class="id"' in found
+    assert found.count(" sel") == 1
+
+
+def test_a_flip_as_text_names_all_that_matters(gated: pd.DataFrame) -> None:
+    flip = tables.flip_list(gated).iloc[0]
+    mine = gated[gated["request_id"] == flip["request"]].reset_index(drop=True)
+    text = flip_text("run", make_manifest(SPEC), flip["request"], mine, int(flip["step"]))
+    for word in (
+        "model",
+        "versions",
+        "fast path",
+        "verify",
+        "margin",
+        "threshold",
+        "batch",
+        "K/V change",
+        "tokens before",
+    ):
+        assert word in text
+    assert "not recorded" in flip_text("run", {}, "r", mine, 10**6)
+
+
+# compare -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "first"),
+    [([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 9, 3], 1), ([1, 2], [1, 2, 3], 2), ([], [], None), ([], [1], 0)],
+)
+def test_first_difference(a: list[int], b: list[int], first: int | None) -> None:
+    assert align.first_difference(np.array(a), np.array(b)) == first
+
+
+def test_runs_are_matched_by_the_strongest_evidence() -> None:
+    _, requests = make_frames(SPEC)
+    renamed = requests.assign(request_id=[f"x{i}" for i in range(len(requests))])
+    assert "request id" in align.pair(requests, requests).how
+    by_text = align.pair(requests, renamed)
+    assert "prompt text" in by_text.how
+    assert len(by_text.table) == len(requests)
+    blind = align.pair(requests.assign(prompt_text=None), renamed.assign(prompt_text=None))
+    assert "may differ" in blind.how
+    assert len(blind.table) == len(requests)
+    assert align.pair(requests.iloc[:0], requests).table.empty
+
+
+def test_divergences_find_what_was_changed() -> None:
+    steps, requests = make_frames(SPEC)
+    shuffled = steps.sample(frac=1, random_state=0)
+    pairs = align.pair(requests, requests).table
+    assert align.divergences(pairs, steps, shuffled)["identical"].all()
+    where = (steps["request_id"] == "rid-00003") & (steps["step"] == 4)
+    changed = steps.assign(token=steps["token"].where(~where, -1))
+    table = align.divergences(pairs, steps, changed).set_index("a")
+    assert table.loc["rid-00003", "first"] == 4
+    assert table["identical"].sum() == len(requests) - 1
+
+
+# flips, latency ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros(0, int), np.zeros(9, int), np.arange(1000), np.arange(12) ** 3, np.array([5, 5, 70_000])]
+)
+def test_ranges_hold_each_value_once(values: np.ndarray) -> None:
+    found, labels = ranges(values)
+    assert found.size == values.size
+    assert len(labels) <= 11
+    for which, value in zip(found, values):
+        low, _, high = labels[which].partition("–")
+        assert int(low) <= value <= int(high or low)
+
+
+def test_buckets_count_flips_over_steps() -> None:
+    state = np.array([states.CODE[n] for n in ("stable", "repaired", "missed", "triggered")])
+    table = by_bucket(np.array([0, 0, 2, 2]), state, ["a", "b", "c"])
+    assert table["label"].tolist() == ["a", "c"]
+    assert table["flips"].tolist() == [1, 1]
+    assert table["steps"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("size", [50, 20_000])
+def test_quantiles_are_pandas_own(size: int) -> None:
+    rng = np.random.default_rng(1)
+    groups, values = rng.integers(1, 9, size).astype(np.int32), rng.exponential(5, size)
+    values[::7] = np.nan
+    table = quantiles(groups, values)
+    expected = pd.Series(values).groupby(groups)
+    np.testing.assert_allclose(table["median"], expected.median())
+    np.testing.assert_allclose(table["p95"], expected.quantile(0.95))
+    assert table["steps"].tolist() == expected.count().tolist()
+
+
+def test_latency_parts_sum_to_the_whole() -> None:
+    _, requests = make_frames(SPEC)
+    for _, row in requests.iterrows():
+        parts = latency_parts(row)
+        assert sum(parts.values()) == pytest.approx(row["e2e_ms"])
+        assert min(parts.values()) >= 0
+    assert sum(latency_parts(pd.Series({"e2e_ms": None})).values()) == 0
+
+
+# profiles ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_fully_verified_requests_calibrate(gated: pd.DataFrame) -> None:
+    samples, taken, decode = profiles.calibration_samples(gated)
+    assert (samples, taken) == ({}, 0)
+    assert decode > 0
+    steps = with_derived(make_frames(ALWAYS)[0])
+    samples, taken, decode = profiles.calibration_samples(steps)
+    assert set(samples) == {"arith", "code", "story"}
+    assert taken == decode == sum(m.size for m, _ in samples.values())
+
+
+def test_the_exported_profile_is_the_servers_format() -> None:
+    from sglang_margingate.gate.calibration import trade_off
+
+    steps = with_derived(make_frames(ALWAYS)[0])
+    samples, _, _ = profiles.calibration_samples(steps)
+    chosen = {name: trade_off(*sample, [0.5]).iloc[0] for name, sample in samples.items()}
+    chosen["(untagged)"] = chosen["code"]
+    profile = profiles.make_profile(make_manifest(ALWAYS), "window", chosen)
+    import json
+
+    read = parse_profile(json.loads(profiles.to_json(profile)))
+    assert read == profile
+    assert read.threshold_for("") == 0.5
+    assert read.sglang_version == "0.5.17"
+    assert read.dtype == "bfloat16"
+
+
+# links -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["-1", "1e3", "²", "9" * 12, "", None, "0x1"])
+def test_bad_steps_are_no_steps(value: object) -> None:
+    assert links.parse_step(value) is None
+
+
+def test_links_quote_what_they_carry() -> None:
+    assert links.href("request", "a b", "x&y=z", 3) == "request?run=a+b&request=x%26y%3Dz&step=3"
+    assert links.known_run("../a", ["a"]) is None
+    assert links.known_run(["a"], ["a"]) is None

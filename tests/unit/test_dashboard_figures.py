@@ -1,0 +1,149 @@
+"""Figures are pure functions of frames: each draws what it is given, and says why where there is nothing to draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
+pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
+
+import plotly.graph_objects as go
+from margingate_dashboard import states, theme
+from margingate_dashboard.bins import margin_bins
+from margingate_dashboard.figures import compare, flips, latency, margins, overview, request, runs, tuning
+from margingate_dashboard.figures.common import safe
+from margingate_dashboard.synthetic import SyntheticSpec, make_frames
+
+from sglang_margingate.gate.calibration import trade_off, transfer_matrix
+
+
+@pytest.fixture(scope="module")
+def steps() -> pd.DataFrame:
+    frame = make_frames(SyntheticSpec(requests=12, tokens=80, policy="always", perturbation=0.2))[0]
+    return frame.assign(state=states.classify(frame), triggered=states.triggered(frame))
+
+
+def names(fig: go.Figure) -> list[str]:
+    return [t.name for t in fig.data]
+
+
+def says(fig: go.Figure) -> str:
+    return " ".join(a.text for a in fig.layout.annotations)
+
+
+def test_states_are_distinct_without_colour() -> None:
+    assert len({s.symbol for s in theme.STATES}) == len({s.mark for s in theme.STATES}) == len(theme.STATES) == 5
+    assert [s.name for s in theme.STATES] == ["stable", "triggered", "flipped", "repaired", "missed"]
+
+
+def test_over_time_counts_every_decode_step_once(steps: pd.DataFrame) -> None:
+    table = overview.over_time(steps, bins=10)
+    decode = ~steps["prefill"]
+    assert table["steps"].sum() == decode.sum()
+    assert table["triggered"].sum() == (steps["triggered"] & decode).sum()
+    assert (table["rows_mean"] <= table["rows_max"]).all()
+    fig = overview.events(table)
+    assert "repaired" in names(fig)
+    assert "missed" in names(fig)
+
+
+def test_one_step_and_none_are_drawn(steps: pd.DataFrame) -> None:
+    overview.events(overview.over_time(steps[~steps["prefill"]].iloc[:1]))
+    assert "No decode steps" in says(overview.events(overview.over_time(steps.iloc[:0])))
+
+
+def test_guarantees_are_counts_of_all() -> None:
+    requests = pd.DataFrame({"guarantee": ["gated", "gated", "none", None, "<b>new</b>"]})
+    assert names(overview.guarantees(requests)) == ["gated 2 / 5", "none 2 / 5", "&lt;b&gt;new&lt;/b&gt; 1 / 5"]
+    assert "finished" in says(overview.guarantees(requests.iloc[:0]))
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+@pytest.mark.parametrize("log_counts", [True, False])
+def test_margins_are_drawn_by_dataset(steps: pd.DataFrame, scale: str, log_counts: bool) -> None:
+    margin, flipped = np.sort(steps["margin"].to_numpy()), np.sort(steps["margin"][steps["flipped"]].to_numpy())
+    stable = {"a": margin, "b": margin[:50]}
+    fig = margins.histogram(
+        stable, {"a": flipped, "b": flipped[:0]}, margin_bins(margin, scale), scale, 0.5, log_counts
+    )
+    assert names(fig) == ["not flipped", "flipped", "not flipped"]
+    assert fig.data[0].customdata[:-1, 0].sum() == margin.size
+    assert f"{flipped.size:,} flipped" in says(fig)
+    assert "tau = 0.5" in says(fig)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1e6])
+def test_any_threshold_can_be_drawn(threshold: float) -> None:
+    values = np.arange(100) / 16
+    for scale in ("log", "linear"):
+        margins.histogram({"a": values}, {"a": values[:0]}, margin_bins(values, scale), scale, threshold).to_json()
+
+
+def test_nothing_to_draw_is_said() -> None:
+    nothing = np.zeros(0)
+    assert "No decode steps" in says(
+        margins.histogram({"a": nothing}, {"a": nothing}, margin_bins(nothing), "log", 0.5)
+    )
+    assert "No decode steps" in says(margins.effect({"a": (nothing, nothing, nothing)}, 0.5))
+    assert "No flip" in says(flips.bars(flips.by_bucket(np.zeros(3, int), np.zeros(3, int), ["a"]), "x", "y"))
+    assert "No step was verified" in says(latency.verify_cost(latency.quantiles(np.zeros(0, int), nothing)))
+    assert "No request" in says(latency.distribution({"gate": np.array([np.nan])}, "x", "ms"))
+    assert "No matched" in says(compare.still_identical(pd.DataFrame({"dataset": []})))
+    assert "no recorded steps" in says(request.margins(pd.DataFrame()))
+    assert "finished" in says(request.waterfall(pd.Series(dtype=float)))
+
+
+def test_a_requests_margins_have_a_trace_per_state(steps: pd.DataFrame) -> None:
+    mine = steps[steps["request_id"] == "rid-00000"].assign(shown="x")
+    fig = request.margins(mine, selected=3, log=True)
+    present = {theme.STATES[s].name for s in mine["state"]}
+    assert {str(n).split()[0] for n in names(fig) if n} - {"threshold", "batch"} == present
+
+
+def test_tuning_figures(steps: pd.DataFrame) -> None:
+    decode = steps[~steps["prefill"]]
+    sample = (decode["margin"].to_numpy(), decode["flipped"].to_numpy())
+    table = trade_off(*sample)
+    fig = tuning.trade_off({"a": table}, {"a": table.iloc[-1]})
+    assert "chosen threshold" in names(fig)
+    matrix = transfer_matrix({"a": sample, "b": sample})
+    cells = tuning.transfer(matrix).data[0].text
+    assert len(cells) == len(cells[0]) == 2
+
+
+def test_still_identical_starts_at_all_and_ends_at_the_rest() -> None:
+    table = pd.DataFrame(
+        {
+            "dataset": ["a"] * 4,
+            "tokens_a": [9] * 4,
+            "tokens_b": [9] * 4,
+            "first": pd.array([None, 2, 5, None], dtype="Int64"),
+        }
+    )
+    trace = compare.still_identical(table).data[0]
+    assert list(trace.y) == [100, 75, 50, 50]
+    assert trace.name == "a (2 / 4)"
+
+
+def test_runs_show_price(steps: pd.DataFrame) -> None:
+    table = pd.DataFrame(
+        {
+            "run": ["a", "b"],
+            "policy": ["gate", "off"],
+            "decode steps": [10, 10],
+            "verified": [2, 0],
+            "overhead": [1.5, None],
+            "flips": [1, 0],
+        }
+    )
+    assert list(runs.price(table).data[0].y) == ["a · gate"]
+
+
+def test_every_figure_names_itself_for_screen_readers(steps: pd.DataFrame) -> None:
+    assert overview.events(overview.over_time(steps)).layout.meta["title"]
+
+
+def test_names_cannot_carry_markup() -> None:
+    assert safe('<a href="x">') == '&lt;a href="x"&gt;'

@@ -1,0 +1,95 @@
+"""The dashboard's launcher and the report: flags, one-line errors, nothing said to anybody."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_margingate import dashboard, report
+
+
+def test_it_binds_to_this_machine_and_reports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+    started: list[list[str]] = []
+
+    def start(program: str, arguments: list[str], env: dict[str, str]) -> None:
+        started.append(arguments)
+        assert env["MARGINGATE_TRACE_DIR"] == str(tmp_path / "none yet")
+        raise SystemExit(0)
+
+    monkeypatch.setattr(dashboard.os, "execve", start)
+    monkeypatch.setattr(dashboard.os, "name", "posix")
+    with pytest.raises(SystemExit):
+        dashboard.main(["--trace-dir", str(tmp_path / "none yet")])
+    line = " ".join(started[0])
+    assert "--server.address 127.0.0.1 --server.port 8501" in line
+    assert "--browser.gatherUsageStats false" in line
+    assert "--server.showEmailPrompt false" in line
+
+
+@pytest.mark.parametrize("flags", [["--port", "0"], ["--port", "70000"], ["--trace-dir", __file__]])
+def test_bad_flags_are_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+    assert dashboard.main(flags) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_without_streamlit_the_fix_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
+    assert dashboard.main([]) == 2
+    message = capsys.readouterr().err
+    assert "pip install 'sglang-margingate[dashboard]'" in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_the_launcher_imports_neither_streamlit_nor_sglang() -> None:
+    code = "import sys, sglang_margingate.dashboard, sglang_margingate.report; print([m for m in ('streamlit', 'sglang', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
+    synthetic = pytest.importorskip("margingate_dashboard.synthetic", reason="the package is not installed")
+    return Path(
+        synthetic.write_run(tmp_path / "traces" / "a", synthetic.SyntheticSpec(requests=8, tokens=60, perturbation=0.3))
+    )
+
+
+def test_the_report_is_one_file_that_loads_nothing(run: Path, tmp_path: Path) -> None:
+    text = report.write_report(run, tmp_path / "deep" / "report.html").read_text()
+    assert text.count("<script>/**\n* plotly.js") <= 1
+    body = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r'(?:src|href)="?https?:', body)
+    assert "Content-Security-Policy" in text
+    for part in (
+        "Trigger rate",
+        "decode steps",
+        "Guarantee",
+        "Margins by dataset",
+        "Flips",
+        "Worst requests",
+        "mg-strip",
+    ):
+        assert part in text
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["report.html"]
+
+
+def test_report_errors_are_one_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert report.main([str(run), "-o", str(run / "manifest.json" / "x.html")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_a_half_written_run_is_reported_with_a_note(run: Path, tmp_path: Path) -> None:
+    last = sorted(run.glob("steps-*.parquet"))[-1]
+    last.write_bytes(last.read_bytes()[:500])
+    (run / "requests-0000.parquet").unlink()
+    assert "Note: " in report.write_report(run, tmp_path / "r.html").read_text()
