@@ -39,7 +39,9 @@ def missed_card(total: Headline) -> Card:
     if total.steps and not total.untriggered:
         return Card("Missed flips", "0", "every decode step triggered", MISSED.colour)
     if not total.examined:
-        return Card("Missed flips", "unknown", "no untriggered step was audited: set an audit rate", MISSED.colour)
+        return Card(
+            "Missed flips", "unknown", "no untriggered step was audited (--margingate-audit-rate)", MISSED.colour
+        )
     if total.miss_known:
         sub = f"{of(total.missed, total.examined)} untriggered steps, all of them verified"
     else:

@@ -60,7 +60,8 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
     -----
     A dataset that the profile does not know gets the largest threshold: dear, but the one that missed least.
     """
-    flags = manifest.get("flags") if isinstance(manifest.get("flags"), dict) else {}
+    flags = manifest.get("flags")
+    flags = flags.get("sglang") if isinstance(flags, dict) else None
     versions = manifest.get("versions") if isinstance(manifest.get("versions"), dict) else {}
 
     def named(*places: tuple[Any, str]) -> str:

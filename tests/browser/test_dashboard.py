@@ -216,3 +216,29 @@ def test_the_report_opens_from_disk(
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         scheme = request.node.callspec.params["tab"]
         tab.screenshot(path=SCREENSHOTS / f"report-{scheme}.png", full_page=True)
+
+
+def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None:
+    import json
+    import shutil
+    from datetime import datetime, timezone
+
+    whole, live = trace_dir / "calibration", trace_dir / "live"
+    live.mkdir()
+    try:
+        manifest = json.loads((whole / "manifest.json").read_text())
+        del manifest["closed_at"]
+        manifest["heartbeat"] = datetime.now(timezone.utc).isoformat()
+        (live / "manifest.json").write_text(json.dumps(manifest))
+        shutil.copy(whole / "steps-0000.parquet", live)
+        visit(tab, address, "overview", "?run=live")
+        tab.locator(".mg-chip.live").wait_for()
+        before = tab.locator(".mg-card .sub").nth(1).text_content()
+        manifest["heartbeat"] = datetime.now(timezone.utc).isoformat()
+        (live / "manifest.json").write_text(json.dumps(manifest))
+        shutil.copy(whole / "steps-0001.parquet", live)
+        tab.wait_for_function(
+            "old => document.querySelectorAll('.mg-card .sub')[1]?.textContent !== old", arg=before, timeout=20_000
+        )
+    finally:
+        shutil.rmtree(live)

@@ -35,7 +35,20 @@ def _counts(page: ui.Page, requests: pd.DataFrame) -> tuple[Headline, pd.DataFra
     return headline(steps), figures.over_time(steps), by_dataset(steps, requests)
 
 
-def _notes(requests: pd.DataFrame) -> None:
+def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
+    """Say what lowers the guarantee, and what the server's invariance self-test found."""
+    manifest = page.info.manifest
+    test = manifest.get("self_test")
+    if isinstance(test, dict):
+        if test.get("passed"):
+            counts = f"{test.get('trials', '?')} trials at {test.get('rows', '?')} rows"
+            st.caption(f":material/verified: Invariance self-test passed ({ui.markdown_safe(counts)})")
+        else:
+            where = ui.markdown_safe(test.get("broken_layer") or test.get("detail") or "no layer named")
+            st.warning(f"The invariance self-test failed at: {where}", icon=":material/warning:")
+    noted = manifest.get("notes")
+    for note in noted if isinstance(noted, list) else []:
+        st.caption(f":material/warning: Every guarantee of this server is lowered: {ui.markdown_safe(note)}")
     notes = requests["guarantee_note"].dropna().value_counts()
     for note, times in notes.head(5).items():
         st.caption(f":material/info: {of(times, len(requests))} requests claim less: {ui.markdown_safe(note)}")
@@ -54,7 +67,7 @@ def _page() -> None:
     ui.cards(headline_cards(total, requests))
     ui.chart(figures.events(course, page.subtitle), "over-time", page.exports)
     ui.chart(figures.guarantees(requests, page.subtitle), "guarantees", page.exports)
-    _notes(requests)
+    _notes(page, requests)
     st.markdown("##### By dataset")
     ui.table(
         per_dataset,

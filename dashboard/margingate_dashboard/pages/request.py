@@ -304,7 +304,7 @@ def _prompt(page: Page, chosen: str, request: pd.Series | None) -> None:
         if len(prompt):
             st.text(prompt.iloc[-1])
         else:
-            st.caption("The run did not record text (start the server with --margingate-trace-text to record it).")
+            st.caption("The run did not record text (start the server with --margingate-trace-text on to record it).")
 
 
 if __name__ == "__main__":
