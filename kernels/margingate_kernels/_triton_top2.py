@@ -1,9 +1,12 @@
 """The Triton kernel of :mod:`margingate_kernels.top2_margin`. Import only where Triton is installed.
 
-One launch. A row is cut into SPLITS chunks, one program each; a program keeps the two best of every lane, reduces its
-lanes, and leaves four numbers in the workspace. The program that arrives last at the row's counter combines the chunks
-in index order and sets the counter back to 0, so that the workspace is ready for the next launch. Which program comes
-last changes nothing: comparisons are exact and ties go to the lower index wherever they are decided.
+One launch. A row is cut into SPLITS chunks, one program each. Lane l of a program sees the chunk's logits l, l + BLOCK,
+l + 2 * BLOCK, ... and keeps their maximum and where it was: three instructions a logit, where a running top-2 takes
+eight and would not hide behind the loads. The chunk's runner-up is then the best of the other lanes' maxima and of the
+winning lane's other logits, which are read once more (UNROLL of them). The program leaves four numbers in the
+workspace; the one that arrives last at the row's counter combines the chunks and sets the counter back to 0, so that
+the workspace is ready for the next launch. Which program comes last changes nothing: comparisons are exact, and ties go
+to the lower index wherever they are decided.
 """
 
 # mypy: allow-untyped-defs
@@ -17,44 +20,39 @@ _NONE = tl.constexpr(2**31 - 1)  # index of an empty place, above every token
 
 
 @triton.jit
-def _merge(v1, i1, v2, i2, w1, j1, w2, j2):
-    """Two best of two pairs (value, index), each pair in order; ties to the lower index."""
-    left = (v1 > w1) | ((v1 == w1) & (i1 < j1))
-    best, best_index = tl.where(left, v1, w1), tl.where(left, i1, j1)
-    # The runner-up is the loser of the two firsts or the second of the winner's side.
-    a, a_index = tl.where(left, w1, v1), tl.where(left, j1, i1)
-    b, b_index = tl.where(left, v2, w2), tl.where(left, i2, j2)
-    take_a = (a > b) | ((a == b) & (a_index < b_index))
-    return best, best_index, tl.where(take_a, a, b), tl.where(take_a, a_index, b_index)
+def _best(value, index):
+    """Largest value and the lowest index that has it. No value may be NaN."""
+    best = tl.max(value, 0)
+    return best, tl.min(tl.where(value == best, index, _NONE), 0)
+
+
+@triton.jit
+def _better(a, i, b, j):
+    """Return the better of two (value, index); the lower index among equals."""
+    first = (a > b) | ((a == b) & (i < j))
+    return tl.where(first, a, b), tl.where(first, i, j)
 
 
 @triton.jit
 def _scan(pointer, start, V: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr):
-    """Two best (v1, i1, v2, i2) of UNROLL * BLOCK logits from index ``start``.
+    """Maximum and place (an index in the row) of each lane's logits; -inf and _NONE where none is above -inf.
 
-    ``>`` is false for NaN and for -inf against the initial -inf, so neither ever enters; a lane sees rising indices, so
-    ``>`` also keeps the lowest index of equals. Lanes remember the iteration, not the index: one register less to add.
+    ``>`` is false for NaN, and for -inf against the initial -inf, so neither ever enters; a lane sees rising indices, so
+    ``>`` also keeps the lowest index of equals.
     """
     lane = tl.arange(0, BLOCK)
-    v1 = tl.full([BLOCK], float("-inf"), tl.float32)
-    v2 = tl.full([BLOCK], float("-inf"), tl.float32)
-    t1 = tl.full([BLOCK], -1, tl.int32)
-    t2 = tl.full([BLOCK], -1, tl.int32)
+    value = tl.full([BLOCK], float("-inf"), tl.float32)
+    step = tl.full([BLOCK], -1, tl.int32)
     for t in tl.static_range(UNROLL):
         index = start + t * BLOCK + lane
         if MASKED:
             x = tl.load(pointer + index, mask=index < V, other=float("-inf")).to(tl.float32)
         else:
             x = tl.load(pointer + index).to(tl.float32)
-        above_first = x > v1
-        above_second = x > v2
-        v2 = tl.where(above_first, v1, tl.where(above_second, x, v2))
-        t2 = tl.where(above_first, t1, tl.where(above_second, t, t2))
-        v1 = tl.where(above_first, x, v1)
-        t1 = tl.where(above_first, t, t1)
-    i1 = tl.where(t1 < 0, _NONE, start + t1 * BLOCK + lane)
-    i2 = tl.where(t2 < 0, _NONE, start + t2 * BLOCK + lane)
-    return tl.reduce((v1, i1, v2, i2), 0, _merge)
+        above = x > value
+        value = tl.where(above, x, value)
+        step = tl.where(above, t, step)
+    return value, tl.where(step < 0, _NONE, start + step * BLOCK + lane)
 
 
 @triton.jit
@@ -96,9 +94,18 @@ def top2_kernel(
     pointer = logits + row * row_stride
     start = split * (BLOCK * UNROLL)
     if start + BLOCK * UNROLL <= V:
-        v1, i1, v2, i2 = _scan(pointer, start, V, BLOCK, UNROLL, False)
+        value, index = _scan(pointer, start, V, BLOCK, UNROLL, False)
     else:
-        v1, i1, v2, i2 = _scan(pointer, start, V, BLOCK, UNROLL, True)
+        value, index = _scan(pointer, start, V, BLOCK, UNROLL, True)
+    v1, i1 = _best(value, index)
+    # The winning lane once more, without its maximum.
+    lane = tl.where(i1 == _NONE, 0, (i1 - start) % BLOCK)
+    again = start + lane + tl.arange(0, UNROLL) * BLOCK
+    x = tl.load(pointer + again, mask=(again < V) & (again != i1), other=float("-inf")).to(tl.float32)
+    valid = x > float("-inf")
+    w, j = _best(tl.where(valid, x, float("-inf")), tl.where(valid, again, _NONE))
+    v2, i2 = _best(tl.where(index == i1, float("-inf"), value), tl.where(index == i1, _NONE, index))
+    v2, i2 = _better(v2, i2, w, j)
 
     if SPLITS == 1:
         _finish(row, v1, i1, v2, i2, thresholds, threshold_stride, tokens, seconds, margins, triggers)
@@ -120,6 +127,7 @@ def top2_kernel(
             a2 = tl.load(values + parts + 1, mask=used, other=float("-inf"), cache_modifier=".cg")
             b1 = tl.load(indices + parts, mask=used, other=_NONE, cache_modifier=".cg")
             b2 = tl.load(indices + parts + 1, mask=used, other=_NONE, cache_modifier=".cg")
-            v1, i1, v2, i2 = tl.reduce((a1, b1, a2, b2), 0, _merge)
+            v1, i1 = _best(a1, b1)
+            v2, i2 = _best(tl.where(b1 == i1, a2, a1), tl.where(b1 == i1, b2, b1))
             _finish(row, v1, i1, v2, i2, thresholds, threshold_stride, tokens, seconds, margins, triggers)
             tl.store(counters + row, 0)
