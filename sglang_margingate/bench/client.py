@@ -163,8 +163,7 @@ class Client:
         start = time.perf_counter()
         code, out = self.post(payload)
         if code != 200:
-            message = out.get("error", {}).get("message", out) if isinstance(out, dict) else out
-            raise ServerError(f"prompt {prompt.id}: HTTP {code}: {message}")
+            raise ServerError(f"prompt {prompt.id}: HTTP {code}: {error_message(out)}")
         return completion(prompt, out, time.perf_counter() - start)
 
     def payload(
@@ -180,6 +179,13 @@ class Client:
         if self.tagged:
             params["custom_params"] = {"margingate_dataset": prompt.dataset, **(custom or {})}
         return {"text": prompt.text, "sampling_params": params, **({"rid": rid} if rid else {})}
+
+
+def error_message(body: Any) -> str:
+    """Return the message in a server's error answer, whatever its form, in one line."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(message).split())[:300]
 
 
 def completion(prompt: Prompt, out: dict[str, Any], seconds: float) -> Completion:

@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from sglang_margingate.bench.client import TIMEOUT, Client, Completion, Prompt, ServerError, brief
+from sglang_margingate.bench.client import TIMEOUT, Client, Completion, Prompt, ServerError, brief, error_message
 
 
 class OpenAIClient:
@@ -68,9 +68,7 @@ class OpenAIClient:
             self._extra = {}  # a strict server: it knows no return_token_ids
             code, out = self._post({**body, **(sampling or {})})
         if code != 200:
-            message = out.get("error", out) if isinstance(out, dict) else out
-            message = message.get("message", message) if isinstance(message, dict) else message
-            raise ServerError(f"prompt {prompt.id}: HTTP {code}: {str(message)[:200]}")
+            raise ServerError(f"prompt {prompt.id}: HTTP {code}: {error_message(out)}")
         try:
             choice = out["choices"][0]
             usage = out.get("usage") or {}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError, brief, completion
+from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError, brief, completion, error_message
 
 MOST_THREADS = 512
 
@@ -96,7 +96,7 @@ def stream(client: Client, job: Job, max_tokens: int) -> Timed:
     except ValueError:
         raise ServerError(f"prompt {job.prompt.id}: the stream ended without an answer") from None
     if "error" in out:
-        raise ServerError(f"prompt {job.prompt.id}: {out['error'].get('message', out['error'])}")
+        raise ServerError(f"prompt {job.prompt.id}: {error_message(out)}")
     done = completion(job.prompt, out, last - start)
     count = int(done.meta.get("completion_tokens") or len(done.tokens))
     return Timed(job, done, first - start, (last - first) / (count - 1) if count > 1 else float("nan"))
