@@ -50,7 +50,10 @@ class _OneLine(argparse.HelpFormatter):
 def _parser(command: str) -> argparse.ArgumentParser:
     """Return the parser, with the options of the one command that was called."""
     p = _Parser(
-        prog="margingate", description="Batch-independent temperature-0 decoding for SGLang.", allow_abbrev=False
+        prog="margingate",
+        description="Batch-independent temperature-0 decoding for SGLang.",
+        allow_abbrev=False,
+        formatter_class=_OneLine,
     )
     p.add_argument("--version", action="store_true", help="print the version")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
@@ -65,7 +68,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         if name == command and entry.module:
             module = import_module(f"sglang_margingate.bench.{entry.module}")
             getattr(module, entry.options)(sub)
-            sub.set_defaults(run=getattr(module, entry.function), parser=sub)
+            sub.set_defaults(call=getattr(module, entry.function), parser=sub)
     return p
 
 
@@ -102,21 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(args: argparse.Namespace, command: str) -> int:
     """Run the command; what a user can do something about is one line, not a traceback."""
     import signal
+    import threading
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a started server is stopped, and what was measured is kept
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a started server is stopped, and what was measured is kept
     try:
-        return int(args.run(args, args.parser))
+        return int(args.call(args, args.parser))
     except KeyboardInterrupt:
         print(f"margingate {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        # Every error class of this project is one line for the user; others are shown with their kind.
-        if not type(error).__module__.startswith("sglang_margingate") and os.environ.get("MARGINGATE_DEBUG"):
-            raise
+    except Exception as error:
+        # This project's own errors are one line for the user; of others, the kinds that bad input and machines cause.
         ours = type(error).__module__.startswith("sglang_margingate")
+        if not (ours or isinstance(error, (OSError, ImportError))) or os.environ.get("MARGINGATE_DEBUG"):
+            raise
         text = " ".join(str(error).split()) or "no reason given"
         print(f"margingate {command}: error: {'' if ours else type(error).__name__ + ': '}{text}", file=sys.stderr)
         return USAGE

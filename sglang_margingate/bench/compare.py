@@ -93,7 +93,8 @@ class Comparison:
     def ratio(self, cell: Cell, metric: str) -> float:
         """Return a cell's median over stock's, in this session; NaN without stock."""
         base = self.base()
-        return cell.median(metric) / base.median(metric) if base is not None else float("nan")
+        below = base.median(metric) if base is not None else 0.0
+        return cell.median(metric) / below if below else float("nan")
 
 
 StartServer = Callable[[str, Sequence[str]], AbstractContextManager[Client]]

@@ -106,7 +106,8 @@ class FakeServer:
         flipped = [i > 0 and m <= reach and c < 0.3 for i, (m, c) in enumerate(zip(margins, chances))]
         reason = ["none", *("margin" if m <= tau else "audit" for m in margins[1:])]
         detail = {"margin": margins, "verified": [r != "none" for r in reason], "flipped": flipped, "reason": reason}
-        return {"guarantee": "gated", "per_token": detail, "max_batch_rows": self.running}
+        counts = {"steps": steps, "triggers": sum(m <= tau for m in margins), "verified": steps, "flips": sum(flipped)}
+        return {"guarantee": "gated", "per_token": detail, "max_batch_rows": self.running, **counts}
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -160,7 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
             meta = {"finish_reason": {"type": "length"}, "cached_tokens": 0, "completion_tokens": len(tokens)}
             if fake.gauge == "margingate":
                 meta["margingate"] = fake.margingate(body["text"], params, len(tokens))
-            self._answer(200, {"text": _text(tokens), "output_ids": tokens, "meta_info": meta})
+            out = {"text": _text(tokens), "output_ids": tokens, "meta_info": meta}
+            self._answer(200, f"data: {json.dumps(out)}\n\ndata: [DONE]\n\n" if body.get("stream") else out)
         elif self.path == "/v1/completions":
             if "return_token_ids" in body and not fake.token_ids:
                 self._answer(400, {"error": {"message": "unknown field return_token_ids"}})

@@ -1,0 +1,106 @@
+"""The commands against real servers on the CPU: a gated one passes, others fail, and every proof is the server's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang_margingate.bench.client import Client
+from sglang_margingate.bench.server import serve
+from sglang_margingate.cli import main
+from sglang_margingate.gate.profile import load_profile
+
+pytestmark = pytest.mark.server
+pytest.importorskip("sglang")
+
+FEW = ["--dataset", "arith,code,story", "--limit", "4", "--max-tokens", "48"]
+
+
+def flags(tmp: Path, *words: str) -> list[str]:
+    return ["--margingate-trace-dir", str(tmp / "traces"), *words]
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> object:
+    tmp = tmp_path_factory.mktemp("gate")
+    with serve(flags(tmp, "--margingate-threshold", "0.25", "--margingate-audit-rate", "1.0")) as server:
+        yield server
+
+
+def test_gated_server_passes_with_proof(gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "check.json"
+    assert main(["check", "--base-url", gate.base_url, *FEW, "--repeats", "1", "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert found["batches"]["source"] == "/margingate/status batch_rows"
+    assert found["batches"]["largest"] >= 8
+    assert found["guarantees"] == {"gated": 72}
+    assert capsys.readouterr().out.startswith("PASS: 12/12 prompts")
+
+
+def test_gated_server_passes_over_the_openai_api(gate, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--api", "openai", "--phases", "alone,together", "--repeats", "1"]
+    assert main(["check", "--base-url", gate.base_url, *FEW, *words]) == 0
+    assert "token ids and finish reasons" in capsys.readouterr().out
+
+
+def test_calibration_is_confirmed_and_resumes(gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "profile.json"
+    words = ["calibrate", "--base-url", gate.base_url, "--dataset", "arith", "--transfer", "story", "--limit", "6"]
+    words += ["--max-tokens", "24", "-o", str(out)]
+    assert main(words) == 0
+    profile = load_profile(out)
+    assert (profile.model, profile.dtype, profile.repair) == ("margingate-demo", "bfloat16", "window")
+    assert set(profile.datasets) == {"arith", "story"}
+    before = gate.client.status()["totals"]["requests"]
+    assert main(words) == 0
+    assert gate.client.status()["totals"]["requests"] == before, "everything had been measured"
+    assert "going on with" in capsys.readouterr().err
+
+
+def test_bad_server_fails_and_the_inverse_test_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The knob makes the failure certain where this CPU's own bf16 flips are rare.
+    with serve(flags(tmp_path, "--margingate-policy", "log"), env={"MARGINGATE_TEST_FLIP_RATE": "0.01"}) as server:
+        words = ["check", "--base-url", server.base_url, *FEW, "--phases", "alone,together", "--repeats", "1"]
+        assert main([*words, "--junit", str(tmp_path / "c.xml")]) == 1
+        assert main([*words, "--expect-fail"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("margingate check --base-url http://127.0.0.1:")
+    assert "TEST KNOBS: flip_rate" in " ".join(out.split())
+    assert "<failure" in (tmp_path / "c.xml").read_text()
+
+
+def test_stock_server_and_a_dying_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "server.log"
+    with serve(flags(tmp_path, "--margingate-policy", "off"), log=log) as server:
+        words = ["check", "--base-url", server.base_url, *FEW]
+        main([*words, "--phases", "together", "--repeats", "2"])
+        assert "from /v1/loads" in " ".join(capsys.readouterr().out.split())
+
+        def kill_when_busy() -> None:
+            loads = Client(server.base_url)
+            while not any(row["num_running_reqs"] for row in loads.get("/v1/loads?include=core")["loads"]):
+                time.sleep(0.05)
+            os.killpg(server.pid, signal.SIGKILL)
+
+        threading.Thread(target=kill_when_busy, daemon=True).start()
+        report = tmp_path / "check.json"
+        assert main([*words, "--repeats", "5", "--json", str(report)]) == 2
+        assert not server.alive()
+    assert "INCOMPLETE" in capsys.readouterr().out
+    assert json.loads(report.read_text())["error"]
+
+
+def test_finds_one_flip_in_ten_thousand_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # In fp32 this model does not flip by itself (docs/benchmarks.md), so what is found is what the knob did.
+    env = {"MARGINGATE_TEST_FLIP_RATE": "0.0001"}
+    with serve(flags(tmp_path, "--margingate-policy", "log", "--dtype", "float32"), env=env) as server:
+        words = ["--limit", "55", "--max-tokens", "64", "--fail-fast", "--json", str(tmp_path / "c.json")]
+        assert main(["check", "--base-url", server.base_url, *words]) == 1
+        assert server.client.status()["totals"]["requests"] <= 2000
+    assert "(stopped there)" in capsys.readouterr().out
