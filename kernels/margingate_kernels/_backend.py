@@ -31,5 +31,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Return a context in which Triton launches on the device of ``tensor``."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Return a context in which Triton launches on the device of ``tensor``; mostly it is current already."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

@@ -36,7 +36,7 @@ class _Split(NamedTuple):
 
 def _split(vocab: int) -> _Split:
     """Return the launch constants for rows of ``vocab`` logits (chosen by ``bench_top2_margin.py --tune``)."""
-    block, unroll, warps = (1024, 8, 8) if vocab > 8192 else (256, 4, 2)
+    block, unroll, warps = (512, 8, 4) if vocab > 8192 else (256, 4, 2)
     return _Split(block, unroll, warps, -(-vocab // (block * unroll)))
 
 

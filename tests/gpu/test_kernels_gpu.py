@@ -39,7 +39,7 @@ pytestmark = [
 ]
 # The interpreter walks a reduction element by element, so there most tests cut rows into smaller programs; the chunks of
 # a row, and the tests' sizes around them, keep their proportions.
-CHUNK = 256 if INTERPRETED else 8192
+CHUNK = 256 if INTERPRETED else 4096
 needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
 
 
@@ -84,7 +84,7 @@ def check_top2(logits: torch.Tensor, thresholds: torch.Tensor | None = None) -> 
 
 # ---- top2_margin ------------------------------------------------------------------------------------------------------
 
-VOCABS = [2, 3, 31, 1000, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 8, 2 * CHUNK, 5 * CHUNK - 3]
+VOCABS = [2, 3, 31, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 3 * CHUNK, 5 * CHUNK - 3]
 LONG = 5 * CHUNK - 1
 
 
