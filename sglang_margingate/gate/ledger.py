@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from sglang_margingate.config import Repair
 from sglang_margingate.gate.request import RequestParams
-from sglang_margingate.trace.schema import Guarantee, Reason
+from sglang_margingate.words import Guarantee, Reason
 
 
 class LedgerError(RuntimeError):

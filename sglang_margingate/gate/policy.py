@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_margingate.config import Policy
-from sglang_margingate.trace.schema import Reason
+from sglang_margingate.words import Reason
 
 
 def triggers(margin: float, threshold: float) -> bool:

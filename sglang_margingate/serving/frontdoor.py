@@ -158,6 +158,12 @@ def _value(flags: list[str], name: str) -> str | None:
     return None
 
 
+def _check_model_path(path: str | None) -> None:
+    """Find a mistyped folder before SGLang asks a hub for it."""
+    if path is not None and path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise ConfigError(f"--model-path: {path} is not a folder; name a model folder or a hub id, or leave it out")
+
+
 def _on_cpu(flags: list[str]) -> bool:
     device = _value(flags, "--device")
     return is_cpu_host() if device is None else device == "cpu"
@@ -178,6 +184,7 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
 
         check_model_dir(model_path())
         flags += ["--model-path", str(model_path())]
+    _check_model_path(_value(flags, "--model-path") or _value(flags, "--model"))
     if cpu:
         default("--device", "cpu")
         default("--disable-cuda-graph")

@@ -20,7 +20,7 @@ from sglang_margingate.serving.selftest import SelfTestResult
 from sglang_margingate.serving.state import ATTRIBUTE, RequestState, state_of
 from sglang_margingate.serving.testknobs import TestKnobs, column_digest
 from sglang_margingate.serving.verifier import EagerVerifier, VerifyResult
-from sglang_margingate.trace.schema import Guarantee, Reason
+from sglang_margingate.words import Guarantee, Reason
 
 log = logging.getLogger(__name__)
 

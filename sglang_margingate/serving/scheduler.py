@@ -10,6 +10,7 @@ from typing import Any
 from sglang_margingate.serving import prefill
 from sglang_margingate.serving.runtime import Runtime
 from sglang_margingate.serving.setup import build_runtime
+from sglang_margingate.serving.state import state_of
 from sglang_margingate.serving.step import BATCH_REQS, BATCH_START, StepHook
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def sample(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> 
 
 def after_finish_state(_result: Any, req: Any, *_: Any, **__: Any) -> None:
     """Close a request's record once it has finished."""
-    if _runtime is not None and req.finished():
+    if _runtime is not None and _step is not None and req.finished():
+        _step.drain(state_of(req), len(req.output_ids))
         _runtime.finish(req)
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate.config import ConfigError, MarginGateConfig
-from sglang_margingate.serving import hooks, support
+from sglang_margingate.serving import support
 from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.runtime import Runtime
 from sglang_margingate.serving.selftest import SelfTestResult, run_self_test
 from sglang_margingate.serving.testknobs import TestKnobs, leak_companions
 from sglang_margingate.serving.verifier import EagerVerifier
 from sglang_margingate.serving.versions import device_name, model_name, versions
-from sglang_margingate.trace import TraceWriter
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +31,8 @@ def build_runtime(scheduler: Any) -> Runtime:
     HookError, ConfigError, SelfTestError, TraceError
         The server must not start; the message is one line and names what broke and the fix.
     """
+    from sglang_margingate.serving import hooks  # hooks names this module's caller, so it is imported when called
+
     config = MarginGateConfig.from_env()
     if config is None:
         raise ConfigError("the configuration did not reach the scheduler; start with sglang_margingate.launch_server")
@@ -60,7 +61,7 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
         log.warning(
             "margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear)
         )
-    verifier = EagerVerifier(model_runner, config.verify_rows)
+    verifier = make_verifier(model_runner, config.verify_rows)
     result = run_self_test(verifier, model_runner.model_config.vocab_size)
     if not result.passed:
         raise SelfTestError(
@@ -72,9 +73,25 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
     return verifier, result
 
 
+def make_verifier(model_runner: Any, rows: int) -> EagerVerifier:
+    """Return the verifier that fits the device: a CUDA graph where graphs are on, plain forwards elsewhere."""
+    if model_runner.device == "cpu":
+        return EagerVerifier(model_runner, rows)
+    if model_runner.decode_cuda_graph_runner is None:
+        raise ConfigError(
+            "the gate needs decode CUDA graphs on a GPU: its verify graph fixes the attention plan. "
+            "Leave out --disable-cuda-graph and --disable-decode-cuda-graph"
+        )
+    from sglang_margingate.serving.graph_verifier import GraphVerifier
+
+    return GraphVerifier(model_runner, rows)
+
+
 def _writer(config: MarginGateConfig, scheduler: Any, self_test: SelfTestResult | None, attached: list[str]) -> Any:
     if not config.trace or scheduler.ps.tp_rank != 0:
         return None
+    from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
+
     args = scheduler.server_args
     model_runner = scheduler.tp_worker.model_runner
     return TraceWriter(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sglang_margingate.gate.ledger import RequestLedger
-from sglang_margingate.trace.schema import Reason
+from sglang_margingate.words import Reason
 
 ATTRIBUTE = "margingate_state"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from sglang_margingate.gate.policy import decide, triggers
 from sglang_margingate.serving.state import RequestState, StepRecord, state_of
 from sglang_margingate.serving.testknobs import shift_column, swap_best_two
 from sglang_margingate.serving.verifier import KvDelta, VerifyJob
-from sglang_margingate.trace.schema import Reason
+from sglang_margingate.words import Reason
 
 if TYPE_CHECKING:
     from sglang_margingate.serving.runtime import Runtime
@@ -73,6 +74,7 @@ class StepHook:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self._late: deque[tuple[list[StepRow], torch.Tensor, Any, int, Any]] = deque()
 
     def sample(self, original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
         """Choose the batch's next tokens; called in place of ``ModelRunner.sample``."""
@@ -88,6 +90,11 @@ class StepHook:
 
         logits, info = logits_output.next_token_logits, batch.sampling_info
         self._inject_faults(rows, logits, batch, decode)
+        if logits.is_cuda and decode and not any(r.state.ledger.gated for r in rows):
+            top = self._top2(rows, self._processed(logits, info))
+            tokens = original(model_runner, logits_output, batch)
+            self._read_later(rows, top, tokens, len(reqs), batch)
+            return tokens
         self._measure(rows, self._processed(logits, info))
         verify_ms = self._verify(rows, logits, info) if self.runtime.verifier is not None else 0.0
         tokens = original(model_runner, logits_output, batch)
@@ -99,11 +106,17 @@ class StepHook:
     # ---- opening a step -------------------------------------------------------------------------------------------
 
     def _open_decode(self, reqs: list[Any], batch: Any) -> list[StepRow]:
-        positions = batch.positions.tolist()
+        # The CPU mirror costs no wait for the GPU.
+        cpu = batch.seq_lens_cpu
+        positions = batch.positions.tolist() if cpu is None else [n - 1 for n in cpu.tolist()]
         rows = []
         for index, (req, position) in enumerate(zip(reqs, positions)):
             state = state_of(req)
             if state is None or not self._observed(state):
+                continue
+            if req.req_pool_idx is None:
+                # Sampling delayed by a grammar runs after the last step's results: this request has ended meanwhile and
+                # its slots are free, so its row must not be verified.
                 continue
             state.max_batch_rows = max(state.max_batch_rows, len(reqs))
             if state.ledger.gated:
@@ -115,6 +128,7 @@ class StepHook:
         return rows
 
     def _open_prefill(self, reqs: list[Any], batch: Any) -> list[StepRow]:
+        self.drain()
         ends = batch.seq_lens_cpu.tolist() if batch.seq_lens_cpu is not None else batch.seq_lens.tolist()
         rows = []
         for index, (req, end) in enumerate(zip(reqs, ends)):
@@ -182,11 +196,18 @@ class StepHook:
         info.grammar_mask = None
         return copy
 
-    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> None:
-        index = torch.tensor([r.index for r in rows], device=logits.device)
+    @staticmethod
+    def _top2(rows: list[StepRow], logits: torch.Tensor) -> Any:
         thresholds = torch.tensor([r.state.ledger.params.threshold for r in rows], dtype=torch.float32)
-        picked = logits if len(rows) == len(logits) else logits[index]
-        top = top2_margin(picked, thresholds.to(logits.device))
+        if logits.is_cuda:
+            thresholds = thresholds.pin_memory()
+        thresholds = thresholds.to(logits.device, non_blocking=True)
+        if len(rows) < len(logits):
+            logits = logits[torch.tensor([r.index for r in rows], device=logits.device)]
+        return top2_margin(logits, thresholds)
+
+    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> None:
+        top = self._top2(rows, logits)
         for row, token, second, margin in zip(rows, top.token.tolist(), top.second.tolist(), top.margin.tolist()):
             row.fast_token, row.second_token, row.margin = token, second, margin
 
@@ -249,6 +270,39 @@ class StepHook:
                 tokens[index] = torch.tensor([t for _, t in fixed], device=tokens.device, dtype=tokens.dtype)
         host = tokens.tolist()
         return [host[r.index] for r in rows]
+
+    # ---- observed without a wait ----------------------------------------------------------------------------------
+
+    def _read_later(self, rows: list[StepRow], top: Any, tokens: torch.Tensor, batch_rows: int, batch: Any) -> None:
+        """Copy a step's numbers off the GPU without waiting, and record the steps whose copies have arrived.
+
+        Steps are read one forward late: by then the copy is done, so the scheduler never waits for our sake.
+        """
+        chosen = (
+            tokens if len(rows) == len(tokens) else tokens[torch.tensor([r.index for r in rows], device=tokens.device)]
+        )
+        packed = torch.stack([top.token, top.second, top.margin.view(torch.int32).long(), chosen.long()])
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._late.append((rows, host, arrived, batch_rows, batch))
+        while len(self._late) > 1:
+            self._record_late()
+
+    def _record_late(self) -> None:
+        rows, host, arrived, batch_rows, batch = self._late.popleft()
+        arrived.synchronize()
+        token, second, margin, chosen = host
+        margins = margin.int().view(torch.float32).tolist()
+        for row, t, s, m in zip(rows, token.tolist(), second.tolist(), margins):
+            row.fast_token, row.second_token, row.margin = t, s, m
+        self._record(rows, chosen.tolist(), batch_rows, True, batch, 0.0)
+
+    def drain(self, state: RequestState | None = None, tokens: int = 0) -> None:
+        """Record the steps that are still on their way, or only as many as the first ``tokens`` of one request need."""
+        while self._late and (state is None or state.next_step < tokens):
+            self._record_late()
 
     # ---- record ---------------------------------------------------------------------------------------------------
 

@@ -196,13 +196,16 @@ class EagerVerifier:
             part = flat[at : at + self.rows]
             logits = self.forward([r[0] for r in part], [r[1] for r in part], [r[2] for r in part])
             passes += 1
-            for row, (_, _, _, job, is_newest) in enumerate(part):
-                if is_newest:
-                    answers[job] = logits[row]
+            newest_rows = [k for k, row in enumerate(part) if row[4]]
+            if newest_rows:
+                # A copy: the next pass may overwrite the logits buffer.
+                picked = logits[torch.tensor(newest_rows, device=logits.device)]
+                for k, answer in zip(newest_rows, picked):
+                    answers[part[k][3]] = answer
         delta = kv_delta(before, self.kv.read(newest, self.ends))
         for slots, columns in saved:
             self.kv.write(slots, columns)
-        stacked = torch.stack([a for a in answers if a is not None]).clone()
+        stacked = torch.stack([a for a in answers if a is not None])
         seconds = time.perf_counter() - start
         self.counters.seconds += seconds
         return VerifyResult(stacked, delta, seconds, passes, len(flat))

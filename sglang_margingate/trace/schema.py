@@ -8,7 +8,6 @@ cannot survive raises :data:`SCHEMA_VERSION`'s first number; a new optional colu
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,34 +18,6 @@ SCHEMA_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
 STEPS_GLOB = "steps-*.parquet"
 REQUESTS_GLOB = "requests-*.parquet"
-
-
-class Reason(str, Enum):
-    """Why a step was verified."""
-
-    NONE = "none"
-    """The step was not verified: the fast path's token stands."""
-    MARGIN = "margin"
-    """The margin was at or below the threshold: the step triggered."""
-    AUDIT = "audit"
-    """An untriggered step, verified at random to bound the missed-flip rate."""
-    ALWAYS = "always"
-    """The policy verifies every step."""
-    RESUME = "resume"
-    """First token after a retraction: generated columns were re-prefilled at another shape, so all are recomputed."""
-
-
-class Guarantee(str, Enum):
-    """What a finished response may claim, strongest first."""
-
-    STRUCTURAL = "structural"
-    """All its forwards ran in the canonical class."""
-    VERIFIED = "verified"
-    """Every step was verified."""
-    GATED = "gated"
-    """Only low-margin steps were verified: empirical, with the audit's bound."""
-    NONE = "none"
-    """Nothing is claimed."""
 
 
 class Column(NamedTuple):

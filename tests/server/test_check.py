@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from sglang_margingate.bench.server import serve
 from sglang_margingate.cli import main
 from sglang_margingate.gate.profile import load_profile
 
-pytestmark = pytest.mark.server
-pytest.importorskip("sglang")
+pytestmark = [
+    pytest.mark.server,
+    # Not imported here: on a CPU it needs the stand-ins that the front door installs.
+    pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed"),
+]
 
 FEW = ["--dataset", "arith,code,story", "--limit", "4", "--max-tokens", "48"]
 
@@ -86,12 +90,13 @@ def test_stock_server_and_a_dying_one(tmp_path: Path, capsys: pytest.CaptureFixt
             loads = Client(server.base_url)
             while not any(row["num_running_reqs"] for row in loads.get("/v1/loads?include=core")["loads"]):
                 time.sleep(0.05)
+            time.sleep(1.0)
             os.killpg(server.pid, signal.SIGKILL)
 
         threading.Thread(target=kill_when_busy, daemon=True).start()
         report = tmp_path / "check.json"
         assert main([*words, "--repeats", "5", "--json", str(report)]) == 2
-        assert not server.alive()
+        server.process.wait(30)
     assert "INCOMPLETE" in capsys.readouterr().out
     assert json.loads(report.read_text())["error"]
 

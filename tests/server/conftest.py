@@ -1,0 +1,50 @@
+"""Real SGLang servers on the CPU, one per configuration, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_margingate.bench.alone_vs_batch import demo_prompts
+from sglang_margingate.bench.client import Prompt
+from sglang_margingate.bench.server import Server, serve
+
+THRESHOLD = 0.0625
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    missing = importlib.util.find_spec("sglang") is None
+    for item in items:
+        if here in Path(item.fspath).parents:
+            item.add_marker(pytest.mark.server)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="SGLang is not installed"))
+
+
+@pytest.fixture(scope="session")
+def gate_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The gate with everything on: radix, trace with text, metrics, K/V digests."""
+    folder = tmp_path_factory.mktemp("gate")
+    flags = ["--margingate-policy", "gate", "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
+             "--margingate-trace-dir", str(folder / "traces"), "--enable-metrics"]  # fmt: skip
+    with serve(flags, log=folder / "server.log", env={"MARGINGATE_TEST_KV_DIGEST": "1"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def log_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same model without a gate."""
+    folder = tmp_path_factory.mktemp("log")
+    flags = ["--margingate-policy", "log", "--margingate-trace-dir", str(folder / "traces")]
+    with serve(flags, log=folder / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[Prompt]:
+    """A few held-out prompts of each dataset."""
+    return demo_prompts(24)

@@ -1,0 +1,92 @@
+"""The main job: the same tokens alone and in a batch, and proof that the test can fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sglang_margingate.bench.client import Client, Completion, Prompt, run_alone, run_together
+from sglang_margingate.bench.server import Server, serve
+
+CONCURRENCY = 16
+
+
+def differences(alone: list[Completion], other: list[Completion]) -> list[str]:
+    return [f"{a.prompt_id} at token {a.first_difference(b)}" for a, b in zip(alone, other) if not a.same_as(b)]
+
+
+def largest_batch(client: Client) -> int:
+    return client.status()["batch_rows"]["max"]
+
+
+@pytest.fixture(scope="module")
+def gate_alone(gate_server: Server, prompts: list[Prompt]) -> list[Completion]:
+    return run_alone(gate_server.client, prompts)
+
+
+@pytest.mark.parametrize("arrival", ["together", "staggered", "mixed"])
+def test_gated_sequences_do_not_depend_on_the_batch(
+    gate_server: Server, prompts: list[Prompt], gate_alone: list[Completion], arrival: str
+) -> None:
+    together = run_together(
+        gate_server.client, prompts, CONCURRENCY, stagger_seconds=0.3 if arrival == "staggered" else 0.0,
+        background=prompts[:3] if arrival == "mixed" else (),
+    )  # fmt: skip
+    assert largest_batch(gate_server.client) >= 8, "no batch formed, so the test proves nothing"
+    assert differences(gate_alone, together) == []
+    assert all(c.margingate["guarantee"] == "gated" for c in together)
+    assert sum(c.margingate["triggers"] for c in together) > 0
+
+
+def test_always_is_bitwise_alone_and_together(gate_server: Server, prompts: list[Prompt]) -> None:
+    few, custom = prompts[:9], {"margingate_policy": "always"}
+    alone = run_alone(gate_server.client, few, max_new_tokens=64, custom=custom)
+    together = run_together(gate_server.client, few, 9, max_new_tokens=64, custom=custom)
+    assert differences(alone, together) == []
+    assert [a.margingate["kv_digest"] for a in alone] == [b.margingate["kv_digest"] for b in together]
+    assert {c.margingate["guarantee"] for c in together} == {"verified"}
+
+
+def test_the_ungated_server_fails_the_same_test(log_server: Server, prompts: list[Prompt], tmp_path: Path) -> None:
+    alone = run_alone(log_server.client, prompts)
+    together = run_together(log_server.client, prompts, CONCURRENCY)
+    assert largest_batch(log_server.client) >= 8
+    found = differences(alone, together)
+    if not found:  # this CPU's kernels may not flip by themselves: inject what others do
+        flags = ["--margingate-policy", "log", "--margingate-trace", "off"]
+        with serve(flags, log=tmp_path / "server.log", env={"MARGINGATE_TEST_FLIP_RATE": "0.01"}) as server:
+            alone = run_alone(server.client, prompts)
+            found = differences(alone, run_together(server.client, prompts, CONCURRENCY))
+    assert found
+    assert {c.margingate["guarantee"] for c in together} == {"none"}
+
+
+def test_poisoned_fast_path_is_repaired(gate_server: Server, prompts: list[Prompt], tmp_path: Path) -> None:
+    """Every 7th step the fast path picks the runner-up and spoils its K/V column; the verify must restore both."""
+    few = prompts[:6]
+    clean = run_alone(gate_server.client, few, max_new_tokens=60, custom={"margingate_policy": "always"})
+    env = {"MARGINGATE_TEST_POISON": "7", "MARGINGATE_TEST_KV_DIGEST": "1"}
+    with serve(
+        ["--margingate-policy", "always", "--margingate-trace", "off"], log=tmp_path / "server.log", env=env
+    ) as bad:
+        repaired = run_together(bad.client, few, 6, max_new_tokens=60)
+        ungated = run_alone(bad.client, few[:2], max_new_tokens=60, custom={"margingate_policy": "log"})
+    assert differences(clean, repaired) == []
+    assert [c.margingate["kv_digest"] for c in clean] == [c.margingate["kv_digest"] for c in repaired]
+    expected = [(len(c.tokens) - 1) // 7 for c in clean]
+    assert [c.margingate["flips"] for c in repaired] == expected
+    assert differences(clean[:2], ungated), "the poison does nothing, so the repair proves nothing"
+
+
+def test_poisoned_gate_repairs_what_its_margin_shows(
+    prompts: list[Prompt], gate_server: Server, tmp_path: Path
+) -> None:
+    """The poison leaves a near tie, so the gate must catch every poisoned step by its margin alone."""
+    few = prompts[:6]
+    clean = run_alone(gate_server.client, few, max_new_tokens=60)
+    flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-trace", "off"]
+    with serve(flags, log=tmp_path / "server.log", env={"MARGINGATE_TEST_POISON": "11"}) as bad:
+        repaired = run_together(bad.client, few, 6, max_new_tokens=60)
+    assert differences(clean, repaired) == []
+    assert all(c.margingate["flips"] >= (len(c.tokens) - 1) // 11 for c in repaired)

@@ -1,0 +1,72 @@
+"""Starts that must be refused, each with one line that names the reason and the fix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_margingate.bench.client import ServerError
+from sglang_margingate.bench.server import serve
+
+REFUSED = [
+    (["--margingate-threshold", "-1"], "--margingate-threshold"),
+    (["--margingate-threshold", "nan"], "--margingate-threshold"),
+    (["--margingate-threshold", "low"], "--margingate-threshold"),
+    (["--margingate-policy", "maybe"], "--margingate-policy"),
+    (["--margingate-audit-rate", "1.5"], "--margingate-audit-rate"),
+    (["--margingate-verify-rows", "0"], "--margingate-verify-rows"),
+    (["--margingate-profile", "/nonexistent.json"], "/nonexistent.json"),
+    (["--margingate-thresold", "1"], "--margingate-thresold"),
+    (["--enable-mixed-chunk"], "--enable-mixed-chunk"),
+    (["--chunked-prefill-size", "32"], "--margingate-chunk"),
+    (["--model-path", "/nonexistent"], "/nonexistent"),
+]
+
+
+def start(flags: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang_margingate.launch_server", "--margingate-trace", "off", *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})}, check=False
+    )
+
+
+@pytest.mark.parametrize(("flags", "names"), REFUSED)
+def test_wrong_flags_are_refused_in_one_line(flags: list[str], names: str) -> None:
+    done = start(flags)
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("margingate: error:")
+    assert names in last
+
+
+def test_a_trace_dir_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    done = start(["--margingate-trace", "on", "--margingate-trace-dir", str(blocker / "traces")])
+    assert done.returncode == 2
+    assert "--margingate-trace-dir" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_layer_that_leaks_its_companions_is_named_and_refused(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    env = {"MARGINGATE_TEST_BREAK": "layers.1.mlp.gate_up_proj"}
+    with (
+        pytest.raises(ServerError),
+        serve(["--margingate-policy", "gate", "--margingate-trace", "off"], log=log, env=env),
+    ):
+        pass
+    refusal = [line for line in log.read_text().splitlines() if line.startswith("margingate: refusing to serve:")]
+    assert refusal, log.read_text()[-2000:]
+    assert "model.layers.1.mlp.gate_up_proj" in refusal[0]
+
+
+def test_more_verify_rows_than_the_pool_holds_are_refused(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    flags = ["--margingate-verify-rows", "5000", "--max-total-tokens", "4096", "--margingate-trace", "off"]
+    with pytest.raises(ServerError), serve(flags, log=log):
+        pass
+    assert "--margingate-verify-rows" in log.read_text()
