@@ -15,12 +15,16 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import streamlit as st
 from pandas.api.types import union_categoricals
 
 from margingate_dashboard import states
 from sglang_margingate.trace import RunFollower, RunInfo, TraceError, list_runs, read_run
-from sglang_margingate.trace.schema import REQUEST_SCHEMA
+from sglang_margingate.trace.frames import conform, read_table, to_frame
+from sglang_margingate.trace.reader import run_files
+from sglang_margingate.trace.schema import REQUEST_SCHEMA, STEP_SCHEMA, STEPS_GLOB
 
 KEPT_RUNS = 4
 """Runs whose columns stay in memory at once; the least recently opened goes first."""
@@ -221,17 +225,42 @@ def run_data(path: Path) -> RunData:
     return _run_data(str(path))
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def _request_steps(path: str, now: Signature, request_id: str) -> pd.DataFrame:
-    del now  # in the key: a live request grows
-    run = read_run(path, request_columns=[], filters=[("request_id", "==", request_id)])
-    steps = run.steps.sort_values("step", kind="stable").drop_duplicates("step", keep="last")
+def request_steps(path: Path, request_id: str) -> pd.DataFrame:
+    """Return every column of one request's steps, in order; a step written twice (retraction) counts once."""
+    return run_data(path).memo(("request", request_id), lambda: _request_steps(run_data(path), request_id))
+
+
+def _request_steps(run: RunData, request_id: str) -> pd.DataFrame:
+    ids = run.steps("request_id")["request_id"]
+    code = ids.cat.categories.get_indexer([request_id])[0] if isinstance(ids.dtype, pd.CategoricalDtype) else -1
+    rows = np.flatnonzero(ids.cat.codes.to_numpy() == code) if code >= 0 else np.zeros(0, dtype=np.int64)
+    found = _from_files(run.path, request_id, rows)
+    if found is None:
+        found = read_run(run.path, request_columns=[], filters=[("request_id", "==", request_id)]).steps
+    steps = found.sort_values("step", kind="stable").drop_duplicates("step", keep="last")
     return steps.reset_index(drop=True)
 
 
-def request_steps(path: Path, request_id: str) -> pd.DataFrame:
-    """Return every column of one request's steps, in order; a step written twice (retraction) counts once."""
-    return _request_steps(str(path), signature(path), request_id)
+def _from_files(path: Path, request_id: str, rows: np.ndarray) -> pd.DataFrame | None:
+    """Read the rows of one request from those files alone that hold them; None where that cannot be told for sure.
+
+    A request's steps lie close together, so this reads one or two files of a long run instead of all.
+    """
+    tables, offset = [], 0
+    try:
+        for file in run_files(path, STEPS_GLOB):
+            count = pq.read_metadata(file).num_rows
+            mine = rows[(rows >= offset) & (rows < offset + count)] - offset
+            if mine.size:
+                tables.append(conform(read_table(file, STEP_SCHEMA.names), STEP_SCHEMA).take(pa.array(mine)))
+            offset += count
+    except (OSError, pa.ArrowException, EOFError):
+        return None  # a damaged file shifts the rows of all after it
+    if not tables:
+        return None
+    found = to_frame(pa.concat_tables(tables))
+    whole = len(found) == rows.size and bool((found["request_id"].astype(str) == request_id).all())
+    return found if whole else None
 
 
 __all__ = ["RunData", "RunInfo", "TraceError", "request_steps", "run_data", "runs", "signature"]

@@ -61,8 +61,10 @@ def finish(fig: go.Figure, title: str, *, height: int = HEIGHT, subtitle: str = 
         bargap=0.12,
         font={"size": 12},
     )
-    fig.update_xaxes(gridcolor=GRID, linecolor=AXIS, zeroline=False, automargin=True, title_standoff=8)
-    fig.update_yaxes(gridcolor=GRID, linecolor=AXIS, zeroline=False, automargin=True, title_standoff=16)
+    # One update with nested names: Plotly's update_xaxes and names_with_underscores take several times as long.
+    plain = {"gridcolor": GRID, "linecolor": AXIS, "zeroline": False, "automargin": True}
+    axes = [name for name in fig.layout.to_plotly_json() if name.startswith(("xaxis", "yaxis"))] or ["xaxis", "yaxis"]
+    fig.update_layout({name: {**plain, "title": {"standoff": 8 if name[0] == "x" else 16}} for name in axes})
     return fig
 
 

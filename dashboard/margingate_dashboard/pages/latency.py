@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from margingate_dashboard import links, states, ui
@@ -97,6 +98,22 @@ def step_times(page: Page) -> Times:
 def _by_policy(requests: pd.DataFrame, column: str, scale: float = 1.0) -> dict[str, np.ndarray]:
     groups = requests.groupby(requests["policy"].astype("string").fillna("unknown"), observed=True)[column]
     return {ui.safe(name): scale * values.to_numpy(dtype=np.float64) for name, values in groups}
+
+
+def _figures(page: Page, times: Times, requests: pd.DataFrame) -> dict[str, go.Figure]:
+    by_policy = functools.partial(_by_policy, requests)
+    waits = "Verify time of the steps that waited for one"
+    axis = "overhead, % of end-to-end time"
+    return {
+        "step-time": figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle),
+        "verify-time": figures.by_rows(times.verify, waits, "verify", page.subtitle),
+        "tpot": figures.distribution(by_policy("tpot_ms"), "Time per output token, by request", "ms", page.subtitle),
+        "verify-cost": figures.verify_cost(times.window, page.subtitle),
+        "overhead": figures.distribution(
+            by_policy("overhead_share", 100.0), "Overhead by request", axis, page.subtitle
+        ),
+        "ttft": figures.distribution(by_policy("ttft_ms"), "Time to first token, by request", "ms", page.subtitle),
+    }
 
 
 @st.fragment
@@ -195,19 +212,7 @@ def _page() -> None:
             ),
         ]
     )
-    by_policy = functools.partial(_by_policy, requests)
-    waits = "Verify time of the steps that waited for one"
-    axis = "overhead, % of end-to-end time"
-    shown = {
-        "step-time": figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle),
-        "verify-time": figures.by_rows(times.verify, waits, "verify", page.subtitle),
-        "tpot": figures.distribution(by_policy("tpot_ms"), "Time per output token, by request", "ms", page.subtitle),
-        "verify-cost": figures.verify_cost(times.window, page.subtitle),
-        "overhead": figures.distribution(
-            by_policy("overhead_share", 100.0), "Overhead by request", axis, page.subtitle
-        ),
-        "ttft": figures.distribution(by_policy("ttft_ms"), "Time to first token, by request", "ms", page.subtitle),
-    }
+    shown = page.memo("latency-figures", lambda: _figures(page, times, requests))
     columns = st.columns(2)
     for index, (name, figure) in enumerate(shown.items()):
         with columns[index % 2]:

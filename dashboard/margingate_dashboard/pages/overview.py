@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from margingate_dashboard import ui
@@ -28,11 +29,15 @@ REQUESTS = (
 )
 
 
-def _counts(page: ui.Page, requests: pd.DataFrame) -> tuple[Headline, pd.DataFrame, pd.DataFrame]:
+def _counts(page: ui.Page, requests: pd.DataFrame) -> tuple[Headline, pd.DataFrame, dict[str, go.Figure]]:
     steps = page.data.steps(*STEPS)
     if page.datasets is not None:
         steps = steps[has_tag(steps["dataset"], page.datasets)]
-    return headline(steps), figures.over_time(steps), by_dataset(steps, requests)
+    shown = {
+        "over-time": figures.events(figures.over_time(steps), page.subtitle),
+        "guarantees": figures.guarantees(requests, page.subtitle),
+    }
+    return headline(steps), by_dataset(steps, requests), shown
 
 
 def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
@@ -63,10 +68,10 @@ def _page() -> None:
     requests = page.data.requests(*REQUESTS)
     if page.datasets is not None:
         requests = requests[has_tag(requests["dataset"], page.datasets)]
-    total, course, per_dataset = page.memo("overview", lambda: _counts(page, requests))
+    total, per_dataset, shown = page.memo("overview", lambda: _counts(page, requests))
     ui.cards(headline_cards(total, requests))
-    ui.chart(figures.events(course, page.subtitle), "over-time", page.exports)
-    ui.chart(figures.guarantees(requests, page.subtitle), "guarantees", page.exports)
+    for name, figure in shown.items():
+        ui.chart(figure, name, page.exports)
     _notes(page, requests)
     st.markdown("##### By dataset")
     ui.table(
