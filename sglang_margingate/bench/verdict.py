@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as xml
 
-from sglang_margingate.bench.check import CheckResult
+from sglang_margingate.bench.check import LOADED, CheckResult
 from sglang_margingate.bench.identity import Difference
 from sglang_margingate.gate.stats import Rate, percent
 
@@ -88,6 +88,8 @@ def render(result: CheckResult, verdict: Verdict, command: list[str], server: Ma
     if result.error and verdict.word != "INCOMPLETE":
         out += _wrap(f"the check ended early: {result.error}", "  ")
     out += _item("server", ", ".join(v for v in server.values() if v))
+    if not result.runs.outputs:
+        return "\n".join(out)
     different, pairs = result.runs.pairs()
     compared = f"{result.runs.by}; all pairs of runs: {different:,}/{pairs:,} differ"
     out += _item("compared", compared)
@@ -122,6 +124,8 @@ def _changed_outputs(result: CheckResult) -> tuple[int, int]:
 
 def _batches(result: CheckResult) -> str:
     proof = result.proof
+    if not any(name in LOADED for name in result.phases):
+        return "none asked for: no phase with several requests was run"
     if not proof.source:
         return (
             "NOT PROVEN: the server shows no gauge of running requests (/margingate/status, /metrics, /v1/loads), "

@@ -105,7 +105,17 @@ def test_finds_one_flip_in_ten_thousand_steps(tmp_path: Path, capsys: pytest.Cap
     # In fp32 this model does not flip by itself (docs/benchmarks.md), so what is found is what the knob did.
     env = {"MARGINGATE_TEST_FLIP_RATE": "0.0001"}
     with serve(flags(tmp_path, "--margingate-policy", "log", "--dtype", "float32"), env=env) as server:
-        words = ["--limit", "55", "--max-tokens", "64", "--fail-fast", "--json", str(tmp_path / "c.json")]
+        words = [
+            "--limit",
+            "55",
+            "--max-tokens",
+            "64",
+            "--phases",
+            "together,staggered",
+            "--repeats",
+            "6",
+            "--fail-fast",
+        ]
         assert main(["check", "--base-url", server.base_url, *words]) == 1
         assert server.client.status()["totals"]["requests"] <= 2000
     assert "(stopped there)" in capsys.readouterr().out
