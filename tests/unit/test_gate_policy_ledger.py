@@ -1,0 +1,107 @@
+"""The gate's decisions and the ledger of open columns."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_margingate.config import Policy, Repair
+from sglang_margingate.gate.ledger import LedgerError, RequestLedger
+from sglang_margingate.gate.policy import decide, triggers
+from sglang_margingate.gate.request import RequestParams
+from sglang_margingate.words import Guarantee, Reason
+
+
+def ledger(policy: Policy = Policy.GATE, repair: Repair = Repair.WINDOW, greedy: bool = True) -> RequestLedger:
+    return RequestLedger("r", RequestParams(policy, 0.5, "", False), repair, greedy)
+
+
+@pytest.mark.parametrize(
+    ("margin", "threshold", "expected"),
+    [(0.5, 0.5, True), (0.0, 0.0, True), (0.51, 0.5, False), (float("nan"), 0.5, True), (float("inf"), 0.5, False)],
+)
+def test_trigger_at_or_below_the_threshold(margin: float, threshold: float, expected: bool) -> None:
+    assert triggers(margin, threshold) is expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "margin", "audit", "reason"),
+    [
+        (Policy.ALWAYS, 9.0, False, Reason.ALWAYS),
+        (Policy.GATE, 0.1, False, Reason.MARGIN),
+        (Policy.GATE, 0.1, True, Reason.MARGIN),
+        (Policy.GATE, 9.0, True, Reason.AUDIT),
+        (Policy.GATE, 9.0, False, Reason.NONE),
+        (Policy.LOG, 0.0, True, Reason.NONE),
+        (Policy.OFF, 0.0, True, Reason.NONE),
+    ],
+)
+def test_reasons(policy: Policy, margin: float, audit: bool, reason: Reason) -> None:
+    assert decide(policy, margin, 0.5, audit) is reason
+
+
+def test_window_holds_every_column_since_the_last_verify() -> None:
+    book = ledger()
+    book.start(10, [])
+    for position, token in ((10, 5), (11, 6), (12, 7)):
+        book.read(position, token)
+    assert book.rows() == [(10, 5), (11, 6), (12, 7)]
+    book.repaired()
+    book.read(13, 8)
+    assert book.rows() == [(13, 8)]
+
+
+def test_column_repair_recomputes_the_newest_alone() -> None:
+    book = ledger(repair=Repair.COLUMN)
+    book.start(10, [])
+    book.read(10, 5)
+    book.read(11, 6)
+    assert book.rows() == [(11, 6)]
+    book.repaired()
+    book.read(12, 7)
+    assert book.rows() == [(12, 7)]
+
+
+def test_resume_opens_every_generated_column() -> None:
+    book = ledger()
+    book.start(10, [])
+    book.read(10, 5)
+    book.repaired()
+    book.start(10, [5, 6, 7])
+    assert book.rows() == [(10, 5), (11, 6), (12, 7)]
+
+
+@pytest.mark.parametrize("position", [9, 11, 30])
+def test_a_position_that_does_not_follow_is_an_error(position: int) -> None:
+    book = ledger()
+    book.start(10, [])
+    with pytest.raises(LedgerError, match="expects 10"):
+        book.read(position, 1)
+
+
+def test_counts_and_guarantees() -> None:
+    book = ledger()
+    book.count(Reason.NONE, False, False, 0.0)
+    book.count(Reason.MARGIN, True, True, 1.0)
+    book.count(Reason.AUDIT, False, True, 2.0)
+    c = book.counters
+    assert (c.steps, c.triggers, c.verified, c.audited, c.flips, c.missed, c.verify_ms) == (3, 1, 2, 1, 2, 1, 3.0)
+    assert book.guarantee() == (Guarantee.GATED, None)
+
+
+def test_every_step_verified_is_more_than_gated() -> None:
+    book = ledger(Policy.ALWAYS)
+    book.count(Reason.NONE, False, False, 0.0)  # the prefill's token
+    book.count(Reason.ALWAYS, False, False, 1.0)
+    assert book.guarantee() == (Guarantee.VERIFIED, None)
+
+
+def test_notes_lower_the_guarantee_and_say_why() -> None:
+    book = ledger()
+    book.notes.append("a chunk left the grid")
+    assert book.guarantee(("TP over 1",)) == (Guarantee.NONE, "TP over 1; a chunk left the grid")
+
+
+@pytest.mark.parametrize("book", [ledger(Policy.LOG), ledger(greedy=False)])
+def test_ungated_requests_claim_nothing(book: RequestLedger) -> None:
+    assert not book.gated
+    assert book.guarantee() == (Guarantee.NONE, None)

@@ -1,0 +1,162 @@
+"""The parts of serving/ that need no running server: flags, hooks, prefill grid, packaging."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
+
+ROOT = Path(__file__).parents[2]
+
+needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+
+
+def flags(*argv: str) -> tuple[MarginGateConfig, list[str]]:
+    from sglang_margingate.serving.frontdoor import parse
+
+    config, rest, wants_help = parse(["--device", "cpu", *argv])
+    assert not wants_help
+    return config, rest
+
+
+def test_cpu_defaults_and_embedded_model() -> None:
+    config, rest = flags()
+    assert config.policy is Policy.GATE
+    assert config.verify_rows == 16
+    assert "--disable-cuda-graph" in rest
+    assert rest[rest.index("--radix-cache-backend") + 1] == "margingate"
+    assert Path(rest[rest.index("--model-path") + 1]).name == "model"
+
+
+def test_given_flags_win() -> None:
+    _, rest = flags("--max-total-tokens", "999", "--margingate-radix", "off", "--disable-cuda-graph")
+    assert rest.count("--disable-cuda-graph") == 1
+    assert "65536" not in rest
+    assert "--disable-radix-cache" in rest
+
+
+def test_log_leaves_stock_settings_alone() -> None:
+    _, rest = flags("--margingate-policy", "log")
+    assert "--radix-cache-backend" not in rest
+    assert "--disable-radix-cache" not in rest
+
+
+def test_gpu_defaults_differ() -> None:
+    from sglang_margingate.serving.frontdoor import parse
+
+    config, rest, _ = parse(["--device", "cuda", "--model-path", "org/model"])
+    assert (config.verify_rows, config.chunk) == (64, 512)
+    assert "--disable-cuda-graph" not in rest
+    assert rest[rest.index("--cuda-graph-backend-prefill") + 1] == "disabled"
+
+
+@pytest.mark.parametrize("flag", ["--radix-cache-backend=x", "--disable-radix-cache"])
+def test_a_second_radix_policy_is_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match="--margingate-radix"):
+        flags(flag)
+
+
+def test_help_shows_ours_with_units() -> None:
+    from sglang_margingate.serving.frontdoor import build_parser
+
+    text = build_parser().format_help()
+    for flag in ("policy", "threshold", "profile", "audit-rate", "verify-rows", "radix", "chunk", "trace-dir"):
+        assert f"--margingate-{flag}" in text
+    assert "LOGITS" in text
+    assert "(default: gate)" in text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "prompt", "limit"),
+    [(0, 150, 64), (64, 150, 64), (128, 150, 22), (150, 150, None), (100, 150, 28), (0, 10, 10), (0, 64, 64)],
+)
+def test_chunks_stay_on_the_grid_and_stop_at_the_prompts_end(prefix: int, prompt: int, limit: int | None) -> None:
+    from sglang_margingate.serving.prefill import PrefillRules
+
+    assert PrefillRules(MarginGateConfig(chunk=64)).chunk_limit(prefix, prompt) == limit
+
+
+@needs_sglang
+def test_every_hook_says_why_and_until_when() -> None:
+    from sglang_margingate.serving import hooks
+
+    every = (*hooks.GATE_HOOKS, *hooks.REQUEST_HOOKS, *hooks.CPU_HOOKS)
+    assert all(h.why and h.until and h.roles for h in every)
+    assert len({h.target for h in every}) == len(every)
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("replace", "says"),
+    [("", "did not attach"), ("hooks.wanted = lambda *_: [gone]", "because a test")],
+    ids=["nothing registered", "target gone"],
+)
+def test_a_hook_that_did_not_attach_is_refused(replace: str, says: str) -> None:
+    """In a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
+    code = f"""
+from sglang_margingate.serving.cpu import install_stand_ins
+install_stand_ins()
+from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.serving import hooks
+gone = hooks.Hook("sglang.srt.plugins.nothing", "after", print, (hooks.LAUNCHER,), "a test", "never")
+{replace}
+try:
+    hooks.check(MarginGateConfig())
+except hooks.HookError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "refused:" in done.stdout
+    assert says in done.stdout
+
+
+@needs_sglang
+def test_untested_configurations_are_refused_or_noted() -> None:
+    from sglang_margingate.serving.support import RULES, check_server_args
+
+    plain = SimpleNamespace(
+        device="cpu", attention_backend="torch_native", kv_cache_dtype="auto", chunked_prefill_size=2048
+    )
+    assert check_server_args(plain, MarginGateConfig()) == []
+    two_gpus = SimpleNamespace(**vars(plain), tp_size=2)
+    with pytest.raises(ConfigError, match="--margingate-allow-untested"):
+        check_server_args(two_gpus, MarginGateConfig())
+    assert "--tp-size" in check_server_args(two_gpus, MarginGateConfig(allow_untested=True))[0]
+    assert check_server_args(two_gpus, MarginGateConfig(policy=Policy.LOG)) == []
+    assert "stock" in check_server_args(plain, MarginGateConfig(radix=Radix.STOCK))[0]
+    assert len({r.feature for r in RULES}) == len(RULES)
+
+
+def test_rooms_do_not_shadow_packages() -> None:
+    """SGLang imports Hugging Face's `kernels`; our folder of that name must stay a plain folder."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for name in ("kernels", "dashboard", "tests", "traces"):
+        code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s is None or s.origin is None or {str(ROOT)!r} not in s.origin)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "True", name
+
+
+def test_the_plugin_is_inert_without_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_margingate.serving import plugin
+
+    monkeypatch.delenv("MARGINGATE_CONFIG", raising=False)
+    monkeypatch.setattr(plugin, "_loaded", False)
+    plugin.load()
+    assert plugin._loaded is False
+
+
+def test_test_knobs_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_margingate.serving.testknobs import TestKnobs
+
+    for name in ("POISON", "FLIP_RATE", "KV_DIGEST", "BREAK"):
+        monkeypatch.delenv(f"MARGINGATE_TEST_{name}", raising=False)
+    assert TestKnobs().active == []
+    monkeypatch.setenv("MARGINGATE_TEST_POISON", "x")
+    with pytest.raises(ConfigError, match="MARGINGATE_TEST_POISON"):
+        TestKnobs()
