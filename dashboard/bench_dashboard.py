@@ -1,6 +1,6 @@
 """Measure the dashboard on a run of 1,000,000 steps: opening, switching pages, memory.
 
-    python dashboard/bench_dashboard.py [--steps N] [--json FILE]
+    python dashboard/bench_dashboard.py [--steps N] [--repeat N] [--json FILE]
 
 Writes a made-up run into a temporary folder, starts the dashboard as a user would, and drives it with Chromium through
 Playwright. Without them it measures the page scripts alone (Streamlit's AppTest), which leaves out the browser.
@@ -72,6 +72,41 @@ def memory_mb(pid: int) -> dict[str, float]:
     return {name: int(fields[key].split()[0]) / 1024 for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))}
 
 
+def cpu_seconds() -> float:
+    """Return the processor time that all processes started from here have used so far: server, browser, driver.
+
+    On a machine that others use as well, wall time says little; what a step costs in processor time stays the same.
+    """
+    parents: dict[int, list[int]] = {}
+    used: dict[int, float] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        pid = int(entry.parent.name)
+        parents.setdefault(int(fields[1]), []).append(pid)
+        used[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    total, waiting = 0.0, [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        total += used.get(pid, 0.0)
+        waiting += parents.get(pid, [])
+    return total
+
+
+class Watch:
+    """Wall and processor seconds since its making."""
+
+    def __init__(self) -> None:
+        self.cpu, self.wall = cpu_seconds(), time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """Return both."""
+        wall = time.perf_counter() - self.wall
+        return {"wall": round(wall, 3), "cpu": round(cpu_seconds() - self.cpu, 3)}
+
+
 @contextmanager
 def server(trace_dir: Path) -> Iterator[tuple[str, int]]:
     """Start the dashboard on a free port and yield its address and process id."""
@@ -126,16 +161,16 @@ def in_browser(trace_dir: Path, chromium: str, run: str) -> dict[str, Any]:
         page.goto(f"{url}/?warm", wait_until="commit")
         wait_drawn(page, "Runs")
         page.goto("about:blank")
-        start = time.perf_counter()
+        watch = Watch()
         page.goto(f"{url}/overview?run={run}", wait_until="commit")
         wait_drawn(page, "Overview")
-        found["open"] = time.perf_counter() - start
+        found["open"] = watch.stop()
         for key in ("switch", "again"):
             for name in (*PAGES[1:], PAGES[0]):
-                start = time.perf_counter()
+                watch = Watch()
                 page.locator("[data-testid=stSidebarNavLink]", has_text=name.title()).click()
                 wait_drawn(page, name.title())
-                found[key][name] = time.perf_counter() - start
+                found[key][name] = watch.stop()
         found["memory"] = memory_mb(pid)
         browser.close()
     return found
@@ -149,14 +184,14 @@ def without_browser(trace_dir: Path, run: str) -> dict[str, Any]:
     at = AppTest.from_file(str(HERE / "margingate_dashboard" / "pages" / "app.py"), default_timeout=120).run()
     at.query_params["run"] = run
     found: dict[str, Any] = {"how": "page scripts only (no Chromium with Playwright here)", "switch": {}, "again": {}}
-    start = time.perf_counter()
+    watch = Watch()
     at.switch_page("overview.py").run()
-    found["open"] = time.perf_counter() - start
+    found["open"] = watch.stop()
     for key in ("switch", "again"):
         for name in (*PAGES[1:], PAGES[0]):
-            start = time.perf_counter()
+            watch = Watch()
             at.switch_page(f"{name}.py").run()
-            found[key][name] = time.perf_counter() - start
+            found[key][name] = watch.stop()
     found["memory"] = memory_mb(os.getpid())
     return found
 
@@ -165,6 +200,9 @@ def main() -> int:
     """Measure, print, and return 1 where a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=1_000_000, help="step rows of the run (default: 1,000,000)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="rounds; the best of each measurement counts (default: 3)"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("chromium-browser"))
     args = parser.parse_args()
@@ -180,26 +218,46 @@ def main() -> int:
 
         rows = sum(pq.read_metadata(f).num_rows for f in run.glob("steps-*.parquet"))
         size = sum(f.stat().st_size for f in run.iterdir()) / 1e6
-        found = (
-            in_browser(traces, args.chromium, run.name)
-            if args.chromium and find_spec("playwright")
-            else without_browser(traces, run.name)
-        )
+        rounds = []
+        for _ in range(args.repeat):
+            with_browser = args.chromium and find_spec("playwright")
+            rounds.append(
+                in_browser(traces, args.chromium, run.name) if with_browser else without_browser(traces, run.name)
+            )
+    found = best(rounds)
     result = {"hardware": hardware(), "step_rows": rows, "requests": spec.requests, "run_mb": size, **found}
     print(f"{rows:,} step rows, {spec.requests:,} requests, {size:.0f} MB on disk; {found['how']}")
     print("machine: " + ", ".join(f"{k} {v}" for k, v in hardware().items()))
-    print(f"open the run (Overview, nothing cached)   {found['open']:.2f} s   limit {OPEN_LIMIT:g} s")
+    print(f"best of {args.repeat} rounds, each with a new server and browser; in seconds, processor time in brackets")
+    print(f"open the run (Overview, nothing cached)  {shown(found['open'])}   limit {OPEN_LIMIT:g}")
     for name in found["switch"]:
-        first, again = found["switch"][name], found["again"][name]
-        print(f"switch to {name:<10} first {first:.2f} s   again {again:.2f} s   limit {SWITCH_LIMIT:g} s")
+        first, again = shown(found["switch"][name]), shown(found["again"][name])
+        print(f"switch to {name:<9} first {first}   again {again}   limit {SWITCH_LIMIT:g}")
     print("server memory: " + ", ".join(f"{k} {v:,.0f} MB" for k, v in found["memory"].items()))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    slow = [n for n, s in found["switch"].items() if s > SWITCH_LIMIT] + (
-        ["open"] if found["open"] > OPEN_LIMIT else []
-    )
+        args.json.write_text(json.dumps({**result, "rounds": rounds}, indent=2) + "\n")
+    slow = [f"{k} {n}" for k in ("switch", "again") for n, s in found[k].items() if s["wall"] > SWITCH_LIMIT]
+    slow += ["open"] if found["open"]["wall"] > OPEN_LIMIT else []
     print("over the limit: " + ", ".join(slow) if slow else "all within the limits")
     return 1 if slow else 0
+
+
+def shown(seconds: dict[str, float]) -> str:
+    """Return wall seconds with processor seconds in brackets."""
+    return f"{seconds['wall']:.2f} ({seconds['cpu']:.2f})"
+
+
+def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return each measurement's least wall time over the rounds, and the largest memory."""
+
+    def least(values: list[dict[str, float]]) -> dict[str, float]:
+        return min(values, key=lambda v: v["wall"])
+
+    found = {**rounds[0], "open": least([r["open"] for r in rounds])}
+    for key in ("switch", "again"):
+        found[key] = {name: least([r[key][name] for r in rounds]) for name in rounds[0][key]}
+    found["memory"] = {k: max(r["memory"][k] for r in rounds) for k in rounds[0]["memory"]}
+    return found
 
 
 if __name__ == "__main__":
