@@ -46,8 +46,22 @@ dashboard: install  ## open the dashboard on traces/
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-test: install lint  ## everything that needs no GPU
-	@$(BIN)/python -m pytest
+# The serving environment has no Triton on a CPU (SGLang brings a stand-in); its interpreter runs in an environment beside it.
+TRITON_VENV := $(VENV)-triton
+TRITON_STAMP := $(TRITON_VENV)/.installed
+
+$(TRITON_STAMP): $(STAMP)
+ifeq ($(SET),cpu)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(PYTHON) -m venv $(TRITON_VENV) && \
+	  $(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	    > "$$($(TRITON_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth" && \
+	  $(TRITON_VENV)/bin/python -m pip --disable-pip-version-check -q install --no-deps triton==3.6.0 && touch $@; \
+	else echo "no Triton for $$(uname -sm): its interpreter tests will skip"; fi
+endif
+
+test: install lint $(TRITON_STAMP)  ## everything that needs no GPU
+	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest
 
 test-unit: install  ## the fast tests alone
 	@$(BIN)/python -m pytest -m 'not server and not browser and not gpu'
