@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +129,21 @@ def test_torn_last_line_is_dropped_and_damage_is_named(tmp_path: Path) -> None:
     path.write_text("not json\n")
     with pytest.raises(SampleError, match="damaged"):
         SampleStore(path, {"model": "m"}).open()
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    words = ["calibrate", "--no-template", "--dataset", "arith", "--concurrency", "2", "-o", str(out), "--base-url"]
+    with FakeServer(seconds=0.2) as fake:
+        command = [sys.executable, "-m", "sglang_margingate.cli", *words, fake.base_url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            end = time.monotonic() + 60
+            while fake.served < 6 and time.monotonic() < end:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    kept = len(out.with_name("p.json.samples.jsonl").read_text().splitlines()) - 1
+    assert kept >= 4
+    assert f"kept {kept} measured prompts" in error
+    assert fake.served < 20, "what was not sent yet is dropped"
