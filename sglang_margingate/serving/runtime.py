@@ -20,6 +20,7 @@ from sglang_margingate.serving.selftest import SelfTestResult
 from sglang_margingate.serving.state import ATTRIBUTE, RequestState, state_of
 from sglang_margingate.serving.testknobs import TestKnobs, column_digest
 from sglang_margingate.serving.verifier import EagerVerifier, VerifyResult
+from sglang_margingate.serving.versions import device_name, model_name
 from sglang_margingate.words import Guarantee, Reason
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Runtime:
             return
         state.ledger.count(record.reason, record.triggered, record.flipped, record.verify_ms)
         if state.steps is not None:
-            state.steps["margin"].append(round(record.margin, 6))
+            state.steps["margin"].append(record.margin)
             state.steps["verified"].append(record.reason is not Reason.NONE)
             state.steps["flipped"].append(record.flipped)
             state.steps["reason"].append(record.reason.value)
@@ -274,7 +275,12 @@ class Runtime:
     def status(self) -> dict[str, Any]:
         """Return what ``GET /margingate/status`` shows of this process, in plain types."""
         missed = self.missed_rate()
+        args, model_runner = self.scheduler.server_args, self.scheduler.tp_worker.model_runner
         out: dict[str, Any] = {
+            "model": model_name(args.model_path),
+            "dtype": str(model_runner.dtype).removeprefix("torch."),
+            "attention_backend": args.attention_backend,
+            "device": device_name(args.device),
             "policy": self.config.policy.value,
             "repair": self.config.repair.value,
             "threshold": self.rules.threshold_for(""),

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
         SCHEMA_VERSION,
         STEP_COLUMNS,
         STEP_SCHEMA,
-        Guarantee,
-        Reason,
     )
     from sglang_margingate.trace.writer import TraceWriter
+    from sglang_margingate.words import Guarantee, Reason
 
 _HOME = {
     "SchemaVersionError": "errors",

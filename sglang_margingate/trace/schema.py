@@ -13,6 +13,19 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from sglang_margingate.words import Guarantee, Reason
+
+__all__ = [
+    "REQUEST_COLUMNS",
+    "REQUEST_SCHEMA",
+    "SCHEMA_VERSION",
+    "STEP_COLUMNS",
+    "STEP_SCHEMA",
+    "Column",
+    "Guarantee",
+    "Reason",
+]
+
 SCHEMA_VERSION = "1.0"
 
 MANIFEST_NAME = "manifest.json"
