@@ -1,0 +1,76 @@
+"""Record ``traces/sample``: a small run of the real server that the dashboard, its tests and the README show.
+
+``python -m sglang_margingate.demo.record_sample --out traces/sample``
+
+Gated requests alone, in pairs and in a batch of 16, with an audit; some under ``log`` and ``always``; a few sampled ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from sglang_margingate.bench.alone_vs_batch import demo_prompts
+from sglang_margingate.bench.client import run_alone, run_together
+from sglang_margingate.bench.server import serve
+from sglang_margingate.trace import read_run
+
+FLAGS = ("--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
+         "--margingate-trace-text", "on")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Record the run and put it in place of the old one."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.demo.record_sample", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("traces/sample"))
+    args = parser.parse_args(argv)
+    prompts = demo_prompts(36)
+    with tempfile.TemporaryDirectory() as folder:
+        with serve([*FLAGS, "--margingate-trace-dir", folder]) as server:
+            run_alone(server.client, prompts[:24])
+            run_together(server.client, prompts[12:30], 2)
+            run_together(server.client, prompts, 16, background=prompts[:2])
+            run_together(server.client, prompts[:12], 6, custom={"margingate_policy": "log"})
+            run_together(server.client, prompts[:6], 6, custom={"margingate_policy": "always"})
+        run = next(p for p in Path(folder).iterdir() if p.is_dir())
+        if args.out.exists():
+            shutil.rmtree(args.out)
+        shutil.copytree(run, args.out)
+    _compact(args.out)
+    _clean_manifest(args.out)
+    rows = read_run(args.out)
+    size = sum(f.stat().st_size for f in args.out.iterdir())
+    print(f"{args.out}: {len(rows.requests)} requests, {len(rows.steps)} steps, {size / 1e6:.2f} MB")
+    return 0
+
+
+def _compact(run: Path) -> None:
+    """Put the many small files of a live run into one file each: dozens of files are a burden in a repository."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for kind in ("steps", "requests"):
+        files = sorted(run.glob(f"{kind}-*.parquet"))
+        whole = pa.concat_tables([pq.read_table(f) for f in files]).unify_dictionaries().combine_chunks()
+        for file in files:
+            file.unlink()
+        pq.write_table(whole, run / f"{kind}-0000.parquet", compression="zstd")
+
+
+def _clean_manifest(run: Path) -> None:
+    """Leave out paths of the machine that recorded the run."""
+    import json
+
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model_path"] = manifest["model"]
+    manifest.get("flags", {}).pop("sglang", None)
+    manifest.get("flags", {}).get("margingate", {}).pop("trace_dir", None)
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
