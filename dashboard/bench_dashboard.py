@@ -145,7 +145,7 @@ def wait_drawn(page: Any, title: str) -> None:
         }""",
         arg=title,
         timeout=60_000,
-        polling=20,
+        polling=50,
     )
 
 

@@ -62,7 +62,8 @@ def finish(fig: go.Figure, title: str, *, height: int = HEIGHT, subtitle: str = 
         font={"size": 12},
     )
     # One update with nested names: Plotly's update_xaxes and names_with_underscores take several times as long.
-    plain = {"gridcolor": GRID, "linecolor": AXIS, "zeroline": False, "automargin": True}
+    # No automargin: the browser would lay each figure out several times over.
+    plain = {"gridcolor": GRID, "linecolor": AXIS, "zeroline": False, "automargin": False}
     axes = [name for name in fig.layout.to_plotly_json() if name.startswith(("xaxis", "yaxis"))] or ["xaxis", "yaxis"]
     fig.update_layout({name: {**plain, "title": {"standoff": 8 if name[0] == "x" else 16}} for name in axes})
     return fig

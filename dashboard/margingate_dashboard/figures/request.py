@@ -96,7 +96,8 @@ def margins(steps: pd.DataFrame, selected: int | None = None, log: bool = False,
         row=2,
         col=1,
     )
-    finish(fig, title, height=430, subtitle=subtitle)
+    finish(fig, title, height=450, subtitle=subtitle)
+    fig.update_layout(margin_b=108)  # the legend takes two lines
     if selected is not None:
         fig.add_vline(x=selected, line={"color": THRESHOLD_COLOUR, "width": 1.5, "dash": "dot"})
     fig.update_yaxes(title_text="margin, logits", type="log" if log else "linear", rangemode="tozero", row=1, col=1)
@@ -155,7 +156,7 @@ def waterfall(request: pd.Series, subtitle: str = "") -> go.Figure:
             hovertemplate="%{y}: %{x:.1f} ms from %{customdata:.1f} ms<extra></extra>",
         )
     )
-    finish(fig, title, height=430, subtitle=subtitle, legend=False)
+    finish(fig, title, height=450, subtitle=subtitle, legend=False)
     fig.update_yaxes(autorange="reversed")
     fig.update_xaxes(title_text="ms since arrival", range=[0, whole * 1.04])
     # Parts that end near the right edge have their label outside on the left of the plot's end.

@@ -55,5 +55,5 @@ def price(runs: pd.DataFrame) -> go.Figure:
     fig.update_layout(bargap=0.35)
     fig.update_xaxes(title_text="decode steps verified, %", row=1, col=1)
     fig.update_xaxes(title_text="overhead, % of end-to-end time", row=1, col=2)
-    fig.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    fig.update_yaxes(autorange="reversed", type="category", showgrid=False, automargin=True)
     return fig

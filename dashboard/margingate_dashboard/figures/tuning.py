@@ -113,5 +113,5 @@ def transfer(matrix: pd.DataFrame, subtitle: str = "") -> go.Figure:
     )
     finish(fig, title, height=190 + 62 * len(rows), subtitle=subtitle, legend=False)
     fig.update_xaxes(title_text="used on", showgrid=False, type="category")
-    fig.update_yaxes(title_text="calibrated on", showgrid=False, autorange="reversed", type="category")
+    fig.update_yaxes(title_text="calibrated on", showgrid=False, autorange="reversed", type="category", automargin=True)
     return fig

@@ -272,8 +272,10 @@ def _page() -> None:
     if selected is not None:
         st.markdown(f"##### Step {selected} as text, for an issue")
         st.code(flip_text(page.run, page.info.manifest, chosen, steps, selected), language=None, wrap_lines=True)
-    with st.expander("All steps as a table"):
-        wanted = steps.assign(state=[STATES[s].name for s in steps["state"]]).drop(columns="shown")
+    wanted = steps.assign(state=[STATES[s].name for s in steps["state"]]).drop(columns="shown")
+    page.exports.tables["steps"] = wanted
+    # A table of 27 columns takes the browser longer than the rest of the page: only where it is asked for.
+    if st.toggle("All steps as a table", key="all-steps"):
         ui.table(wanted, "steps", page.exports)
     page.exports.show(page.export_place, "request")
 
