@@ -189,6 +189,7 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
         default("--device", "cpu")
         default("--disable-cuda-graph")
         default("--max-total-tokens", str(CPU_POOL_TOKENS))
+        default("--sleep-on-idle")  # an idle scheduler spins otherwise, and the cores are few
     if config.policy.verifies:
         if config.radix is Radix.OFF:
             default("--disable-radix-cache")
