@@ -22,7 +22,7 @@ class LedgerError(RuntimeError):
 
 @dataclass
 class Counters:
-    """What happened to one request's committed steps."""
+    """What happened to committed steps, of one request or of a server."""
 
     steps: int = 0
     triggers: int = 0
@@ -31,6 +31,16 @@ class Counters:
     flips: int = 0
     missed: int = 0
     verify_ms: float = 0.0
+
+    def add(self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float) -> None:
+        """Count one step; a flip at a step that did not trigger is a missed one."""
+        self.steps += 1
+        self.triggers += triggered
+        self.verify_ms += verify_ms
+        self.verified += reason is not Reason.NONE
+        self.audited += reason is Reason.AUDIT
+        self.flips += flipped
+        self.missed += flipped and not triggered
 
 
 @dataclass
@@ -96,19 +106,6 @@ class RequestLedger:
         """
         self.window_start += len(self.window)
         self.window.clear()
-
-    def count(self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float) -> None:
-        """Record one committed step."""
-        c = self.counters
-        c.steps += 1
-        c.triggers += triggered
-        c.verify_ms += verify_ms
-        if reason is Reason.NONE:
-            return
-        c.verified += 1
-        c.audited += reason is Reason.AUDIT
-        c.flips += flipped
-        c.missed += flipped and not triggered
 
     def guarantee(self, server_notes: tuple[str, ...] = ()) -> tuple[Guarantee, str | None]:
         """Return what the finished response may claim, and why it is less than its policy's claim (or None)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Policy
 from sglang_margingate.gate.audit import AuditSampler
-from sglang_margingate.gate.ledger import RequestLedger
+from sglang_margingate.gate.ledger import Counters, RequestLedger
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.gate.stats import Rate
 from sglang_margingate.serving.metrics import Metrics
@@ -29,16 +29,10 @@ HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
 
 
 @dataclass
-class Totals:
+class Totals(Counters):
     """Counts since start, over committed steps and finished requests."""
 
     requests: int = 0
-    steps: int = 0
-    triggers: int = 0
-    verified: int = 0
-    audited: int = 0
-    flips: int = 0
-    missed: int = 0
     untriggered_checked: int = 0
     """Untriggered steps that were verified all the same (audit or always): the denominator of missed flips."""
     ledger_errors: int = 0
@@ -119,23 +113,17 @@ class Runtime:
         state.pending = None
         if record is None:
             return
-        state.ledger.count(record.reason, record.triggered, record.flipped, record.verify_ms)
+        step = (record.reason, record.triggered, record.flipped, record.verify_ms)
+        state.ledger.counters.add(*step)
+        self.totals.add(*step)
+        verified = record.reason is not Reason.NONE
+        self.totals.untriggered_checked += verified and not record.triggered
         if state.steps is not None:
             state.steps["margin"].append(record.margin)
-            state.steps["verified"].append(record.reason is not Reason.NONE)
+            state.steps["verified"].append(verified)
             state.steps["flipped"].append(record.flipped)
             state.steps["reason"].append(record.reason.value)
-        verified = record.reason is not Reason.NONE
-        missed = record.flipped and not record.triggered
-        t = self.totals
-        t.steps += 1
-        t.triggers += record.triggered
-        t.verified += verified
-        t.audited += record.reason is Reason.AUDIT
-        t.flips += record.flipped
-        t.missed += missed
-        t.untriggered_checked += verified and not record.triggered
-        self.metrics.step(record.triggered, record.flipped, missed)
+        self.metrics.step(record.triggered, record.flipped, record.flipped and not record.triggered)
         if self.writer is not None:
             self._rows.append(record.row)
 

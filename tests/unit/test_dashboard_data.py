@@ -177,7 +177,7 @@ def test_the_missed_bound_is_the_rule_of_three() -> None:
 
 def test_datasets_are_named_even_without_a_tag() -> None:
     column = pd.Series(pd.Categorical(["a", "", None, "b"]))
-    assert summary.tags(column) == ["(untagged)", "a", "b"]
+    assert summary.tags(column) == ["a", "b", "(untagged)"]
     assert summary.has_tag(column, {"(untagged)"}).tolist() == [False, True, True, False]
     assert summary.has_tag(column.astype(object), {"a"}).tolist() == [True, False, False, False]
 
@@ -225,6 +225,13 @@ def test_bins_follow_the_bf16_grid() -> None:
         assert np.abs(inner - np.round(inner)).min() > 0.4
     ties = bins.counts(bins.margin_bins(margins, "log"), np.sort(margins))[0]
     assert ties == 10, "exact ties share their bin with nothing"
+
+
+def test_the_grid_is_read_off_low_margins() -> None:
+    rng = np.random.default_rng(0)
+    mixed = np.concatenate([rng.integers(0, 40, 500) / 256, rng.uniform(5, 15, 9000)])
+    assert bins.margin_grid(mixed) == 1 / 256
+    assert bins.margin_grid(rng.exponential(1, 5000)) == 0.0
 
 
 def sample_of(steps: pd.DataFrame) -> whatif.Sample:

@@ -290,3 +290,31 @@ def test_the_dataset_filter_changes_every_count(tmp_path: Path, monkeypatch: pyt
     assert set(at.dataframe[0].value["dataset"]) == {"arith", "code", "story"}
     at.multiselect(key="datasets_box").set_value(["code"]).run()
     assert at.dataframe[0].value["dataset"].tolist() == ["code"]
+
+
+@pytest.mark.parametrize("where", ["margingate_dashboard.whatif.outcome", "margingate_dashboard.whatif.make_sample"])
+def test_even_a_bug_shows_one_line(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    write_run(tmp_path / "a", SMALL)
+    monkeypatch.setattr(where, broken)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.switch_page("margins.py").run()
+    assert not at.exception
+    assert "could not be shown" in at.error[0].value
+
+
+def test_runs_and_overview_count_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Path(__file__).resolve().parents[2] / "traces" / "sample"
+    if sample.is_dir():
+        shutil.copytree(sample, tmp_path / "a")
+    else:
+        write_run(tmp_path / "a", SMALL)
+    at = open_app(tmp_path, monkeypatch).run()
+    listed = at.dataframe[0].value.iloc[0]
+    at.switch_page("overview.py").run()
+    table = at.dataframe[0].value
+    assert listed["decode steps"] == table["decode steps"].sum()
+    assert listed["triggers"] == table["triggered"].sum()
+    assert listed["flips"] == table["flips"].sum()

@@ -80,9 +80,9 @@ def test_a_position_that_does_not_follow_is_an_error(position: int) -> None:
 
 def test_counts_and_guarantees() -> None:
     book = ledger()
-    book.count(Reason.NONE, False, False, 0.0)
-    book.count(Reason.MARGIN, True, True, 1.0)
-    book.count(Reason.AUDIT, False, True, 2.0)
+    book.counters.add(Reason.NONE, False, False, 0.0)
+    book.counters.add(Reason.MARGIN, True, True, 1.0)
+    book.counters.add(Reason.AUDIT, False, True, 2.0)
     c = book.counters
     assert (c.steps, c.triggers, c.verified, c.audited, c.flips, c.missed, c.verify_ms) == (3, 1, 2, 1, 2, 1, 3.0)
     assert book.guarantee() == (Guarantee.GATED, None)
@@ -90,8 +90,8 @@ def test_counts_and_guarantees() -> None:
 
 def test_every_step_verified_is_more_than_gated() -> None:
     book = ledger(Policy.ALWAYS)
-    book.count(Reason.NONE, False, False, 0.0)  # the prefill's token
-    book.count(Reason.ALWAYS, False, False, 1.0)
+    book.counters.add(Reason.NONE, False, False, 0.0)  # the prefill's token
+    book.counters.add(Reason.ALWAYS, False, False, 1.0)
     assert book.guarantee() == (Guarantee.VERIFIED, None)
 
 
