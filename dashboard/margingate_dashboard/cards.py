@@ -45,10 +45,7 @@ def missed_card(total: Headline) -> Card:
     if total.miss_known:
         sub = f"{of(total.missed, total.examined)} untriggered steps, all of them verified"
     else:
-        sub = (
-            f"{of(total.missed, total.examined)} audited steps: "
-            f"at most {at_most(total.miss_upper)} of untriggered ones (95%)"
-        )
+        sub = f"{of(total.missed, total.examined)} audited steps: at most {at_most(total.miss_upper)} (95%)"
     return Card("Missed flips", f"{total.missed:,}", sub, MISSED.colour)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from margingate_dashboard.tokens import plain, texts_by_id
+from margingate_dashboard.tokens import plain, vocabulary
 from sglang_margingate import __version__
 
 BEFORE = 24
@@ -23,7 +23,14 @@ def _number(value: Any) -> str:
     return "none" if value is None or pd.isna(value) else f"{float(value):.6g}"
 
 
-def flip_text(run: str, manifest: dict[str, Any], request_id: str, steps: pd.DataFrame, step: int) -> str:
+def flip_text(
+    run: str,
+    manifest: dict[str, Any],
+    request_id: str,
+    steps: pd.DataFrame,
+    step: int,
+    known: dict[int, str] | None = None,
+) -> str:
     """Return the context of one step as text.
 
     Parameters
@@ -36,8 +43,10 @@ def flip_text(run: str, manifest: dict[str, Any], request_id: str, steps: pd.Dat
         All recorded columns of the request's steps, in order.
     step
         The step to describe.
+    known
+        Text by token id; by default what the request's own steps show.
     """
-    known = texts_by_id(steps)
+    known = vocabulary(steps["token"], steps["token_text"]) if known is None else known
     found = steps[steps["step"] == step]
     if found.empty:
         return f"Step {step} of request {request_id} is not recorded in run {run}."

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import streamlit as st
 from pandas.api.types import union_categoricals
 
-from margingate_dashboard import states
+from margingate_dashboard import states, tokens
 from sglang_margingate.trace import RunFollower, RunInfo, TraceError, list_runs, read_run
 from sglang_margingate.trace.frames import conform, read_table, to_frame
 from sglang_margingate.trace.reader import run_files
@@ -230,6 +230,16 @@ def request_steps(path: Path, request_id: str) -> pd.DataFrame:
     return run_data(path).memo(("request", request_id), lambda: _request_steps(run_data(path), request_id))
 
 
+def vocabulary(run: RunData) -> dict[int, str]:
+    """Return the text of every token id that the run committed."""
+
+    def make() -> dict[int, str]:
+        steps = run.steps("token", "token_text")
+        return tokens.vocabulary(steps["token"], steps["token_text"])
+
+    return run.memo("vocabulary", make)
+
+
 def _request_steps(run: RunData, request_id: str) -> pd.DataFrame:
     ids = run.steps("request_id")["request_id"]
     code = ids.cat.categories.get_indexer([request_id])[0] if isinstance(ids.dtype, pd.CategoricalDtype) else -1
@@ -263,4 +273,4 @@ def _from_files(path: Path, request_id: str, rows: np.ndarray) -> pd.DataFrame |
     return found if whole else None
 
 
-__all__ = ["RunData", "RunInfo", "TraceError", "request_steps", "run_data", "runs", "signature"]
+__all__ = ["RunData", "RunInfo", "TraceError", "request_steps", "run_data", "runs", "signature", "vocabulary"]

@@ -166,14 +166,15 @@ def _table(frame: pd.DataFrame) -> str:
 
 
 def _flips(run: Run, steps: pd.DataFrame) -> list[str]:
-    table = flip_list(steps)
+    known = tokens.vocabulary(steps["token"], steps["token_text"])
+    table = flip_list(steps, known)
     if table.empty:
         seen = int(steps["verified"].sum())
         return [f"<h2>Flips</h2><p>No flip was confirmed in {seen:,} verified steps.</p>"]
     first = table.iloc[0]
     full = read_run(run.path, request_columns=[], filters=[("request_id", "==", str(first["request"]))]).steps
     full = full.sort_values("step", kind="stable").reset_index(drop=True)
-    text = flip_text(run.path.resolve().name, run.manifest, str(first["request"]), full, int(first["step"]))
+    text = flip_text(run.path.resolve().name, run.manifest, str(first["request"]), full, int(first["step"]), known)
     shown = f", first {FLIPS}" if len(table) > FLIPS else ""
     return [
         f"<h2>Flips</h2><p>{len(table):,} confirmed flips in {len(steps):,} step rows, highest margin first{shown}.</p>",
@@ -192,6 +193,7 @@ def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
     flips = pd.Series(np.isin(decode["state"], FLIP_CODES)).groupby(ids.to_numpy()).sum()
     lowest = pd.Series(decode["margin"].to_numpy()).groupby(ids.to_numpy()).min()
     order = pd.DataFrame({"flips": -flips, "lowest": lowest}).sort_values(["flips", "lowest"], kind="stable")
+    known = tokens.vocabulary(steps["token"], steps["token_text"])
     parts = ["<h2>Worst requests, token by token</h2>", tokens.legend()]
     for request in order.index[:WORST]:
         found = read_run(
@@ -209,5 +211,5 @@ def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
             f"<h3>{html.escape(str(request))}</h3><p class='note'>{-int(order.loc[request, 'flips']):,} flips, lowest margin "
             f"{order.loc[request, 'lowest']:.4g}, {len(mine):,} tokens{where}</p>"
         )
-        parts.append(tokens.strip(window, tokens.texts_by_id(mine)))
+        parts.append(tokens.strip(window, known))
     return parts

@@ -12,7 +12,7 @@ from margingate_dashboard.states import CODE, as_bool
 
 STEP_COLUMNS = ("prefill", "state", "triggered", "verified")
 REQUEST_COLUMNS = (
-    "policy", "dataset", "output_tokens", "triggers", "verified", "audited", "flips", "missed",
+    "policy", "dataset", "max_batch_rows", "output_tokens", "triggers", "verified", "audited", "flips", "missed",
     "overhead_ms", "e2e_ms", "guarantee",
 )  # fmt: skip
 
@@ -65,8 +65,10 @@ def headline(steps: pd.DataFrame) -> Headline:
 def from_requests(requests: pd.DataFrame) -> Headline:
     """Count finished requests' decode steps from their own totals (needs :data:`REQUEST_COLUMNS`).
 
-    The first token of a request comes from its prefill, so it has ``output_tokens - 1`` decode steps.
+    The first token of a request comes from its prefill, so it has ``output_tokens - 1`` decode steps. A request without
+    any recorded step (one that was sampled, not decoded greedily) has a largest batch of 0 and does not count.
     """
+    requests = requests[requests["max_batch_rows"].fillna(1) > 0]
     steps = int((requests["output_tokens"].fillna(0) - 1).clip(lower=0).sum())
     total = {c: int(requests[c].fillna(0).sum()) for c in ("triggers", "verified", "audited", "flips", "missed")}
     always = requests["policy"].astype(str) == "always"
@@ -97,7 +99,7 @@ def tag(name: object) -> str:
 
 def tags(column: pd.Series) -> list[str]:
     """Return the dataset tags that occur in a column, as shown, sorted."""
-    return sorted({tag(value) for value in column.unique()})
+    return sorted({tag(value) for value in column.unique()}, key=lambda name: (name == tag(""), name))
 
 
 def has_tag(column: pd.Series, wanted: set[str]) -> np.ndarray:

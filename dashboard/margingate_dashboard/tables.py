@@ -8,7 +8,7 @@ import pandas as pd
 from margingate_dashboard import tokens
 from margingate_dashboard.rates import of
 from margingate_dashboard.states import CODE
-from margingate_dashboard.summary import has_tag, headline, tag
+from margingate_dashboard.summary import has_tag, headline, tags
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES
 
 FLIP_CODES = [CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]
@@ -32,11 +32,19 @@ FLIP_COLUMNS = (
 """Step columns that :func:`flip_list` reads."""
 
 
-def flip_list(steps: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per flip, lowest margin last: the surprising ones come first."""
+def flip_list(steps: pd.DataFrame, known: dict[int, str] | None = None) -> pd.DataFrame:
+    """Return one row per flip, highest margin first: the surprising ones come first.
+
+    Parameters
+    ----------
+    steps
+        Step rows with :data:`FLIP_COLUMNS`.
+    known
+        Text by token id; by default what ``steps`` show.
+    """
+    known = tokens.vocabulary(steps["token"], steps["token_text"]) if known is None else known
     found = steps[np.isin(steps["state"].to_numpy(), FLIP_CODES)]
     found = found.sort_values("margin", ascending=False, kind="stable").head(MOST_FLIPS)
-    known = tokens.texts_by_id(found)
     return pd.DataFrame(
         {
             "request": found["request_id"].astype(str).to_numpy(),
@@ -57,7 +65,7 @@ def flip_list(steps: pd.DataFrame) -> pd.DataFrame:
 def by_dataset(steps: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
     """Return one row of counts per dataset tag."""
     rows = []
-    names = sorted({tag(v) for v in steps["dataset"].unique()} | {tag(v) for v in requests["dataset"].unique()})
+    names = tags(pd.Series([*steps["dataset"].unique(), *requests["dataset"].unique()], dtype=object))
     for name in names:
         total = headline(steps[has_tag(steps["dataset"], {name})])
         mine = requests[has_tag(requests["dataset"], {name})]

@@ -36,16 +36,26 @@ def token_class(text: object) -> str:
     return "other"
 
 
+def _distinct(tokens: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each row's index into the distinct ids, the ids, and the first row of each."""
+    codes, ids = pd.factorize(tokens.to_numpy(), sort=False)
+    first = np.zeros(len(ids), dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last write wins: the first row of each
+    return codes, ids, first
+
+
 def classes(tokens: pd.Series, texts: pd.Series) -> np.ndarray:
     """Return an index into :data:`CLASSES` for each step; each distinct token is looked at once."""
-    codes, ids = pd.factorize(tokens, sort=False)
-    if len(ids) == 0:
-        return np.zeros(len(tokens), dtype=np.int8)
-    first = np.full(len(ids), -1, dtype=np.int64)
-    order = np.arange(len(codes))[::-1]
-    first[codes[order]] = order  # the last write wins: the first row of each token
+    codes, _, first = _distinct(tokens)
     by_id = np.array([CLASSES.index(token_class(text)) for text in texts.iloc[first].tolist()], dtype=np.int8)
     return by_id[codes]
+
+
+def vocabulary(tokens: pd.Series, texts: pd.Series) -> dict[int, str]:
+    """Return the text of each token id that these steps committed (a runner-up's text is known only from there)."""
+    _, ids, first = _distinct(tokens)
+    found = zip(ids.tolist(), texts.iloc[first].tolist())
+    return {int(token): text for token, text in found if isinstance(text, str)}
 
 
 def plain(text: object, token: object) -> str:
@@ -119,12 +129,6 @@ TIP_COLUMNS = (
 )  # fmt: skip
 
 
-def texts_by_id(steps: pd.DataFrame) -> dict[int, str]:
-    """Return the text of each token id that these steps show (second tokens are known only if they occur too)."""
-    pairs = steps[["token", "token_text"]].dropna().drop_duplicates("token")
-    return {int(token): str(text) for token, text in zip(pairs["token"], pairs["token_text"])}
-
-
 def strip(
     steps: pd.DataFrame,
     known: dict[int, str] | None = None,
@@ -144,7 +148,7 @@ def strip(
     style
         CSS class of a step; its state's name by default.
     """
-    known = texts_by_id(steps) if known is None else known
+    known = vocabulary(steps["token"], steps["token_text"]) if known is None else known
     spans = []
     for row in steps[list(TIP_COLUMNS)].astype(object).to_dict("records"):
         css = style(row) if style else STATES[int(row["state"])].name

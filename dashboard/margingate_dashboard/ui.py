@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import inspect
 import io
@@ -9,7 +10,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -38,6 +39,7 @@ FOLLOW_SECONDS = 3.0
 """How often a live run is looked at for newly closed files."""
 
 T = TypeVar("T")
+P = ParamSpec("P")
 _log = logging.getLogger("margingate.dashboard")
 # Alternative texts for charts came after the oldest Streamlit that we support.
 _CHART_HAS_ALT = "alt" in inspect.signature(st.plotly_chart).parameters
@@ -142,6 +144,16 @@ def guarded(render: Callable[[], None]) -> None:
             "The dashboard's terminal has the details.",
             icon=":material/error:",
         )
+
+
+def fragment(render: Callable[P, None], run_every: float | None = None) -> Callable[P, None]:
+    """Return a part of a page that reruns alone, guarded: Streamlit shows a fragment's errors before its page can."""
+
+    @functools.wraps(render)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> None:
+        guarded(lambda: render(*args, **kwargs))
+
+    return st.fragment(quiet, run_every=run_every)
 
 
 def styles() -> None:
@@ -292,6 +304,15 @@ def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None
         "toImageButtonOptions": {"format": "png", "filename": f"{exports.prefix}-{name}", "scale": 2},
     }
     return st.plotly_chart(fig, key=key or f"chart-{name}", config=config, **more)
+
+
+def pairs(figures: dict[str, go.Figure], exports: Exports) -> None:
+    """Show figures two by two, each pair beginning at one height."""
+    names = list(figures)
+    for start in range(0, len(names), 2):
+        for place, name in zip(st.columns(2), names[start : start + 2]):
+            with place:
+                chart(figures[name], name, exports)
 
 
 def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:

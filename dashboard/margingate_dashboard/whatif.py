@@ -99,8 +99,8 @@ def curve(sample: Sample, top: float, points: int = 400) -> tuple[np.ndarray, np
     return taus, rates, left
 
 
-def highest(sample: Sample) -> float:
-    """Return the largest threshold worth drawing: beyond every flip, and at least the smallest third of the margins."""
+def highest(sample: Sample, threshold: float) -> float:
+    """Return the largest threshold worth drawing: beyond every known flip and the threshold in force."""
     flip = float(sample.at_flips[-1]) if sample.at_flips.size else 0.0
-    third = float(np.quantile(sample.margins, 1 / 3)) if sample.margins.size else 1.0
-    return max(1.25 * flip, third, 0.25)
+    low = float(np.quantile(sample.margins, 0.05)) if sample.margins.size else 0.25
+    return max(1.5 * flip, 4 * threshold, low, 0.01)

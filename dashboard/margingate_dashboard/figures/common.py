@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 HEIGHT = 340
+HALF, WHOLE = 440, 900
+"""Least widths of the plot of a figure in half a page and in a whole one, in pixels."""
 
 # Middle grey with transparency: readable on white and on near-black, also in an exported file.
 GRID = "rgba(128,134,145,0.22)"
 AXIS = "rgba(128,134,145,0.55)"
 
 
-def finish(fig: go.Figure, title: str, *, height: int = HEIGHT, subtitle: str = "", legend: bool = True) -> go.Figure:
+def legend_rows(fig: go.Figure, width: int) -> int:
+    """Return about how many lines a figure's legend takes: Plotly does not say before it has drawn."""
+    names = [str(t.name) for t in fig.data if t.name and t.showlegend is not False]
+    entry = [46 + 6.6 * len(name) for name in names]
+    if sum(entry) <= width or not entry:
+        return 1
+    # Wrapped entries stand in columns as wide as the widest.
+    return math.ceil(len(entry) / max(1, int(width // max(entry))))
+
+
+def finish(
+    fig: go.Figure,
+    title: str,
+    *,
+    height: int = HEIGHT,
+    subtitle: str = "",
+    legend: bool = True,
+    width: int = HALF,
+) -> go.Figure:
     """Apply the common layout: title at the left, legend along the bottom. Backgrounds are left to the page's theme.
 
     Parameters
@@ -28,6 +49,8 @@ def finish(fig: go.Figure, title: str, *, height: int = HEIGHT, subtitle: str = 
         Height in pixels.
     legend
         Whether to show the legend.
+    width
+        Least width in pixels that the figure will have.
     """
     small = f'<br><span style="font-size:12px;font-weight:400;color:#858B96">{subtitle}</span>' if subtitle else ""
     head = {
@@ -41,11 +64,12 @@ def finish(fig: go.Figure, title: str, *, height: int = HEIGHT, subtitle: str = 
         "yanchor": "top",
         "pad": {"l": 6, "t": 20},
     }
+    below = 20 * (legend_rows(fig, width) - 1) if legend else 0
     fig.update_layout(
         title=head,
-        height=height,
+        height=height + below,
         meta={"title": title},
-        margin={"l": 62, "r": 20, "t": 60 if subtitle else 44, "b": 82 if legend else 54},
+        margin={"l": 62, "r": 20, "t": 60 if subtitle else 44, "b": 82 + below if legend else 54},
         showlegend=legend,
         legend={
             "orientation": "h",

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from margingate_dashboard.figures.common import empty, extra, finish
+from margingate_dashboard.figures.common import WHOLE, empty, extra, finish
 from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES
 
 
@@ -43,7 +43,7 @@ def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 hovertemplate="step %{x}: %{customdata[0]} / %{customdata[1]} identical" + extra(name),
             )
         )
-    finish(fig, title, subtitle=subtitle)
+    finish(fig, title, subtitle=subtitle, width=WHOLE)
     fig.update_xaxes(title_text="step (output token)", rangemode="tozero")
     fig.update_yaxes(title_text="identical so far, %", range=[0, 103])
     return fig

@@ -43,7 +43,7 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
             go.Scatter(
                 x=table["rows"],
                 y=table["p95"],
-                name=f"{name}, 95th percentile",
+                name=f"{name}, p95",
                 mode="lines",
                 line={"color": colour, "width": 1.5, "dash": "dot"},
                 customdata=table["steps"],
@@ -75,7 +75,7 @@ def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle:
     if not values:
         return empty(title, "No request has finished yet.")
     every = np.concatenate(list(values.values()))
-    low, high = float(every.min()), float(np.quantile(every, 0.995))
+    low, high = float(every.min()), float(np.quantile(every, 0.98))
     edges = np.linspace(min(low, high), max(high, low + 1e-6), bins + 1)
     edges[-1] = max(edges[-1], float(every.max()))
     shown = np.append(edges[:-1], edges[-2] + (edges[1] - edges[0]))

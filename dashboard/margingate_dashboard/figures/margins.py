@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from margingate_dashboard.bins import LOGARITHMIC, Bins, counts
-from margingate_dashboard.figures.common import empty, finish, step_fill, translucent
+from margingate_dashboard.figures.common import WHOLE, empty, finish, step_fill, translucent
 from margingate_dashboard.theme import FLIPPED, SERIES_COLOURS, SERIES_DASHES, STABLE, THRESHOLD_COLOUR, TRIGGERED
 
 MAX_FACETS = 8
@@ -105,7 +105,7 @@ def histogram(
             col=1,
         )
         fig.add_vline(x=place, line={"color": THRESHOLD_COLOUR, "width": 2, "dash": "dash"}, row=row, col=1)
-    finish(fig, title, height=150 + 150 * len(names), subtitle=subtitle)
+    finish(fig, title, height=150 + 150 * len(names), subtitle=subtitle, width=WHOLE)
     fig.add_annotation(
         text=f" tau = {threshold:.4g}",
         x=np.log10(place) if log else place,
@@ -183,7 +183,7 @@ def effect(
             row=2,
             col=1,
         )
-    finish(fig, title, height=420, subtitle=subtitle)
+    finish(fig, title, height=420, subtitle=subtitle, width=WHOLE)
     fig.add_vline(x=threshold, line={"color": THRESHOLD_COLOUR, "width": 2, "dash": "dash"})
     fig.update_yaxes(title_text="triggered, %", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title_text="known flips missed", rangemode="tozero", row=2, col=1)

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from margingate_dashboard.figures.common import empty, extra, finish, safe, translucent
+from margingate_dashboard.figures.common import WHOLE, empty, extra, finish, safe, translucent
 from margingate_dashboard.states import CODE, as_bool
 from margingate_dashboard.theme import FLIPPED, GUARANTEE_COLOURS, MISSED, REPAIRED, SERIES_COLOURS, TRIGGERED
 
@@ -116,7 +116,7 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
         row=3,
         col=1,
     )
-    finish(fig, title, height=520, subtitle=subtitle)
+    finish(fig, title, height=520, subtitle=subtitle, width=WHOLE)
     fig.update_layout(barmode="stack", hovermode="x unified", bargap=0.05)
     fig.update_yaxes(title_text="triggered, %", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title_text="flips", rangemode="tozero", row=2, col=1)
@@ -151,7 +151,7 @@ def guarantees(requests: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 hovertemplate=f"{safe(name)}: {part:,} / {total:,} requests ({part / total:.1%})<extra></extra>",
             )
         )
-    finish(fig, title, height=150, subtitle=subtitle)
+    finish(fig, title, height=150, subtitle=subtitle, width=WHOLE)
     fig.update_layout(barmode="stack", bargap=0, margin={"l": 12, "b": 46})
     fig.update_xaxes(range=[0, total], visible=False)
     fig.update_yaxes(visible=False)

@@ -96,14 +96,16 @@ def margins(steps: pd.DataFrame, selected: int | None = None, log: bool = False,
         row=2,
         col=1,
     )
-    finish(fig, title, height=450, subtitle=subtitle)
-    fig.update_layout(margin_b=108)  # the legend takes two lines
+    finish(fig, title, height=450, subtitle=subtitle, width=540)
     if selected is not None:
         fig.add_vline(x=selected, line={"color": THRESHOLD_COLOUR, "width": 1.5, "dash": "dot"})
     fig.update_yaxes(title_text="margin, logits", type="log" if log else "linear", rangemode="tozero", row=1, col=1)
     if log:
         fig.update_yaxes(dtick=1, row=1, col=1)
-    fig.update_yaxes(title_text="batch rows", rangemode="tozero", nticks=4, row=2, col=1)
+    most = float(np.nanmax(steps["batch_rows"].to_numpy(dtype=float, na_value=np.nan), initial=0.0))
+    fig.update_yaxes(title_text="rows", rangemode="tozero", nticks=4, row=2, col=1)
+    if most < 4:
+        fig.update_yaxes(dtick=1, row=2, col=1)
     fig.update_xaxes(title_text="step (output token)", row=2, col=1)
     return fig
 

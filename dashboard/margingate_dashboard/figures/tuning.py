@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from margingate_dashboard.figures.common import empty, extra, finish
+from margingate_dashboard.figures.common import WHOLE, empty, extra, finish
 from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES
 
 
@@ -66,7 +66,7 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
             marker={"size": 12, "symbol": "star", "color": "#8C96A3", "line": {"width": 1.5, "color": "#101418"}},
         )
     )
-    finish(fig, title, height=420, subtitle=subtitle)
+    finish(fig, title, height=420, subtitle=subtitle, width=WHOLE)
     fig.update_xaxes(title_text="steps triggered, %", rangemode="tozero")
     fig.update_yaxes(title_text="steps missed at most (95%), %", type="log", dtick="D2")
     return fig

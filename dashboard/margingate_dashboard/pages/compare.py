@@ -82,7 +82,9 @@ def _strips(a: RunInfo, b: RunInfo, row: pd.Series) -> None:
 
         ended = "" if first is None or (steps["step"] >= first).any() else f" (ended after {len(steps):,} tokens)"
         title = f"<h4>{tokens.visible_html(info.name, '')}{ended}</h4>"
-        cells.append(f"<div>{title}{tokens.strip(window, tokens.texts_by_id(steps), first, style)}</div>")
+        cells.append(
+            f"<div>{title}{tokens.strip(window, data.vocabulary(data.run_data(info.path)), first, style)}</div>"
+        )
     st.html(f'<div class="mg-two">{"".join(cells)}</div>')
     with st.container(horizontal=True):
         for info, rid in ((a, row["a"]), (b, row["b"])):
@@ -94,7 +96,7 @@ def _strips(a: RunInfo, b: RunInfo, row: pd.Series) -> None:
             )
 
 
-@st.fragment
+@ui.fragment
 def _list(page: Page, other: RunInfo, table: pd.DataFrame) -> None:
     st.markdown("##### Requests, earliest divergence first")
     only = st.toggle(

@@ -56,7 +56,7 @@ def count_flips(page: Page) -> Found:
         states={s.name: int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, FLIPPED, MISSED)},
         requests=int(np.count_nonzero(np.bincount(owner, minlength=requests))),
         touched=int(np.count_nonzero(np.bincount(owner[flip], minlength=requests))),
-        table=flip_list(steps[decode & np.isin(steps["state"].to_numpy(), FLIP_CODES)]),
+        table=flip_list(steps[decode & np.isin(steps["state"].to_numpy(), FLIP_CODES)], data.vocabulary(page.data)),
         figures=_figures(steps, decode, state, page.subtitle) if flip.any() else {},
     )
 
@@ -69,12 +69,12 @@ def _figures(steps: pd.DataFrame, decode: np.ndarray, state: np.ndarray, subtitl
     grid = margin_grid(margin) or 0.0625
     edges = np.array([0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5], dtype=np.float32) * np.float32(grid)
     near = np.searchsorted(edges, margin, side="right")
-    margin_labels = ["tie", *(f"≤ {grid * k:g}" for k in (1, 2, 4, 8, 16, 32)), f"> {32 * grid:g}"]
+    margin_labels = ["0", *(f"{grid * k:.3g}" for k in (1, 2, 4, 8, 16, 32)), "more"]
     found = {}
     for name, title, axis, bucket, names in (
         ("by-step", "By step", "step (output token)", position, labels),
         ("by-class", "By token class", "class of the committed token", kinds, tokens.CLASSES),
-        ("by-margin", "By margin", "margin, logits", near, margin_labels),
+        ("by-margin", "By margin", "margin at most, logits", near, margin_labels),
         ("by-batch", "By batch size", "batch rows", rows, row_labels),
     ):
         found[name] = figures.bars(figures.by_bucket(bucket, state, names), title, axis, subtitle)
@@ -95,11 +95,15 @@ def _detail(page: Page, row: pd.Series) -> None:
         steps = data.request_steps(page.info.path, request)
         steps = steps.assign(state=states.classify(steps))
         where = int((steps["step"] < step).sum())
-        st.html(tokens.strip(steps.iloc[max(0, where - 40) : where + 25], tokens.texts_by_id(steps), step))
-        st.code(flip_text(page.run, page.info.manifest, request, steps, step), language=None, wrap_lines=True)
+        st.html(tokens.strip(steps.iloc[max(0, where - 40) : where + 25], data.vocabulary(page.data), step))
+        st.code(
+            flip_text(page.run, page.info.manifest, request, steps, step, data.vocabulary(page.data)),
+            language=None,
+            wrap_lines=True,
+        )
 
 
-@st.fragment
+@ui.fragment
 def _list(page: Page, table: pd.DataFrame) -> None:
     st.markdown("##### Every flip, highest margin first")
     st.caption(
@@ -165,10 +169,7 @@ def _page() -> None:
         ui.empty_state("No confirmed flips", said)
         return
     st.html(tokens.legend(("flipped", "repaired", "missed")))
-    columns = st.columns(2)
-    for index, (name, figure) in enumerate(found.figures.items()):
-        with columns[index % 2]:
-            ui.chart(figure, name, page.exports)
+    ui.pairs(found.figures, page.exports)
     st.caption(
         "Figures count confirmed flips over all decode steps. Under the policy gate, flips of steps that were never "
         "verified are not in them."

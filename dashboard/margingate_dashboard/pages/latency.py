@@ -116,7 +116,7 @@ def _figures(page: Page, times: Times, requests: pd.DataFrame) -> dict[str, go.F
     }
 
 
-@st.fragment
+@ui.fragment
 def _worst(page: Page, requests: pd.DataFrame) -> None:
     st.markdown(f"##### Most overhead: the worst {min(WORST, len(requests))} of {len(requests):,} requests")
     shown = requests.nlargest(WORST, "overhead_ms").assign(overhead_share=lambda f: 100 * f["overhead_share"])
@@ -213,10 +213,7 @@ def _page() -> None:
         ]
     )
     shown = page.memo("latency-figures", lambda: _figures(page, times, requests))
-    columns = st.columns(2)
-    for index, (name, figure) in enumerate(shown.items()):
-        with columns[index % 2]:
-            ui.chart(figure, name, page.exports)
+    ui.pairs(shown, page.exports)
     if len(requests):
         _worst(page, requests)
 

@@ -68,18 +68,21 @@ def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
     ]
 
 
-@st.fragment
+@ui.fragment
 def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
     whole = page.memo("margins-joined", lambda: whatif.join(list(parts.values())))
-    top = float(np.ceil(whatif.highest(whole) * 4) / 4)
-    grid = margin_grid(whole.margins)
-    step = grid / 2 if grid else round(top / 200, 4)
+    top = whatif.highest(whole, start)
+    grid = page.memo("grid", lambda: margin_grid(whole.margins))
+    # On the grid of the data, or finely enough; at most some 500 stops, so that the keyboard gets through.
+    step = grid / 2 if grid and top / grid < 250 else top / 400
+    top = float(np.ceil(top / step) * step)
+    start = float(np.round(start / step) * step)
     left, middle, right = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
     threshold = left.slider(
         "Threshold (tau), logits",
         0.0,
-        max(top, start),
-        float(min(start, max(top, start))),
+        top,
+        min(start, top),
         step=step,
         format="%.4g",
         key=f"tau-{page.run}",
@@ -111,7 +114,7 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
         )
     ui.chart(
         figures.effect(
-            {names[n]: whatif.curve(s, max(top, threshold)) for n, s in list(parts.items())[: figures.MAX_FACETS]},
+            {names[n]: whatif.curve(s, top) for n, s in list(parts.items())[: figures.MAX_FACETS]},
             threshold,
             page.subtitle,
         ),

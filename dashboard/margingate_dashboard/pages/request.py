@@ -71,7 +71,7 @@ def listing(page: Page, order: str) -> pd.DataFrame:
     if order == "most flips":
         flips = np.isin(steps["state"].to_numpy(), [states.CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]) & keep
         table["key"] = np.bincount(codes[flips], minlength=count)
-        table["note"] = table["key"].map("{:,} flips".format)
+        table["note"] = [f"{n:,} flip{'' if n == 1 else 's'}" for n in table["key"]]
         table["key"] = -table["key"]
     elif order == "lowest margin":
         lowest = np.full(count, np.inf)
@@ -217,7 +217,7 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
     return selected
 
 
-def _strip(steps: pd.DataFrame, selected: int | None) -> None:
+def _strip(page: Page, steps: pd.DataFrame, selected: int | None) -> None:
     pages = -(-len(steps) // STRIP)
     part = 0
     if pages > 1:
@@ -228,7 +228,7 @@ def _strip(steps: pd.DataFrame, selected: int | None) -> None:
         ]
         chosen = st.selectbox("Tokens", names, index=min(want, pages - 1), key=f"part-{selected}", width=220)
         part = names.index(str(chosen))
-    known = tokens.texts_by_id(steps)
+    known = data.vocabulary(page.data)
     st.html(tokens.legend() + tokens.strip(steps.iloc[part * STRIP : (part + 1) * STRIP], known, selected))
 
 
@@ -250,7 +250,7 @@ def _page() -> None:
     _cards(request, steps)
     _prompt(page, chosen, request)
     selected = _step_controls(steps)
-    _strip(steps, selected)
+    _strip(page, steps, selected)
     log = st.session_state.setdefault("log_margins", True)
     left, right = st.columns([0.64, 0.36])
     with left:
@@ -271,7 +271,11 @@ def _page() -> None:
     _follow_click(event, selected)
     if selected is not None:
         st.markdown(f"##### Step {selected} as text, for an issue")
-        st.code(flip_text(page.run, page.info.manifest, chosen, steps, selected), language=None, wrap_lines=True)
+        st.code(
+            flip_text(page.run, page.info.manifest, chosen, steps, selected, data.vocabulary(page.data)),
+            language=None,
+            wrap_lines=True,
+        )
     wanted = steps.assign(state=[STATES[s].name for s in steps["state"]]).drop(columns="shown")
     page.exports.tables["steps"] = wanted
     # A table of 27 columns takes the browser longer than the rest of the page: only where it is asked for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import streamlit as st
 
@@ -100,7 +102,7 @@ def _actions(names: list[str]) -> None:
             st.caption("Select one run to open it, or two to compare them." if not names else "Select one run or two.")
 
 
-@st.fragment(run_every=ui.FOLLOW_SECONDS)
+@partial(ui.fragment, run_every=ui.FOLLOW_SECONDS)
 def _listing(place: object) -> None:
     infos = data.runs(links.trace_dir())
     if not infos:

@@ -62,7 +62,7 @@ def _choose(found: dict[str, Calibration]) -> dict[str, float]:
     }
 
 
-@st.fragment
+@ui.fragment
 def _tune(page: Page, samples: profiles.Samples) -> None:
     left, right = st.columns([0.5, 0.5], vertical_alignment="bottom")
     target = left.select_slider(
