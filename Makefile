@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # The GPU set where a GPU is; `make ... SET=cpu` forces the small one.
 SET ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Conflicts are expected: SGLang's own metadata asks for CUDA packages that a CPU never imports.
+INSTALL := $(PIP) install --no-warn-conflicts
 
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
@@ -22,13 +24,13 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; set PYTHON=...")'
 	@echo "installing the $(SET) set into $(VENV) (1 to 4 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install 'setuptools>=77' wheel
+	@$(INSTALL) 'setuptools>=77' wheel
 ifeq ($(SET),cpu)
-	@$(PIP) install -r requirements/cpu.txt
-	@$(PIP) install --no-deps -r requirements/cpu-nodeps.txt
-	@$(PIP) install --no-build-isolation -e '.[dashboard,dev]'
+	@$(INSTALL) -r requirements/cpu.txt
+	@$(INSTALL) --no-deps -r requirements/cpu-nodeps.txt
+	@$(INSTALL) --no-build-isolation -e '.[dashboard,dev]'
 else
-	@$(PIP) install --no-build-isolation -e '.[gpu,dashboard,dev]'
+	@$(INSTALL) --no-build-isolation -e '.[gpu,dashboard,dev]'
 endif
 	@# Without .pyc files every server start takes twice as long.
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib/python3*/site-packages/sglang $(VENV)/lib/python3*/site-packages/torch >/dev/null 2>&1 || true

@@ -33,16 +33,17 @@ def test_prefix_hits_keep_every_sequence(gate_server: Server) -> None:
 
 
 def test_stock_cache_fails_the_same_test(tmp_path: Path) -> None:
-    prompts = shared_prompts(50)[::2][5:]
+    """Conversations, because stock's tree shares generated columns: decode-shaped, where a cold prompt is prefill-shaped."""
+    messages = ["Tell me a story about a lighthouse.", "And one about a fox.", "A short one.", "One more, please."]
     flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-radix", "stock",
              "--margingate-trace", "off"]  # fmt: skip
     with serve(flags, log=tmp_path / "server.log") as server:
-        cold = run_cold(server.client, prompts, max_new_tokens=40)
-        server.client.flush_cache()
-        partly = run_alone(server.client, prompts, max_new_tokens=40)
-    assert not all(same(cold, partly))
-    assert {r.margingate["guarantee"] for r in partly} == {"none"}
-    assert "stock" in partly[0].margingate["guarantee_note"]
+        warm = [c for i in range(4) for c in talk(server.client, i, messages[i:] + messages[:i], 96, cold=False)]
+        cold = [c for i in range(4) for c in talk(server.client, i, messages[i:] + messages[:i], 96, cold=True)]
+    assert hits(warm) > 0
+    assert not all(same(cold, warm))
+    assert {r.margingate["guarantee"] for r in warm} == {"none"}
+    assert "stock" in warm[0].margingate["guarantee_note"]
 
 
 def test_a_conversation_through_the_cache_equals_the_cold_one(gate_server: Server) -> None:
