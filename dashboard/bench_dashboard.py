@@ -30,6 +30,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # a source tree needs no installat
 from margingate_dashboard.synthetic import SyntheticSpec, write_run  # noqa: E402
 
 PAGES = ("overview", "request", "margins", "flips", "latency", "tuning", "compare")
+CHARTS = {"runs": 1, "overview": 2, "request": 2, "margins": 2, "flips": 4, "latency": 6, "tuning": 2, "compare": 1}
+"""Charts of each page on this run: it has opened when they are drawn."""
 OPEN_LIMIT = 3.0
 SWITCH_LIMIT = 1.0
 CHROMIUM_FLAGS = [
@@ -135,15 +137,15 @@ def server(trace_dir: Path) -> Iterator[tuple[str, int]]:
 def wait_drawn(page: Any, title: str) -> None:
     """Wait until the page's script has ended, nothing on it is stale, and its charts are drawn."""
     page.wait_for_function(
-        """title => {
+        """([title, least]) => {
             const head = document.querySelector('.mg-head h1');
             const app = document.querySelector('[data-testid=stApp]');
             const charts = document.querySelectorAll('[data-testid=stPlotlyChart]');
             return head && head.textContent === title && app.dataset.testScriptState === 'notRunning'
                 && !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stSkeleton]')
-                && [...charts].every(c => c.querySelector('.main-svg'));
+                && charts.length >= least && [...charts].every(c => c.querySelector('.main-svg'));
         }""",
-        arg=title,
+        arg=[title, CHARTS[title.lower()]],
         timeout=60_000,
         polling=50,
     )

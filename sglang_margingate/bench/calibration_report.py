@@ -94,10 +94,11 @@ def transfer_table(calibrator: Calibrator) -> str:
     lines = [
         f"{'threshold of':<13}{'':>9} {'applied to':<12}{'triggered':>20}{'missed flips':>15}{'at most (95%)':>15}"
     ]
-    for row in table.itertuples():
-        share = f"{row.triggered:,} ({percent(float(row.trigger_rate))})"
+    rows: Any = table.itertuples()
+    for row in rows:
+        share = f"{row.triggered:,} ({percent(row.trigger_rate)})"
         missed = f"{row.missed:,}/{row.flips:,}"
-        bound = percent(float(row.miss_upper), up=True)
+        bound = percent(row.miss_upper, up=True)
         lines.append(
             f"{row.calibrated_on!s:<13.12}{row.threshold:>9.4g} {row.applied_to!s:<12.11}{share:>20}{missed:>15}{bound:>15}"
         )

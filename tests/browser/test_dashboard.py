@@ -24,7 +24,7 @@ def wait_drawn(tab: Any, title: str) -> None:
             const app = document.querySelector('[data-testid=stApp]');
             const charts = document.querySelectorAll('[data-testid=stPlotlyChart]');
             return head && head.textContent === title && app.dataset.testScriptState === 'notRunning'
-                && !document.querySelector('[data-stale=true]')
+                && !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stSkeleton]')
                 && [...charts].every(c => c.querySelector('.main-svg'));
         }""",
         arg=title,
