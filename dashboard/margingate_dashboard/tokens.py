@@ -17,6 +17,7 @@ from margingate_dashboard.theme import STATES
 
 CLASSES = ("word", "word piece", "number", "punctuation", "white space", "other", "no text")
 
+_MOST_IDS = 1 << 24
 _VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200b": "∅"}
 
 
@@ -36,26 +37,25 @@ def token_class(text: object) -> str:
     return "other"
 
 
-def _distinct(tokens: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each row's index into the distinct ids, the ids, and the first row of each."""
-    codes, ids = pd.factorize(tokens.to_numpy(), sort=False)
-    first = np.zeros(len(ids), dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last write wins: the first row of each
-    return codes, ids, first
-
-
-def classes(tokens: pd.Series, texts: pd.Series) -> np.ndarray:
-    """Return an index into :data:`CLASSES` for each step; each distinct token is looked at once."""
-    codes, _, first = _distinct(tokens)
-    by_id = np.array([CLASSES.index(token_class(text)) for text in texts.iloc[first].tolist()], dtype=np.int8)
-    return by_id[codes]
-
-
 def vocabulary(tokens: pd.Series, texts: pd.Series) -> dict[int, str]:
     """Return the text of each token id that these steps committed (a runner-up's text is known only from there)."""
-    _, ids, first = _distinct(tokens)
+    codes, ids = pd.factorize(tokens.to_numpy(), sort=False)
+    first = np.zeros(len(ids), dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last write wins: the first row of each id
     found = zip(ids.tolist(), texts.iloc[first].tolist())
     return {int(token): text for token, text in found if isinstance(text, str)}
+
+
+def classes(tokens: pd.Series, known: dict[int, str]) -> np.ndarray:
+    """Return an index into :data:`CLASSES` for each step, from the text of each token id: a lookup, no comparison."""
+    ids = [token for token in known if 0 <= token < _MOST_IDS]
+    by_id = np.full(
+        max(ids, default=-1) + 2, CLASSES.index("no text"), dtype=np.int8
+    )  # the last one is for the unknown
+    for token in ids:
+        by_id[token] = CLASSES.index(token_class(known[token]))
+    wanted = tokens.to_numpy()
+    return by_id[np.where((wanted >= 0) & (wanted < by_id.size), wanted, by_id.size - 1)]
 
 
 def plain(text: object, token: object) -> str:
@@ -156,12 +156,12 @@ def strip(
         tip = html.escape(describe(row, known), quote=True)
         special = bool(css) and css not in ("stable", "same", "after")
         # Plain tokens stay out of the tab order: a keyboard user steps through what matters.
-        focus = ' tabindex="0"' if special or chosen else ""
+        focus = f' tabindex="0" aria-label="{tip}"' if special or chosen else ""
         # Visible spaces are not spaces to a browser: say where a line may break.
         breakable = "<wbr>" if isinstance(row["token_text"], str) and row["token_text"][:1].isspace() else ""
         spans.append(
             f'{breakable}<span class="t {css}{chosen}" data-step="{row["step"]}" data-tip="{tip}"'
-            f' aria-label="{tip}"{focus}>'
+            f"{focus}>"
             f"{visible_html(row['token_text'], row['token'])}</span>"
         )
     return f'<div class="mg-strip">{"".join(spans)}</div>'

@@ -95,6 +95,7 @@ class StepHook:
             tokens = original(model_runner, logits_output, batch)
             self._read_later(rows, top, tokens, len(reqs), batch)
             return tokens
+        self.drain()  # steps that are still on their way come before this one
         self._measure(rows, self._processed(logits, info))
         verify_ms = self._verify(rows, logits, info) if self.runtime.verifier is not None else 0.0
         tokens = original(model_runner, logits_output, batch)

@@ -280,9 +280,13 @@ def test_token_classes(text: object, name: str) -> None:
 
 
 def test_classes_of_many_tokens_are_those_of_each() -> None:
-    ids = pd.Series([5, 7, 5, 9], dtype="int32")
-    texts = pd.Series([" a", "1", " a", None], dtype=object)
-    assert [tokens.CLASSES[i] for i in tokens.classes(ids, texts)] == ["word", "number", "word", "no text"]
+    ids = pd.Series([5, 7, 5, 9, -1, 2**30], dtype="int32")
+    texts = pd.Series([" a", "1", " a", None, None, "x"], dtype=object)
+    known = tokens.vocabulary(ids, texts)
+    assert known == {5: " a", 7: "1", 2**30: "x"}
+    found = [tokens.CLASSES[i] for i in tokens.classes(ids, known)]
+    assert found == ["word", "number", "word", "no text", "no text", "no text"]
+    assert tokens.classes(ids, {}).tolist() == [tokens.CLASSES.index("no text")] * 6
 
 
 def test_strips_escape_text_and_show_white_space() -> None:

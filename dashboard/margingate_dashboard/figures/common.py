@@ -36,6 +36,8 @@ def finish(
     subtitle: str = "",
     legend: bool = True,
     width: int = HALF,
+    x: dict[str, Any] | None = None,
+    y: dict[str, Any] | None = None,
 ) -> go.Figure:
     """Apply the common layout: title at the left, legend along the bottom. Backgrounds are left to the page's theme.
 
@@ -51,6 +53,8 @@ def finish(
         Whether to show the legend.
     width
         Least width in pixels that the figure will have.
+    x, y
+        Further settings of the axes (of all of a kind, where there are several).
     """
     small = f'<br><span style="font-size:12px;font-weight:400;color:#858B96">{subtitle}</span>' if subtitle else ""
     head = {
@@ -64,8 +68,18 @@ def finish(
         "yanchor": "top",
         "pad": {"l": 6, "t": 20},
     }
+    # No automargin: the browser would lay each figure out several times over.
+    plain = {"gridcolor": GRID, "linecolor": AXIS, "zeroline": False, "automargin": False}
+    axes = [name for name in fig.layout.to_plotly_json() if name.startswith(("xaxis", "yaxis"))] or ["xaxis", "yaxis"]
+    settings = {}
+    for name in axes:
+        given = dict((x if name[0] == "x" else y) or {})
+        title_text = {"text": given.pop("title")} if "title" in given else {}
+        settings[name] = {**plain, "title": {"standoff": 8 if name[0] == "x" else 16, **title_text}, **given}
     below = 20 * (legend_rows(fig, width) - 1) if legend else 0
+    # One update with nested names: update_xaxes and names_with_underscores take Plotly several times as long.
     fig.update_layout(
+        settings,
         title=head,
         height=height + below,
         meta={"title": title},
@@ -85,11 +99,6 @@ def finish(
         bargap=0.12,
         font={"size": 12},
     )
-    # One update with nested names: Plotly's update_xaxes and names_with_underscores take several times as long.
-    # No automargin: the browser would lay each figure out several times over.
-    plain = {"gridcolor": GRID, "linecolor": AXIS, "zeroline": False, "automargin": False}
-    axes = [name for name in fig.layout.to_plotly_json() if name.startswith(("xaxis", "yaxis"))] or ["xaxis", "yaxis"]
-    fig.update_layout({name: {**plain, "title": {"standoff": 8 if name[0] == "x" else 16}} for name in axes})
     return fig
 
 

@@ -100,10 +100,13 @@ def bars(table: pd.DataFrame, title: str, axis: str, subtitle: str = "") -> go.F
             textfont={"size": 10},
         )
     )
-    finish(fig, title, height=340, subtitle=subtitle)
-    fig.update_layout(barmode="stack")
-    fig.update_xaxes(
-        tickangle=0, title_text=axis, type="category", categoryorder="array", categoryarray=table["label"].tolist()
+    fig.update_layout({"barmode": "stack"})
+    order = {"type": "category", "categoryorder": "array", "categoryarray": table["label"].tolist()}
+    return finish(
+        fig,
+        title,
+        height=340,
+        subtitle=subtitle,
+        x={"title": axis, "tickangle": 0, "tickfont": {"size": 11}, **order},
+        y={"title": "flips per 1,000 steps", "range": [0, 1000.0 * float(table["rate"].max()) * 1.28]},
     )
-    fig.update_yaxes(title_text="flips per 1,000 steps", range=[0, 1000.0 * float(table["rate"].max()) * 1.28])
-    return fig

@@ -62,10 +62,7 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
                 hovertemplate="%{x} rows: %{y:.2f} ms (%{customdata:,} steps)<extra>" + name + " median</extra>",
             )
         )
-    finish(fig, title, subtitle=subtitle)
-    fig.update_xaxes(title_text="batch rows")
-    fig.update_yaxes(title_text="ms", rangemode="tozero")
-    return fig
+    return finish(fig, title, subtitle=subtitle, x={"title": "batch rows"}, y={"title": "ms", "rangemode": "tozero"})
 
 
 def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "", bins: int = 40) -> go.Figure:
@@ -96,11 +93,8 @@ def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle:
         )
         if len(values) <= 3:
             fig.add_vline(x=float(np.median(v)), line={"color": colour, "width": 1.5, "dash": "dash"})
-    finish(fig, title, subtitle=subtitle)
-    fig.update_layout(barmode="stack")
-    fig.update_xaxes(title_text=axis)
-    fig.update_yaxes(title_text="requests")
-    return fig
+    fig.update_layout({"barmode": "stack"})
+    return finish(fig, title, subtitle=subtitle, x={"title": axis}, y={"title": "requests"})
 
 
 def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
@@ -121,7 +115,5 @@ def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 hovertemplate="%{x} columns: %{y:.2f} ms (%{customdata:,} verified steps)<extra>" + column + "</extra>",
             )
         )
-    finish(fig, title, subtitle=subtitle)
-    fig.update_xaxes(title_text="columns recomputed for the step (window)")
-    fig.update_yaxes(title_text="ms the step waited", rangemode="tozero")
-    return fig
+    x, y = {"title": "columns recomputed for the step (window)"}, {"title": "ms the step waited", "rangemode": "tozero"}
+    return finish(fig, title, subtitle=subtitle, x=x, y=y)

@@ -49,6 +49,7 @@ def count_flips(page: Page) -> Found:
     owner = steps["request_id"].cat.codes.to_numpy()[decode]
     flip = np.isin(state, FLIP_CODES)
     requests = len(steps["request_id"].cat.categories) + 1
+    known = data.vocabulary(page.data)
     return Found(
         steps=state.size,
         verified=int(seen.sum()),
@@ -56,15 +57,17 @@ def count_flips(page: Page) -> Found:
         states={s.name: int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, FLIPPED, MISSED)},
         requests=int(np.count_nonzero(np.bincount(owner, minlength=requests))),
         touched=int(np.count_nonzero(np.bincount(owner[flip], minlength=requests))),
-        table=flip_list(steps[decode & np.isin(steps["state"].to_numpy(), FLIP_CODES)], data.vocabulary(page.data)),
-        figures=_figures(steps, decode, state, page.subtitle) if flip.any() else {},
+        table=flip_list(steps[decode & np.isin(steps["state"].to_numpy(), FLIP_CODES)], known),
+        figures=_figures(steps, decode, state, known, page.subtitle) if flip.any() else {},
     )
 
 
-def _figures(steps: pd.DataFrame, decode: np.ndarray, state: np.ndarray, subtitle: str) -> dict[str, go.Figure]:
+def _figures(
+    steps: pd.DataFrame, decode: np.ndarray, state: np.ndarray, known: dict[int, str], subtitle: str
+) -> dict[str, go.Figure]:
     position, labels = figures.ranges(steps["step"].to_numpy()[decode])
     rows, row_labels = figures.ranges(steps["batch_rows"].fillna(0).to_numpy(dtype=np.int32)[decode], 16)
-    kinds = tokens.classes(steps["token"], steps["token_text"])[decode]
+    kinds = tokens.classes(steps["token"], known)[decode]
     margin = np.nan_to_num(steps["margin"].to_numpy()[decode], nan=0.0)
     grid = margin_grid(margin) or 0.0625
     edges = np.array([0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5], dtype=np.float32) * np.float32(grid)
