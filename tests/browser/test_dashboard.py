@@ -244,3 +244,15 @@ def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None
         )
     finally:
         shutil.rmtree(live)
+
+
+def test_a_click_in_the_margin_plot_selects_the_step(tab: Any, address: str) -> None:
+    visit(tab, address, "request", "?run=calibration")
+    point = tab.locator(".scatterlayer .trace:has(path.point) .points").nth(1).locator("path.point").first
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.wait_for_url(re.compile(r"step=\d+"))
+    wait_drawn(tab, "Request")
+    step = re.search(r"step=(\d+)", tab.url).group(1)
+    assert tab.locator(".mg-strip .t.sel").get_attribute("data-step") == step

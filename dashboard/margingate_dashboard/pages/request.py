@@ -217,7 +217,7 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
     return selected
 
 
-def _strip(page: Page, steps: pd.DataFrame, selected: int | None) -> None:
+def _strip(page: Page, chosen: str, steps: pd.DataFrame, selected: int | None) -> None:
     pages = -(-len(steps) // STRIP)
     part = 0
     if pages > 1:
@@ -226,10 +226,12 @@ def _strip(page: Page, steps: pd.DataFrame, selected: int | None) -> None:
             f"{int(steps['step'].iloc[i * STRIP])}–{int(steps['step'].iloc[min(len(steps), (i + 1) * STRIP) - 1])}"
             for i in range(pages)
         ]
-        chosen = st.selectbox("Tokens", names, index=min(want, pages - 1), key=f"part-{selected}", width=220)
-        part = names.index(str(chosen))
+        span = st.selectbox("Tokens", names, index=min(want, pages - 1), key=f"part-{selected}", width=220)
+        part = names.index(str(span))
     known = data.vocabulary(page.data)
-    st.html(tokens.legend() + tokens.strip(steps.iloc[part * STRIP : (part + 1) * STRIP], known, selected))
+    shown = steps.iloc[part * STRIP : (part + 1) * STRIP]
+    strip = page.memo("strip", lambda: tokens.strip(shown, known, selected), chosen, part, selected)
+    st.html(tokens.legend() + strip)
 
 
 def _page() -> None:
@@ -250,14 +252,15 @@ def _page() -> None:
     _cards(request, steps)
     _prompt(page, chosen, request)
     selected = _step_controls(steps)
-    _strip(page, steps, selected)
+    _strip(page, chosen, steps, selected)
     log = st.session_state.setdefault("log_margins", True)
     left, right = st.columns([0.64, 0.36])
     with left:
         event = ui.chart(
-            figures.margins(steps, selected, log, page.subtitle),
+            page.memo("margins", lambda: figures.margins(steps, selected, log, page.subtitle), chosen, selected, log),
             "margins",
             page.exports,
+            key=f"margins-{chosen}",
             on_select="rerun",
             selection_mode="points",
         )
@@ -268,7 +271,7 @@ def _page() -> None:
             "latency",
             page.exports,
         )
-    _follow_click(event, selected)
+    _follow_click(event, chosen, selected)
     if selected is not None:
         st.markdown(f"##### Step {selected} as text, for an issue")
         st.code(
@@ -284,13 +287,13 @@ def _page() -> None:
     page.exports.show(page.export_place, "request")
 
 
-def _follow_click(event: object, selected: int | None) -> None:
+def _follow_click(event: object, chosen: str, selected: int | None) -> None:
     """A click on a step of the margin plot selects it."""
     points = getattr(getattr(event, "selection", None), "points", None) or []
     step = links.parse_step(points[0].get("x")) if points else None
     # The plot keeps its selection over reruns: only a new click counts.
-    if step is not None and step != st.session_state.get("clicked"):
-        st.session_state["clicked"] = step
+    if step is not None and (chosen, step) != st.session_state.get("clicked"):
+        st.session_state["clicked"] = (chosen, step)
         if step != selected:
             st.query_params["step"] = str(step)
             st.rerun()
