@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     words = ["calibrate", "--no-template", "--dataset", "arith", "--concurrency", "2", "-o", str(out), "--base-url"]
     with FakeServer(seconds=0.2) as fake:
         command = [sys.executable, "-m", "sglang_margingate.cli", *words, fake.base_url]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        # A shell without job control starts background jobs, CI's among them, with SIGINT ignored; a terminal does not.
+        terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=terminal) as process:
             end = time.monotonic() + 60
             while fake.served < 6 and time.monotonic() < end:
                 time.sleep(0.05)
