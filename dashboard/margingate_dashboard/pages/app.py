@@ -52,13 +52,23 @@ def _warm_up() -> None:
     """Load what the other pages need while the reader looks at the first one; once per server."""
 
     def load() -> None:
+        from margingate_dashboard import states, tokens
         from margingate_dashboard.figures import compare, flips, latency, margins, overview, request, tuning
         from sglang_margingate.gate import calibration
 
-        del compare, flips, latency, margins, request, tuning, calibration
-        steps = make_frames(SyntheticSpec(requests=2, tokens=8, text=False))[0].assign(state=0, triggered=False)
+        del compare, latency, margins, tuning, calibration
+        steps, requests = make_frames(SyntheticSpec(requests=3, tokens=12, policy="always", perturbation=1.0))
+        steps = steps.assign(state=states.classify(steps), triggered=states.triggered(steps), shown="")
         # The first figure of a process is slow: Plotly loads its classes one by one, as they are used.
-        overview.events(overview.over_time(steps)).to_json()
+        counted = flips.by_bucket(steps["step"].to_numpy() * 0, steps["state"].to_numpy(), ["all"])
+        for figure in (
+            overview.events(overview.over_time(steps)),
+            request.margins(steps, selected=1, log=True),
+            request.waterfall(requests.iloc[0]),
+            flips.bars(counted, "", ""),
+        ):
+            figure.to_json()
+        tokens.strip(steps)
 
     threading.Thread(target=load, daemon=True).start()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -12,6 +14,7 @@ from margingate_dashboard.context import flip_text
 from margingate_dashboard.figures import request as figures
 from margingate_dashboard.rates import milliseconds, number, of, share
 from margingate_dashboard.summary import has_tag, tag
+from margingate_dashboard.tables import FLIP_CODES
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES, TRIGGERED
 from margingate_dashboard.ui import Page
 
@@ -51,69 +54,91 @@ REQUESTS = (
 )
 
 
-def listing(page: Page, order: str) -> pd.DataFrame:
-    """Return the run's requests in the asked order: request_id, dataset and the number that they are ordered by.
+class Listing(NamedTuple):
+    """The run's requests in one order."""
+
+    ids: list[str]
+    place: dict[str, int]
+    """Where each id stands in ``ids``."""
+    datasets: np.ndarray
+    values: np.ndarray
+    """The number that they are ordered by."""
+
+    def label(self, request_id: str, order: str) -> str:
+        """Return a request's line in the box; made for those alone that are offered."""
+        at = self.place.get(request_id)
+        if at is None:
+            return request_id
+        return f"{request_id}  ·  {tag(self.datasets[at])}  ·  {_note(float(self.values[at]), order)}"
+
+
+def _note(value: float, order: str) -> str:
+    if order == "most flips":
+        return f"{value:,.0f} flip{'' if value == 1 else 's'}"
+    if order == "lowest margin":
+        return f"lowest margin {value:.4g}"
+    if order == "slowest":
+        return milliseconds(value) if np.isfinite(value) else "running"
+    return f"{value:,.0f} steps"
+
+
+def listing(page: Page, order: str) -> Listing:
+    """Return the run's requests in the asked order.
 
     Requests that are still running have steps but no request row; they are listed as well.
     """
     steps = page.data.steps("request_id", "dataset", "margin", "state", "prefill")
-    ids = steps["request_id"]
-    codes = ids.cat.codes.to_numpy()
+    categories = steps["request_id"].cat.categories.tolist()
+    codes = steps["request_id"].cat.codes.to_numpy()
     keep = codes >= 0
     if page.datasets is not None:
         keep &= has_tag(steps["dataset"], page.datasets)
-    count = len(ids.cat.categories)
+    count = len(categories)
     present = np.bincount(codes[keep], minlength=count)
     first = np.zeros(count, dtype=np.int64)
     first[codes[keep][::-1]] = np.flatnonzero(keep)[::-1]
-    table = pd.DataFrame({"request_id": ids.cat.categories.astype(str), "steps": present, "first": first})
-    table["dataset"] = [tag(v) for v in steps["dataset"].iloc[first]]
     if order == "most flips":
-        flips = np.isin(steps["state"].to_numpy(), [states.CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]) & keep
-        table["key"] = np.bincount(codes[flips], minlength=count)
-        table["note"] = [f"{n:,} flip{'' if n == 1 else 's'}" for n in table["key"]]
-        table["key"] = -table["key"]
+        flips = np.isin(steps["state"].to_numpy(), FLIP_CODES) & keep
+        values = np.bincount(codes[flips], minlength=count)
+        key = -values
     elif order == "lowest margin":
-        lowest = np.full(count, np.inf)
+        values = np.full(count, np.inf)
         decode = keep & ~states.as_bool(steps["prefill"])
-        np.minimum.at(lowest, codes[decode], steps["margin"].to_numpy()[decode])
-        table["key"] = lowest
-        table["note"] = table["key"].map("lowest margin {:.4g}".format)
+        np.minimum.at(values, codes[decode], steps["margin"].to_numpy()[decode])
+        key = values
     elif order == "slowest":
-        times = (
-            page.data.requests("request_id", "e2e_ms").drop_duplicates("request_id").set_index("request_id")["e2e_ms"]
-        )
-        table["key"] = -table["request_id"].map(times).astype(float)
-        table["note"] = [milliseconds(-v) if v == v else "running" for v in table["key"]]
+        rows = page.data.requests("request_id", "e2e_ms")
+        times = dict(zip(rows["request_id"].tolist(), rows["e2e_ms"].tolist()))
+        values = np.array([times.get(name, np.nan) for name in categories], dtype=float)
+        key = -values  # NaN sorts last: those that still run
     else:
-        table["key"] = -table["first"]
-        table["note"] = table["steps"].map("{:,} steps".format)
-    return table[table["steps"] > 0].sort_values(["key", "first"], kind="stable").reset_index(drop=True)
+        values, key = present, -first
+    ranked = np.lexsort((first, key))
+    ranked = ranked[present[ranked] > 0]
+    ids = [str(categories[i]) for i in ranked]
+    datasets = steps["dataset"].iloc[first[ranked]].to_numpy(dtype=object)
+    return Listing(ids, {name: at for at, name in enumerate(ids)}, datasets, values[ranked])
 
 
 def _choose(page: Page) -> str | None:
     left, middle, right = st.columns([0.4, 0.4, 0.2], vertical_alignment="bottom")
     order = left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order") or ORDERS[0]
-    table = page.memo("requests", lambda: listing(page, order), order)
-    if table.empty:
+    found = page.memo("requests", lambda: listing(page, order), order)
+    if not found.ids:
         ui.empty_state("No requests", "<p>No step of this run (or of the chosen datasets) has been recorded yet.</p>")
         return None
     asked = st.query_params.get("request")
     typed = right.text_input("Find by id", key="find", placeholder="request id", max_chars=200).strip()
-    everything = set(table["request_id"])
-    if typed:
-        hits = [rid for rid in table["request_id"] if typed in rid]
-        if hits:
-            table = table[table["request_id"].isin(hits)]
-        else:
-            right.caption("no such id in this run")
-    known = links.known_run(asked, everything)
+    known = links.known_run(asked, found.place)
     if asked is not None and known is None:
         st.warning(f"Request “{ui.markdown_safe(asked[:80])}” is not in this run.", icon=":material/link_off:")
-    offered = table["request_id"].head(LISTED).tolist()
+    hits = [name for name in found.ids if typed in name] if typed else found.ids
+    if not hits:
+        right.caption("no such id in this run")
+        hits, typed = found.ids, ""
+    offered = hits[:LISTED]
     if known is not None and known not in offered and not typed:
-        offered.insert(0, known)
-    labels = {r: f"{r}  ·  {d}  ·  {n}" for r, d, n in zip(table["request_id"], table["dataset"], table["note"])}
+        offered = [known, *offered]
     chosen = known if known in offered else offered[0]
     st.session_state["request_box"] = chosen
 
@@ -121,13 +146,13 @@ def _choose(page: Page) -> str | None:
         st.query_params["request"] = st.session_state["request_box"]
         st.query_params.pop("step", None)
 
-    more = f", first {LISTED} of {len(table):,}" if len(table) > LISTED else f", {len(table):,}"
+    more = f", first {LISTED} of {len(hits):,}" if len(hits) > LISTED else f", {len(hits):,}"
     middle.selectbox(
         f"Request ({order}{more})",
         offered,
         key="request_box",
         on_change=remember,
-        format_func=lambda r: labels.get(r, r),
+        format_func=lambda name: found.label(name, order),
     )
     if asked != chosen:
         st.query_params["request"] = str(chosen)
@@ -138,7 +163,7 @@ def _choose(page: Page) -> str | None:
 def _cards(request: pd.Series | None, steps: pd.DataFrame) -> None:
     decode = steps[~states.as_bool(steps["prefill"])]
     state = decode["state"].to_numpy()
-    flips = int(np.isin(state, [states.CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]).sum())
+    flips = int(np.isin(state, FLIP_CODES).sum())
     low = int(states.triggered(decode).sum())
     repaired, missed = (int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, MISSED))
     seen = int(states.verified(decode).sum())
@@ -179,9 +204,7 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
     if selected is not None and not 0 <= selected <= last:
         st.caption(f":material/link_off: step {selected} is not recorded; this request has steps 0 to {last}")
         selected = None
-    notable = steps.loc[
-        steps["state"].isin([states.CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]), "step"
-    ].tolist()
+    notable = steps.loc[steps["state"].isin(FLIP_CODES), "step"].tolist()
 
     def go(step: int) -> None:
         st.query_params["step"] = str(step)
