@@ -147,7 +147,7 @@ def wait_drawn(page: Any, title: str) -> None:
         }""",
         arg=[title, CHARTS[title.lower()]],
         timeout=60_000,
-        polling=50,
+        polling=25,
     )
 
 
