@@ -75,11 +75,10 @@ class Outcome:
 def demo_prompts(count: int) -> list[Prompt]:
     """Return ``count`` held-out prompts of the embedded model, spread evenly over its datasets."""
     from sglang_margingate.demo.chat import render_prompt
-    from sglang_margingate.demo.prompts import load_prompts
+    from sglang_margingate.demo.prompts import interleaved_prompts
 
-    sets = [load_prompts(name) for name in ("arith", "code", "story")]
-    mixed = [Prompt(p.id, render_prompt(p.prompt), p.dataset) for group in zip(*sets) for p in group]
-    return mixed[:count]
+    prompts = interleaved_prompts("arith", "code", "story")[:count]
+    return [Prompt(p.id, render_prompt(p.prompt), p.dataset) for p in prompts]
 
 
 def why_different(alone: Completion, other: Completion) -> str:

@@ -50,11 +50,11 @@ def shared_prompts(count: int) -> list[Prompt]:
 
     from sglang_margingate.demo.chat import ASSISTANT, EOS, USER, render_prompt
     from sglang_margingate.demo.corpora import HELDOUT, generate
-    from sglang_margingate.demo.prompts import load_prompts
+    from sglang_margingate.demo.prompts import interleaved_prompts
 
     rng = random.Random(7)
     names = ("arith", "code", "story")
-    questions = [p for group in zip(*(load_prompts(n) for n in names)) for p in group]
+    questions = interleaved_prompts(*names)
 
     def body(dataset: str) -> str:
         shots = [generate(dataset, rng, HELDOUT) for _ in range(SHOTS)]
@@ -75,9 +75,9 @@ def shared_prompts(count: int) -> list[Prompt]:
 
 def conversations(count: int, turns: int) -> list[list[str]]:
     """Return the user messages of ``count`` conversations."""
-    from sglang_margingate.demo.prompts import load_prompts
+    from sglang_margingate.demo.prompts import interleaved_prompts
 
-    pool = [p.prompt for group in zip(*(load_prompts(n) for n in ("story", "arith", "code"))) for p in group]
+    pool = [p.prompt for p in interleaved_prompts("story", "arith", "code")]
     return [[pool[(i * turns + t) % len(pool)] for t in range(turns)] for i in range(count)]
 
 

@@ -35,6 +35,11 @@ def load_prompts(dataset: str, limit: int | None = None) -> list[Prompt]:
     return [Prompt(**json.loads(line)) for line in lines[:limit]]
 
 
+def interleaved_prompts(*datasets: str) -> list[Prompt]:
+    """Read the committed prompts of several datasets, the datasets taking turns."""
+    return [prompt for turn in zip(*(load_prompts(name) for name in datasets)) for prompt in turn]
+
+
 def draw_prompts(dataset: str, count: int = PROMPTS_EACH, seed: int = SEED) -> list[Prompt]:
     """Draw `count` held-out prompts, no template instance twice."""
     get_corpus(dataset)

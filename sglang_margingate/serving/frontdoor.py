@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,6 @@ CPU_POOL_TOKENS = 65536
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ConfigError(message)
-
-
-def _number(text: str) -> float:
-    return float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--margingate-threshold",
-        type=_number,
+        type=float,
         metavar="LOGITS",
         default=None,
         help=f"threshold on the top-1/top-2 margin, in logits; without it and without a profile {cfg.DEFAULT_THRESHOLD}",
@@ -64,14 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--margingate-audit-rate",
-        type=_number,
+        type=float,
         metavar="SHARE",
         default=0.0,
         help="share of untriggered steps, 0 to 1, that are verified for the record to bound the missed-flip rate",
     )
     add(
         "--margingate-max-miss",
-        type=_number,
+        type=float,
         metavar="SHARE",
         default=None,
         help="drop the guarantee to none when the audit's 95%% upper bound of missed flips exceeds this share",
@@ -175,8 +169,8 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
 
     flags = list(given)
 
-    def default(name: str, *value: str, unless: tuple[str, ...] = ()) -> None:
-        if not _has(flags, name, *unless):
+    def default(name: str, *value: str) -> None:
+        if not _has(flags, name):
             flags.extend([name, *value])
 
     if not _has(flags, "--model-path", "--model", "--config"):
@@ -270,8 +264,6 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
-    from sglang_margingate.trace.errors import TraceError
-
     plugin.load()
     load_plugins()
     try:
@@ -281,7 +273,7 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
         _warn_profile(config, server_args.model_path, server_args.device)
         if config.trace and config.policy is not Policy.OFF:
             _check_trace_dir(config.trace_dir)
-    except (hooks.HookError, TraceError) as error:
+    except hooks.HookError as error:
         raise ConfigError(str(error)) from None
     _announce(config, cpu)
     from sglang.launch_server import run_server
@@ -306,8 +298,3 @@ def _check_trace_dir(trace_dir: str) -> None:
             f"--margingate-trace-dir: cannot write to {path} ({error.strerror or error}); "
             "name a folder you may write to, or --margingate-trace off"
         ) from None
-
-
-def describe(config: MarginGateConfig) -> str:
-    """Return the configuration as readable JSON."""
-    return json.dumps(asdict(config), indent=2, default=str)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ class _Bench:
 
     verifier: Any
     rows: int
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def run(self, tokens: list[int], lengths: list[int], place: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run one pass with the probed row (table row 0) at ``place``; return its logits and K/V column."""

@@ -46,11 +46,9 @@ class RequestState:
     last_token_time: float | None = None
     max_batch_rows: int = 0
     last_token: int = -1
-    retractions_seen: int = 0
     closed: bool = False
     steps: dict[str, list[Any]] | None = None
     """Per-token detail for ``margingate_return_steps``; None when not asked for."""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def state_of(req: Any) -> RequestState | None:

@@ -97,7 +97,7 @@ class StepHook:
             return tokens
         self.drain()  # steps that are still on their way come before this one
         self._measure(rows, self._processed(logits, info))
-        verify_ms = self._verify(rows, logits, info) if self.runtime.verifier is not None else 0.0
+        verify_ms = self._verify(rows, logits, info, decode) if self.runtime.verifier is not None else 0.0
         tokens = original(model_runner, logits_output, batch)
         chosen = self._enforce(rows, tokens, info)
         self._add_prefill_time(reqs, batch, decode)
@@ -154,7 +154,6 @@ class StepHook:
             if state.pending is not None and state.pending.step < done:
                 self.runtime.commit(state)
             state.pending = None
-            state.retractions_seen += 1
         state.next_step = done
         state.prompt_tokens = len(req.origin_input_ids)
         state.cached_tokens = int(getattr(req, "cached_tokens", 0) or 0)
@@ -225,9 +224,9 @@ class StepHook:
         audit = self.runtime.audits(ledger.request_id, row.state.next_step)
         return decide(ledger.params.policy, row.margin, ledger.params.threshold, audit)
 
-    def _verify(self, rows: list[StepRow], logits: torch.Tensor, info: Any) -> float:
+    def _verify(self, rows: list[StepRow], logits: torch.Tensor, info: Any, decode: bool) -> float:
         for row in rows:
-            row.reason = self._reason(row, decode=row.position >= row.state.prompt_tokens)
+            row.reason = self._reason(row, decode)
         chosen = [r for r in rows if r.reason is not Reason.NONE]
         if not chosen:
             return 0.0

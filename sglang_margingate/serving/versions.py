@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("sglang-margingate", "sglang", "torch", "triton", "flashinfer-python", "transformers")
@@ -20,6 +21,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@lru_cache
 def device_name(device: str) -> str:
     """Return the hardware's own name: the GPU's, or the CPU's model and count."""
     if device != "cpu":

@@ -92,30 +92,22 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
             row=2,
             col=1,
         )
-    fig.add_trace(
-        go.Scatter(
-            x=table["seconds"],
-            y=table["rows_max"],
-            name="batch rows, largest",
-            mode="lines",
-            line={"color": SERIES_COLOURS[0], "width": 1, "dash": "dot", "shape": "hvh"},
-            hovertemplate="%{x:.1f} s: %{y:.0f} rows<extra>largest batch</extra>",
-        ),
-        row=3,
-        col=1,
-    )
-    fig.add_trace(
-        go.Scatter(
-            x=table["seconds"],
-            y=table["rows_mean"],
-            name="batch rows, mean over steps",
-            mode="lines",
-            line={"color": SERIES_COLOURS[0], "width": 2, "shape": "hvh"},
-            hovertemplate="%{x:.1f} s: %{y:.1f} rows<extra>mean batch</extra>",
-        ),
-        row=3,
-        col=1,
-    )
+    for column, words, short, digits, line in (
+        ("rows_max", "batch rows, largest", "largest batch", 0, {"width": 1, "dash": "dot"}),
+        ("rows_mean", "batch rows, mean over steps", "mean batch", 1, {"width": 2}),
+    ):
+        fig.add_trace(
+            go.Scatter(
+                x=table["seconds"],
+                y=table[column],
+                name=words,
+                mode="lines",
+                line={"color": SERIES_COLOURS[0], "shape": "hvh", **line},
+                hovertemplate=f"%{{x:.1f}} s: %{{y:.{digits}f}} rows<extra>{short}</extra>",
+            ),
+            row=3,
+            col=1,
+        )
     finish(fig, title, height=520, subtitle=subtitle, width=WHOLE)
     fig.update_layout(barmode="stack", hovermode="x unified", bargap=0.05)
     fig.update_yaxes(title_text="triggered, %", rangemode="tozero", row=1, col=1)
