@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sglang_margingate.config import Repair
+from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.words import Guarantee, Reason
 
@@ -33,14 +34,14 @@ class Counters:
     verify_ms: float = 0.0
 
     def add(self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float) -> None:
-        """Count one step; a flip at a step that did not trigger is a missed one."""
+        """Count one step."""
         self.steps += 1
         self.triggers += triggered
         self.verify_ms += verify_ms
         self.verified += reason is not Reason.NONE
         self.audited += reason is Reason.AUDIT
         self.flips += flipped
-        self.missed += flipped and not triggered
+        self.missed += missed(reason, triggered, flipped)
 
 
 @dataclass

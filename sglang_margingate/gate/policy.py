@@ -14,6 +14,14 @@ def triggers(margin: float, threshold: float) -> bool:
     return not margin > threshold
 
 
+def missed(reason: Reason, triggered: bool, flipped: bool) -> bool:
+    """Return whether a step is a missed flip: it flipped and nothing would have verified it.
+
+    A resumed step is verified whatever its margin, so its flip is repaired and never missed.
+    """
+    return flipped and not triggered and reason is not Reason.RESUME
+
+
 def decide(policy: Policy, margin: float, threshold: float, audit: bool = False) -> Reason:
     """Return why a step is to be verified, or :attr:`Reason.NONE`.
 

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Policy
-from sglang_margingate.gate.audit import AuditSampler
+from sglang_margingate.gate.audit import AuditCounter, AuditSampler
 from sglang_margingate.gate.ledger import Counters, RequestLedger
+from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.gate.stats import Rate
 from sglang_margingate.serving.metrics import Metrics
@@ -33,8 +34,6 @@ class Totals(Counters):
     """Counts since start, over committed steps and finished requests."""
 
     requests: int = 0
-    untriggered_checked: int = 0
-    """Untriggered steps that were verified all the same (audit or always): the denominator of missed flips."""
     ledger_errors: int = 0
 
 
@@ -70,6 +69,7 @@ class Runtime:
         self.prefill_rules = PrefillRules(config)
         self.knobs = TestKnobs()
         self.totals = Totals()
+        self.audit = AuditCounter()
         self.started = time.time()
         self.batch_rows: Counter[int] = Counter()
         self.batch_rows_now = 0
@@ -117,13 +117,16 @@ class Runtime:
         state.ledger.counters.add(*step)
         self.totals.add(*step)
         verified = record.reason is not Reason.NONE
-        self.totals.untriggered_checked += verified and not record.triggered
+        if record.triggered or record.reason is Reason.RESUME:
+            self.audit.add_triggered()  # verified whatever its margin: no flip of it can be missed
+        else:
+            self.audit.add_untriggered(audited=verified, flipped=record.flipped)
         if state.steps is not None:
             state.steps["margin"].append(record.margin)
             state.steps["verified"].append(verified)
             state.steps["flipped"].append(record.flipped)
             state.steps["reason"].append(record.reason.value)
-        self.metrics.step(record.triggered, record.flipped, record.flipped and not record.triggered)
+        self.metrics.step(record.triggered, record.flipped, missed(record.reason, record.triggered, record.flipped))
         if self.writer is not None:
             self._rows.append(record.row)
 
@@ -160,8 +163,8 @@ class Runtime:
         return state.ledger.guarantee(notes)
 
     def missed_rate(self) -> Rate:
-        """Return missed flips over untriggered steps that were verified."""
-        return Rate(self.totals.missed, self.totals.untriggered_checked)
+        """Return missed flips over untriggered steps that were verified all the same (audit or always)."""
+        return self.audit.rate
 
     def _summary(self, req: Any, state: RequestState, guarantee: Guarantee, note: str | None) -> dict[str, Any]:
         c, ledger = state.ledger.counters, state.ledger
@@ -262,7 +265,7 @@ class Runtime:
 
     def status(self) -> dict[str, Any]:
         """Return what ``GET /margingate/status`` shows of this process, in plain types."""
-        missed = self.missed_rate()
+        rate = self.missed_rate()
         args, model_runner = self.scheduler.server_args, self.scheduler.tp_worker.model_runner
         out: dict[str, Any] = {
             "model": model_name(args.model_path),
@@ -282,11 +285,11 @@ class Runtime:
             "notes": list(self.config.notes),
             "test_knobs": self.knobs.active,
             "self_test": None if self.self_test is None else self.self_test.to_dict(),
-            "totals": asdict(self.totals),
+            "totals": {**asdict(self.totals), "untriggered_checked": self.audit.audited},
             "missed": {
-                "missed": missed.numerator,
-                "checked": missed.denominator,
-                "upper_95": missed.upper() if missed.denominator else None,
+                "missed": rate.numerator,
+                "checked": rate.denominator,
+                "upper_95": rate.upper() if rate.denominator else None,
             },
             "batch_rows": {
                 "now": self.batch_rows_now,

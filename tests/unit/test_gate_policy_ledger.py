@@ -88,6 +88,12 @@ def test_counts_and_guarantees() -> None:
     assert book.guarantee() == (Guarantee.GATED, None)
 
 
+def test_a_flip_at_a_resumed_step_is_repaired_and_not_missed() -> None:
+    book = ledger()
+    book.counters.add(Reason.RESUME, False, True, 1.0)
+    assert (book.counters.flips, book.counters.missed) == (1, 0)
+
+
 def test_every_step_verified_is_more_than_gated() -> None:
     book = ledger(Policy.ALWAYS)
     book.counters.add(Reason.NONE, False, False, 0.0)  # the prefill's token
