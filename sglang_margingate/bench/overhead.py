@@ -1,0 +1,93 @@
+"""What does observing or gating cost? Throughput of policies on one server, in paired rounds of one session.
+
+``python -m sglang_margingate.bench.overhead --policies off,log --pairs 10``
+
+The server runs under ``--server-policy``; each request names its own policy, so both sides of a pair share the process,
+the weights and the machine's mood, and follow one another within seconds. Every request makes the same number of
+tokens (``ignore_eos``). The order inside a pair alternates, and the first round of each policy is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sglang_margingate.bench.client import Client, Prompt, run_together
+from sglang_margingate.bench.server import serve
+
+
+def measure(
+    client: Client, prompts: list[Prompt], policies: list[str], pairs: int, concurrency: int, tokens: int
+) -> dict[str, list[float]]:
+    """Return tokens per second of each round, by policy; index k of every list belongs to pair k."""
+    rates: dict[str, list[float]] = {policy: [] for policy in policies}
+    for k in range(-1, pairs):
+        for policy in policies if k % 2 else policies[::-1]:
+            client.flush_cache()
+            start = time.perf_counter()
+            done = run_together(
+                client, prompts, concurrency, max_new_tokens=tokens, sampling={"ignore_eos": True},
+                custom={"margingate_policy": policy},
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            if k >= 0:
+                rates[policy].append(sum(len(c.tokens) for c in done) / seconds)
+        print(f"pair {k + 1} of {pairs} done", file=sys.stderr, flush=True)
+    return rates
+
+
+def table(rates: dict[str, list[float]]) -> str:
+    """Return medians, spread and the paired ratio to the first policy as a Markdown table."""
+    base, *_ = rates
+    lines = [
+        f"| policy | tokens/s, median | min to max | of `{base}`, median of pairs | quartiles |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for policy, values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates[base])]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        lines.append(
+            f"| {policy} | {statistics.median(values):.0f} | {min(values):.0f} to {max(values):.0f} "
+            f"| {statistics.median(ratios):.3f} | {low:.3f}, {middle:.3f}, {high:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print the table."""
+    from sglang_margingate.bench.alone_vs_batch import demo_prompts
+
+    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.overhead", description=__doc__)
+    add = parser.add_argument
+    add("--policies", default="off,log", help="policies of the requests; the first is the base of the ratios")
+    add("--server-policy", default="log", help="the server's own policy")
+    add("--pairs", type=int, default=10)
+    add("--prompts", type=int, default=48, help="held-out prompts of the embedded model")
+    add("--concurrency", type=int, default=16)
+    add("--max-new-tokens", type=int, default=96)
+    add("--out", type=Path, default=None, help="write every round as JSON")
+    add("server_flags", nargs="*", help="after --: flags of the server")
+    args = parser.parse_args(argv)
+    prompts = demo_prompts(args.prompts)
+    with TemporaryDirectory() as folder:
+        flags = ["--margingate-policy", args.server_policy, "--margingate-trace-dir", folder, *args.server_flags]
+        with serve(flags) as server:
+            rates = measure(
+                server.client, prompts, args.policies.split(","), args.pairs, args.concurrency, args.max_new_tokens
+            )
+            trace: dict[str, Any] = server.client.status().get("trace", {})
+    print(table(rates))
+    print(f"trace rows dropped: {trace.get('dropped_rows')}, write errors: {trace.get('write_errors')}")
+    if args.out is not None:
+        args.out.write_text(json.dumps({"command": sys.argv[1:], "rates": rates}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
