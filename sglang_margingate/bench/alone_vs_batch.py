@@ -180,11 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     args.log_dir.mkdir(parents=True, exist_ok=True)
     prompts = demo_prompts(args.prompts)
     variants = [Variant.parse(v) for v in args.variants.split(",")]
+    outcomes = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        outcomes = list(pool.map(lambda v: measure(v, prompts, args.max_new_tokens, args.log_dir), variants))
+        for outcome in pool.map(lambda v: measure(v, prompts, args.max_new_tokens, args.log_dir), variants):
+            outcomes.append(outcome)
+            if args.out is not None:
+                write_record(args.out, outcomes)  # after every variant: Ctrl-C keeps what was measured
     print(table(outcomes))
-    if args.out is not None:
-        write_record(args.out, outcomes)
     return 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from margingate_kernels import top2_margin
+from margingate_kernels import Top2, Top2Workspace, top2_margin
 
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import LedgerError
@@ -43,6 +43,7 @@ class StepRow:
     state: RequestState
     position: int
     resumed: bool = False
+    threshold: float = 0.0
     fast_token: int = -1
     second_token: int = -1
     margin: float = float("nan")
@@ -63,6 +64,20 @@ class StepRow:
         return self.reason not in (Reason.NONE, Reason.AUDIT)
 
 
+def _is_plain_argmax(model_runner: Any, batch: Any) -> bool:
+    """Return whether SGLang's sampler would do nothing but take the argmax of the logits as they are."""
+    info = batch.sampling_info
+    return (
+        info.is_all_greedy
+        and not StepHook.needs_processing(info)
+        and not info.has_custom_logit_processor
+        and not batch.return_logprob
+        and not any(info.return_sampling_masks or [])
+        and batch.ngram_embedding_info is None
+        and type(model_runner.sampler).__module__ == "sglang.srt.layers.sampler"  # no sampler backend of the user's
+    )
+
+
 class StepHook:
     """Gates the steps of one scheduler process.
 
@@ -75,6 +90,8 @@ class StepHook:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._late: deque[tuple[list[StepRow], torch.Tensor, Any, int, Any]] = deque()
+        self._workspace: Top2Workspace | None = None
+        self._zeros = torch.empty(0)
 
     def sample(self, original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
         """Choose the batch's next tokens; called in place of ``ModelRunner.sample``."""
@@ -91,10 +108,7 @@ class StepHook:
         logits, info = logits_output.next_token_logits, batch.sampling_info
         self._inject_faults(rows, logits, batch, decode)
         if logits.is_cuda and decode and not any(r.state.ledger.gated for r in rows):
-            top = self._top2(rows, self._processed(logits, info))
-            tokens = original(model_runner, logits_output, batch)
-            self._read_later(rows, top, tokens, len(reqs), batch)
-            return tokens
+            return self._observe(rows, original, model_runner, logits_output, batch)
         self.drain()  # steps that are still on their way come before this one
         self._measure(rows, self._processed(logits, info))
         verify_ms = self._verify(rows, logits, info, decode) if self.runtime.verifier is not None else 0.0
@@ -125,7 +139,7 @@ class StepHook:
                     state.ledger.read(position, state.last_token)
                 except LedgerError as error:
                     self._give_up(state, str(error))
-            rows.append(StepRow(index, req, state, position))
+            rows.append(StepRow(index, req, state, position, threshold=self._threshold(state)))
         return rows
 
     def _open_prefill(self, reqs: list[Any], batch: Any) -> list[StepRow]:
@@ -140,7 +154,7 @@ class StepHook:
             self.runtime.prefill_rules.note_chunk(req, state, batch, index)
             if end < len(req.origin_input_ids) + len(req.output_ids):
                 continue  # a middle chunk: its logits choose nothing
-            row = StepRow(index, req, state, end - 1, resumed=len(req.output_ids) > 0)
+            row = StepRow(index, req, state, end - 1, len(req.output_ids) > 0, state.ledger.params.threshold)
             self._start(row)
             if self._observed(state):
                 rows.append(row)
@@ -163,6 +177,12 @@ class StepHook:
     def _observed(state: RequestState) -> bool:
         return state.ledger.greedy and state.ledger.params.policy is not Policy.OFF
 
+    def _threshold(self, state: RequestState) -> float:
+        params = state.ledger.params
+        if not self.runtime.knobs.trigger_by_share:
+            return params.threshold
+        return float("inf") if self.runtime.knobs.draws(state, params.threshold) else -1.0
+
     def _give_up(self, state: RequestState, why: str) -> None:
         log.error("margingate: %s; the request goes on without verifies, guarantee none", why)
         state.ledger.greedy = False
@@ -172,7 +192,8 @@ class StepHook:
     # ---- margin ---------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _needs_processing(info: Any) -> bool:
+    def needs_processing(info: Any) -> bool:
+        """Return whether penalties, bias or a grammar change the logits before the argmax."""
         return bool(
             info.grammars
             or info.logit_bias is not None
@@ -188,7 +209,7 @@ class StepHook:
         the original later gives the same result twice. Custom logit processors may keep state: requests that bring one
         are not gated (:meth:`Runtime.open_request`).
         """
-        if not self._needs_processing(info):
+        if not self.needs_processing(info):
             return raw
         copy = raw.clone()
         info.update_regex_vocab_mask()
@@ -196,20 +217,20 @@ class StepHook:
         info.grammar_mask = None
         return copy
 
-    @staticmethod
-    def _top2(rows: list[StepRow], logits: torch.Tensor) -> Any:
-        thresholds = torch.tensor([r.state.ledger.params.threshold for r in rows], dtype=torch.float32)
-        if logits.is_cuda:
-            thresholds = thresholds.pin_memory()
-        thresholds = thresholds.to(logits.device, non_blocking=True)
-        if len(rows) < len(logits):
-            logits = logits[torch.tensor([r.index for r in rows], device=logits.device)]
-        return top2_margin(logits, thresholds)
+    def _top2(self, logits: torch.Tensor) -> Top2:
+        """Return token, runner-up and margin of every row; valid until the next call."""
+        work = self._workspace
+        if work is None or work.max_rows < len(logits) or work.device != logits.device:
+            work = self._workspace = Top2Workspace(max(len(logits), 64), logits.shape[1], logits.device)
+            # The gate decides on the host, from the margin: the kernel's own trigger mask is not used here.
+            self._zeros = torch.zeros(work.max_rows, device=logits.device)
+        return top2_margin(logits, self._zeros[: len(logits)], workspace=work)
 
     def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> None:
-        top = self._top2(rows, logits)
-        for row, token, second, margin in zip(rows, top.token.tolist(), top.second.tolist(), top.margin.tolist()):
-            row.fast_token, row.second_token, row.margin = token, second, margin
+        top = self._top2(logits)
+        token, second, margin = top.token.tolist(), top.second.tolist(), top.margin.tolist()
+        for row in rows:
+            row.fast_token, row.second_token, row.margin = token[row.index], second[row.index], margin[row.index]
 
     # ---- verify and repair ----------------------------------------------------------------------------------------
 
@@ -222,7 +243,7 @@ class StepHook:
         if not decode:
             return Reason.NONE  # the prefill is canonical by its own rules
         audit = self.runtime.audits(ledger.request_id, row.state.next_step)
-        return decide(ledger.params.policy, row.margin, ledger.params.threshold, audit)
+        return decide(ledger.params.policy, row.margin, row.threshold, audit)
 
     def _verify(self, rows: list[StepRow], logits: torch.Tensor, info: Any, decode: bool) -> float:
         for row in rows:
@@ -238,7 +259,7 @@ class StepHook:
         result = runtime.verifier.verify(jobs)
         index = torch.tensor([r.index for r in chosen], device=logits.device)
         thresholds = torch.zeros(len(chosen), device=logits.device)
-        if self._needs_processing(info):
+        if self.needs_processing(info):
             mixed = logits.clone()
             mixed[index] = result.logits
             top = top2_margin(self._processed(mixed, info)[index], thresholds)
@@ -273,31 +294,40 @@ class StepHook:
 
     # ---- observed without a wait ----------------------------------------------------------------------------------
 
-    def _read_later(self, rows: list[StepRow], top: Any, tokens: torch.Tensor, batch_rows: int, batch: Any) -> None:
+    def _observe(self, rows: list[StepRow], original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
+        """Measure a decode step of ungated requests on a GPU without waiting for it."""
+        logits = logits_output.next_token_logits
+        top = self._top2(self._processed(logits, batch.sampling_info))
+        if _is_plain_argmax(model_runner, batch):
+            # SGLang would take the argmax of the same logits in a pass of its own.
+            tokens = top.token.clone()
+        else:
+            tokens = original(model_runner, logits_output, batch)
+        self._read_later(rows, top, tokens, batch)
+        return tokens
+
+    def _read_later(self, rows: list[StepRow], top: Top2, tokens: torch.Tensor, batch: Any) -> None:
         """Copy a step's numbers off the GPU without waiting, and record the steps whose copies have arrived.
 
         Steps are read one forward late: by then the copy is done, so the scheduler never waits for our sake.
         """
-        chosen = (
-            tokens if len(rows) == len(tokens) else tokens[torch.tensor([r.index for r in rows], device=tokens.device)]
-        )
-        packed = torch.stack([top.token, top.second, top.margin.view(torch.int32).long(), chosen.long()])
+        packed = torch.stack([top.token, top.second, top.margin.view(torch.int32).long(), tokens.long()])
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._late.append((rows, host, arrived, batch_rows, batch))
+        self._late.append((rows, host, arrived, len(tokens), batch))
         while len(self._late) > 1:
             self._record_late()
 
     def _record_late(self) -> None:
         rows, host, arrived, batch_rows, batch = self._late.popleft()
         arrived.synchronize()
-        token, second, margin, chosen = host
-        margins = margin.int().view(torch.float32).tolist()
-        for row, t, s, m in zip(rows, token.tolist(), second.tolist(), margins):
-            row.fast_token, row.second_token, row.margin = t, s, m
-        self._record(rows, chosen.tolist(), batch_rows, True, batch, 0.0)
+        margins = host[2].int().view(torch.float32).tolist()
+        token, second, _, chosen = host.tolist()
+        for row in rows:
+            row.fast_token, row.second_token, row.margin = token[row.index], second[row.index], margins[row.index]
+        self._record(rows, [chosen[row.index] for row in rows], batch_rows, True, batch, 0.0)
 
     def drain(self, state: RequestState | None = None, tokens: int = 0) -> None:
         """Record the steps that are still on their way, or only as many as the first ``tokens`` of one request need."""
@@ -330,7 +360,7 @@ class StepHook:
                 runtime.commit(state)
             params = ledger.params
             waited = verify_ms if ledger.gated else 0.0
-            triggered = decode and triggers(row.margin, params.threshold)
+            triggered = decode and triggers(row.margin, row.threshold)
             verified = row.verify_token is not None
             delta = row.delta
             state.pending = StepRecord(

@@ -8,6 +8,8 @@
 ``MARGINGATE_TEST_KV_DIGEST=1`` ``meta_info.margingate.kv_digest``: SHA-256 of the request's generated K/V columns
 ``MARGINGATE_TEST_BREAK=NAME``  the linear layer whose name ends with NAME leaks its companions into each row
                                 (what the start-up self-test must refuse)
+``MARGINGATE_TEST_SHARE=1``     a request's threshold is read as a share: that part of its steps triggers, drawn by step
+                                (cost at a set trigger rate; bf16 margins take few values, so thresholds cannot set it)
 ==============================  =====================================================================================
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from sglang_margingate.config import ConfigError
+from sglang_margingate.gate.audit import AuditSampler
 
 
 def _number(name: str, kind: type) -> Any:
@@ -41,6 +44,7 @@ class TestKnobs:
     poison_every: int = field(default_factory=lambda: _number("MARGINGATE_TEST_POISON", int))
     flip_rate: float = field(default_factory=lambda: _number("MARGINGATE_TEST_FLIP_RATE", float))
     kv_digest: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_KV_DIGEST") == "1")
+    trigger_by_share: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SHARE") == "1")
     break_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_BREAK", ""))
 
     @property
@@ -53,6 +57,10 @@ class TestKnobs:
         if self.poison_every and step > 0 and step % self.poison_every == 0:
             return True
         return bool(self.flip_rate) and batch_rows > 1 and random.random() < self.flip_rate
+
+    def draws(self, state: Any, share: float) -> bool:
+        """Return whether a step triggers under ``trigger_by_share``: the same steps in every run of a request id."""
+        return AuditSampler(share, seed=1).draw(state.ledger.request_id, state.next_step)
 
 
 def swap_best_two(logits_row: torch.Tensor) -> None:

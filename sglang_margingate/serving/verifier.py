@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from margingate_kernels import KVColumns
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,26 @@ class KvAccess:
         pool = model_runner.token_to_kv_pool
         return cls(pool, range(pool.start_layer, pool.start_layer + pool.layer_num))
 
-    def read(self, slots: torch.Tensor, layers: list[int] | None = None) -> list[torch.Tensor]:
+    @cached_property
+    def columns(self) -> KVColumns:
+        """All layers, for one-launch saves and restores."""
+        return self._columns(list(self.layers))
+
+    @cached_property
+    def ends(self) -> KVColumns:
+        """First and last layer, where a verify's change of a column is recorded."""
+        return self._columns([self.layers[0], self.layers[-1]])
+
+    def _columns(self, layers: list[int]) -> KVColumns:
+        return KVColumns(
+            [self.pool.get_key_buffer(layer) for layer in layers],
+            [self.pool.get_value_buffer(layer) for layer in layers],
+        )
+
+    def read(self, slots: torch.Tensor) -> list[torch.Tensor]:
         """Return copies of K then V of each layer at ``slots``: tensors of shape [slots, heads, head_dim]."""
         out = []
-        for layer in self.layers if layers is None else layers:
+        for layer in self.layers:
             out.append(self.pool.get_key_buffer(layer)[slots])
             out.append(self.pool.get_value_buffer(layer)[slots])
         return out
@@ -90,14 +108,6 @@ class KvAccess:
         for layer in self.layers:
             self.pool.get_key_buffer(layer)[slots] = next(pairs)
             self.pool.get_value_buffer(layer)[slots] = next(pairs)
-
-
-def kv_delta(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[KvDelta]:
-    """Compare the columns of first and last layer: [K first, V first, K last, V last], one entry per slot."""
-    change = [(a.float() - b.float()).abs().flatten(1).amax(1) for a, b in zip(after, before)]
-    first = torch.maximum(change[0], change[1]).tolist()
-    last = torch.maximum(change[2], change[3]).tolist()
-    return [KvDelta(f, x) for f, x in zip(first, last)]
 
 
 @dataclass
@@ -118,7 +128,6 @@ class EagerVerifier:
 
     def __post_init__(self) -> None:
         self.kv = KvAccess.of(self.model_runner)
-        self.ends = [self.kv.layers[0], self.kv.layers[-1]]
 
     def slots(self, pool_index: int, positions: list[int]) -> torch.Tensor:
         """Return the pool slots that hold ``positions`` of a request, int64."""
@@ -144,16 +153,16 @@ class EagerVerifier:
         mr = self.model_runner
         device = mr.device
         table = mr.req_to_token_pool.req_to_token
-        pool_t = torch.tensor(pool_indices, dtype=torch.int64, device=device)
-        pos_t = torch.tensor(positions, dtype=torch.int64, device=device)
+        # One copy to the device instead of three.
+        ids, pool_t, pos_t = torch.tensor([tokens, pool_indices, positions], dtype=torch.int64).to(device)
         out_loc = table[pool_t, pos_t].long()
         out_loc[real:] = 0
         seq_lens_cpu = torch.tensor([p + 1 for p in positions], dtype=torch.int64)
-        seq_lens = seq_lens_cpu.to(device)
+        seq_lens = pos_t + 1
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
             batch_size=len(tokens),
-            input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+            input_ids=ids,
             req_pool_indices=pool_t,
             seq_lens=seq_lens,
             seq_lens_cpu=seq_lens_cpu,
@@ -180,13 +189,13 @@ class EagerVerifier:
         """Run all jobs' rows, oldest first, in as few passes of M rows as they need."""
         start = time.perf_counter()
         newest = torch.cat([self.slots(j.pool_index, [j.rows[-1][0]]) for j in jobs])
-        before = self.kv.read(newest, self.ends)
-        saved = [
-            (slots, self.kv.read(slots))
-            for j in jobs
-            if j.shadow
-            for slots in [self.slots(j.pool_index, [p for p, _ in j.rows])]
-        ]
+        before = self.kv.ends.staging(len(newest))
+        self.kv.ends.save(newest, before)
+        kept = [self.slots(j.pool_index, [p for p, _ in j.rows]) for j in jobs if j.shadow]
+        if kept:
+            kept_slots = torch.cat(kept)
+            staging = self.kv.columns.staging(len(kept_slots))
+            self.kv.columns.save(kept_slots, staging)
         flat = [
             (j.pool_index, p, t, i, k == len(j.rows) - 1) for i, j in enumerate(jobs) for k, (p, t) in enumerate(j.rows)
         ]
@@ -202,10 +211,10 @@ class EagerVerifier:
                 picked = logits[torch.tensor(newest_rows, device=logits.device)]
                 for k, answer in zip(newest_rows, picked):
                     answers[part[k][3]] = answer
-        delta = kv_delta(before, self.kv.read(newest, self.ends))
-        for slots, columns in saved:
-            self.kv.write(slots, columns)
+        first, last = self.kv.ends.max_abs_change(newest, before).tolist()
+        if kept:
+            self.kv.columns.restore(kept_slots, staging)
         stacked = torch.stack([a for a in answers if a is not None])
         seconds = time.perf_counter() - start
         self.counters.seconds += seconds
-        return VerifyResult(stacked, delta, seconds, passes, len(flat))
+        return VerifyResult(stacked, [KvDelta(*d) for d in zip(first, last)], seconds, passes, len(flat))

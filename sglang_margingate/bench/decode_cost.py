@@ -1,0 +1,217 @@
+"""What a decode step costs on a running server, by batch size and policy; and whether sequences stay the same.
+
+``python -m sglang_margingate.bench.decode_cost --base-url URL --arms stock --batches 1,8,32,64 --out FILE.json``
+
+Requests carry token ids (no tokenizer needed) and end at a fixed length. An arm is what the requests ask for:
+``stock`` (nothing), ``log``, ``always`` or ``gate@X`` with the threshold X, so one server measures several arms, in
+turn within each repeat. Several servers of one session are put side by side by ``--table FILE FILE ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Stream:
+    """One request's answer as it arrived."""
+
+    sent: float
+    at: list[float] = field(default_factory=list)
+    """Seconds of each chunk's arrival."""
+    count: list[int] = field(default_factory=list)
+    """Tokens received by then."""
+    tokens: list[int] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server and what its prompts are drawn from."""
+
+    url: str
+    vocab: int
+
+    def prompt(self, seed: int, tokens: int) -> list[int]:
+        """Return random token ids, the same for the same seed."""
+        rng = random.Random(seed)
+        return [rng.randrange(100, self.vocab) for _ in range(tokens)]
+
+    def batch(self, prompts: list[list[int]], new: int, custom: dict[str, Any], tag: str | None = None) -> list[Stream]:
+        """Send all prompts at once."""
+        return asyncio.run(_batch(self.url, prompts, new, custom, tag))
+
+
+def arm_params(arm: str) -> dict[str, Any]:
+    """Return the custom parameters of an arm."""
+    policy, _, threshold = arm.partition("@")
+    if policy == "stock":
+        return {}
+    return {"margingate_policy": policy, **({"margingate_threshold": float(threshold)} if threshold else {})}
+
+
+async def _request(session: Any, url: str, ids: list[int], new: int, custom: dict[str, Any], rid: str | None) -> Stream:
+    """Send one streaming request and note when its tokens arrive."""
+    params: dict[str, Any] = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
+    if custom:
+        params["custom_params"] = custom
+    body = {"input_ids": ids, "sampling_params": params, "stream": True, **({"rid": rid} if rid else {})}
+    out = Stream(time.perf_counter())
+    last = b""
+    async with session.post(url + "/generate", json=body) as answer:
+        if answer.status != 200:
+            raise SystemExit(f"HTTP {answer.status}: {(await answer.text())[:300]}")
+        async for line in answer.content:
+            if not line.startswith(b"data:") or b"[DONE]" in line:
+                continue
+            last = line
+            at = line.rfind(b'"completion_tokens":')
+            out.at.append(time.perf_counter())
+            out.count.append(int(line[at + 20 : at + 30].split(b",")[0].split(b"}")[0]))
+    final = json.loads(last[5:])
+    out.tokens, out.meta = final["output_ids"], final["meta_info"]
+    return out
+
+
+async def _batch(url: str, prompts: list[list[int]], new: int, custom: dict[str, Any], tag: str | None) -> list[Stream]:
+    import aiohttp
+
+    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=2**22) as session:
+        jobs = [_request(session, url, p, new, custom, tag and f"{tag}-{i}") for i, p in enumerate(prompts)]
+        return list(await asyncio.gather(*jobs))
+
+
+def summary(streams: list[Stream]) -> dict[str, float]:
+    """Return times in ms and tokens per second of one batch.
+
+    The decode step is read in the window in which every request of the batch is decoding: tokens that one request
+    gained there, over the time between; the median over requests.
+    """
+    begin, end = max(s.at[0] for s in streams), min(s.at[-1] for s in streams)
+    steps = []
+    for s in streams:
+        inside = [(t, n) for t, n in zip(s.at, s.count) if begin <= t <= end]
+        if len(inside) > 1 and inside[-1][1] > inside[0][1]:
+            steps.append((inside[-1][0] - inside[0][0]) / (inside[-1][1] - inside[0][1]) * 1e3)
+    tpot = sorted((s.at[-1] - s.at[0]) / (s.count[-1] - s.count[0]) * 1e3 for s in streams)
+    total = max(s.at[-1] for s in streams) - min(s.sent for s in streams)
+    found = {
+        "step_ms": statistics.median(steps) if steps else float("nan"),
+        "tpot_p50_ms": statistics.median(tpot),
+        "tpot_p99_ms": tpot[min(len(tpot) - 1, int(0.99 * len(tpot)))],
+        "ttft_p50_ms": statistics.median((s.at[0] - s.sent) * 1e3 for s in streams),
+        "tokens_per_s": sum(s.count[-1] for s in streams) / total,
+    }
+    ours = [s.meta["margingate"] for s in streams if s.meta.get("margingate")]
+    for key in ("steps", "triggers", "verified", "flips"):
+        found[key] = float(sum(o[key] for o in ours))
+    return found
+
+
+def cost(to: Target, arms: list[str], batches: list[int], context: int, new: int, repeats: int) -> dict[str, Any]:
+    """Measure every arm at every batch size; the repeats go round all of them."""
+    results: dict[str, Any] = {}
+    for arm in arms:  # warm up: lazy kernels and caches
+        to.batch([to.prompt(9000 + i, context) for i in range(4)], 16, arm_params(arm))
+    for repeat in range(repeats):
+        for rows in batches:
+            for arm in arms:
+                prompts = [to.prompt(10_000 * rows + 100 * repeat + i, context) for i in range(rows)]
+                streams = to.batch(prompts, new, arm_params(arm), f"c{repeat}-{rows}-{arm}")
+                results.setdefault(arm, {}).setdefault(str(rows), []).append(summary(streams))
+    return results
+
+
+def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: int) -> dict[str, Any]:
+    """Compare ``prompts`` sequences alone with the same ones inside batches of each size (fillers make it up)."""
+    lengths = [225 + 675 * i // max(1, prompts - 1) for i in range(prompts)]
+    ids = [to.prompt(i, n) for i, n in enumerate(lengths)]
+    out: dict[str, Any] = {}
+    for arm in arms:
+        custom = arm_params(arm)
+        alone = [to.batch([p], new, custom)[0].tokens for p in ids]
+        for size in sizes:
+            same, first = 0, []
+            group = min(size, prompts)
+            for at in range(0, prompts, group):
+                mine = ids[at : at + group]
+                fill = [to.prompt(5000 + i, 300 + 9 * i) for i in range(size - len(mine))]
+                streams = to.batch(mine + fill, new, custom)
+                for a, b in zip(alone[at : at + group], streams):
+                    same += a == b.tokens
+                    first += (
+                        [next((k for k, (x, y) in enumerate(zip(a, b.tokens)) if x != y), -1)] if a != b.tokens else []
+                    )
+            out.setdefault(arm, {})[str(size)] = {"same": same, "of": prompts, "first_difference": sorted(first)}
+            print(f"{arm}: batch {size}: {same}/{prompts} identical", flush=True)
+    return out
+
+
+def table(files: list[Path]) -> str:
+    """Return all servers' arms side by side, as ratios to the first ``stock``."""
+    documents = [json.loads(f.read_text()) for f in files]
+    base = next(d["cost"]["stock"] for d in documents if "stock" in d["cost"])
+    head = "| server, arm | batch | step, ms (min to max) | of stock | tokens/s | TPOT p50, ms | p99 | triggered |"
+    lines = [head, "| --- " * 8 + "|"]
+    for d in documents:
+        for arm, by_rows in d["cost"].items():
+            for rows, runs in by_rows.items():
+                mid = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+                steps = [r["step_ms"] for r in runs]
+                of = mid["step_ms"] / statistics.median(r["step_ms"] for r in base[rows])
+                share = f"{mid['triggers'] / mid['steps']:.2%}" if mid["steps"] else "-"
+                lines.append(
+                    f"| {d['tag']}, {arm} | {rows} | {mid['step_ms']:.2f} ({min(steps):.2f} to {max(steps):.2f}) | {of:.3f} "
+                    f"| {mid['tokens_per_s']:.0f} | {mid['tpot_p50_ms']:.2f} | {mid['tpot_p99_ms']:.2f} | {share} |"
+                )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, or put measured files side by side."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.decode_cost", description=__doc__)
+    add = parser.add_argument
+    add("--base-url", default="http://127.0.0.1:30000")
+    add("--tag", default="server", help="name of the server in the table")
+    add("--arms", default="stock", help="stock, log, always, gate@THRESHOLD; comma-separated")
+    add("--batches", default="1,8,32,64", help="requests at a time")
+    add("--context", type=int, default=512, help="prompt tokens")
+    add("--new", type=int, default=128, help="generated tokens")
+    add("--repeats", type=int, default=3)
+    add("--identity-arms", default="", help="arms to compare alone with in a batch")
+    add("--identity-sizes", default="2,8,20,33,64")
+    add("--identity-prompts", type=int, default=24)
+    add("--vocab", type=int, default=128_256, help="of the served model (Llama 3.1's)")
+    add("--out", type=Path, default=None)
+    add("--table", type=Path, nargs="+", default=None, metavar="FILE", help="print the table of measured files")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(args.table))
+        return 0
+    to = Target(args.base_url, args.vocab)
+    split = lambda text: [t for t in text.split(",") if t]  # noqa: E731
+    document: dict[str, Any] = {"tag": args.tag, "command": sys.argv[1:], "cost": {}, "identity": {}}
+    sizes = [int(b) for b in split(args.batches)]
+    if args.repeats:
+        document["cost"] = cost(to, split(args.arms), sizes, args.context, args.new, args.repeats)
+    if args.identity_arms:
+        document["identity"] = identity(
+            to, split(args.identity_arms), [int(b) for b in split(args.identity_sizes)], args.identity_prompts, 96
+        )
+    if args.out is not None:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
