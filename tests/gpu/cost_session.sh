@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# One GPU session on an offline host: what log, gate, always and SGLang's deterministic mode cost at the 8B shape.
+#   bash tests/gpu/cost_session.sh STAGE...    stages: stock log window column deterministic table
+# Needs .gpu/ (built by gpu/build_site.sh of the workplace) and $OUT. Weights are random (tests/gpu/random_model.py).
+set -u
+. .gpu/host.sh; site_up
+export PYTHONPATH=$PWD:$PWD/kernels:$PYTHONPATH
+model=/dev/shm/llama-8b kept=/tmp/cost; mkdir -p $kept
+[ -f $model/model.safetensors.index.json ] || python3 tests/gpu/random_model.py .gpu/shapes/llama-3.1-8b $model || exit 1
+common=(--model-path $model --skip-tokenizer-init --context-length 4096 --max-total-tokens 90000 --max-running-requests 80
+  --cuda-graph-max-bs-decode 64 --stream-interval 4)
+ours=sglang_margingate.launch_server
+gates=gate@0.01,gate@0.05,gate@0.1505,gate@0.1856,gate@0.495
+up() {  # like serve, but patient: the first start of a session without saved caches compiles for five minutes
+  serve "$@" && return
+  for _ in $(seq 150); do grep -q 'fired up' "$OUT/$1.log" && return; kill -0 "$PID" 2>/dev/null || return 1; sleep 1; done; return 1
+}
+measure() {  # measure TAG ARGS...
+  local tag=$1; shift
+  timeout 400 python3 -m sglang_margingate.bench.decode_cost --base-url "http://127.0.0.1:$PORT" --tag "$tag" --new 96 \
+    --out "$kept/$tag.json" "$@" >>"$OUT/$tag.txt" 2>&1 || tail -3 "$OUT/$tag.txt"
+  grep identical "$OUT/$tag.txt"; cp "$kept"/*.json "$OUT/"
+}
+for stage in "$@"; do
+  t0=$SECONDS
+  case $stage in
+    stock) MODULE=sglang.launch_server up stock "${common[@]}" --disable-radix-cache &&
+      measure stock --arms stock --identity-arms stock ;;
+    log) MODULE=$ours up log "${common[@]}" --margingate-policy log --disable-radix-cache --margingate-trace-dir /tmp/traces &&
+      measure log --arms log ;;
+    window) MARGINGATE_TEST_SHARE=1 MODULE=$ours up window "${common[@]}" --margingate-radix off --margingate-trace-dir /tmp/traces &&
+      measure window --arms "$gates,always" --identity-arms always ;;
+    column) MARGINGATE_TEST_SHARE=1 MODULE=$ours up column "${common[@]}" --margingate-radix off --margingate-repair column \
+      --margingate-trace-dir /tmp/traces && measure column --arms "$gates" ;;
+    deterministic) MODULE=sglang.launch_server up deterministic "${common[@]}" --enable-deterministic-inference &&
+      measure deterministic --arms stock ;;
+    kernels) timeout 200 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py 2>&1 | tail -3
+      timeout 100 python3 kernels/benchmarks/bench_top2_margin.py >"$OUT/top2.txt" 2>&1; tail -12 "$OUT/top2.txt"; continue ;;
+    table) python3 -m sglang_margingate.bench.decode_cost --table "$kept"/*.json | tee "$OUT/table.txt"; continue ;;
+  esac
+  stop; echo "$stage: $((SECONDS - t0)) s"
+done
+jit_save "$OUT/jit.tar.xz" >/dev/null
