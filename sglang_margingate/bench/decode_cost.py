@@ -158,9 +158,9 @@ def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: i
 
 
 def table(files: list[Path]) -> str:
-    """Return all servers' arms side by side, as ratios to the first ``stock``."""
-    documents = [json.loads(f.read_text()) for f in files]
-    base = next(d["cost"]["stock"] for d in documents if "stock" in d["cost"])
+    """Return all servers' arms side by side, as ratios to the server tagged ``stock`` (or the first file)."""
+    documents = sorted((json.loads(f.read_text()) for f in files), key=lambda d: d["tag"] != "stock")
+    base = next(iter(documents[0]["cost"].values()))
     head = "| server, arm | batch | step, ms (min to max) | of stock | tokens/s | TPOT p50, ms | p99 | triggered |"
     lines = [head, "| --- " * 8 + "|"]
     for d in documents:

@@ -24,6 +24,8 @@ from sglang_margingate.bench.server import serve
 SHARES = (0.0, 0.3, 0.5, 0.7, 0.9)
 GROUP = 10
 SHOTS = 4
+POOL_TOKENS = 160_000
+"""Holds all prompts of the default run: a warm run is warm."""
 SMALL_POOL_TOKENS = 6000
 
 
@@ -125,7 +127,8 @@ def measure(label: str, flags: list[str], prompts: list[Prompt], chats: int, tok
         print(f"{label}: {state}: {out.identical[state]}, cached {out.cached[state]:,}", file=sys.stderr, flush=True)
 
     options: dict[str, Any] = {"max_new_tokens": tokens}
-    with serve(flags, log=log_dir / f"prefix-{label}.log") as server:
+    large = [*flags, "--max-total-tokens", str(POOL_TOKENS)]
+    with serve(large, log=log_dir / f"prefix-{label}.log") as server:
         client = server.client
         cold = run_cold(client, prompts, **options)
         out.ttft_ms["cold"] = first_token_ms(client, prompts[:20], flush=True)
@@ -192,11 +195,13 @@ def main(argv: list[str] | None = None) -> int:
         flags += ["--margingate-chunk", chunk] if chunk else []
         return measure(entry.replace("@", "-"), flags, prompts, args.conversations, args.max_new_tokens, args.log_dir)
 
+    outcomes = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        outcomes = list(pool.map(one, args.radix.split(",")))
+        for outcome in pool.map(one, args.radix.split(",")):
+            outcomes.append(outcome)
+            if args.out is not None:
+                write_record(args.out, outcomes)  # after every server: Ctrl-C keeps what was measured
     print(table(outcomes))
-    if args.out is not None:
-        write_record(args.out, outcomes)
     return 0
 
 
