@@ -71,6 +71,15 @@ class Radix(str, Enum):
     """No prefix is shared."""
 
 
+class FastPathMode(str, Enum):
+    """At which shapes ordinary forwards run."""
+
+    STOCK = "stock"
+    """SGLang's own."""
+    CANONICAL = "canonical"
+    """Only shapes that were probed to give a row the same bits: steps inside them need no verify."""
+
+
 @dataclass(frozen=True)
 class MarginGateConfig:
     """Settings of one server; every field has a flag ``--margingate-<field>`` in the front door.
@@ -93,6 +102,7 @@ class MarginGateConfig:
     """Largest acceptable 95% upper bound of the missed-flip rate; above it the guarantee drops to none."""
     verify_rows: int = DEFAULT_VERIFY_ROWS_CPU
     """The canonical M: rows of every verify pass."""
+    fast_path: FastPathMode = FastPathMode.STOCK
     radix: Radix = Radix.CANONICAL
     chunk: int = DEFAULT_CHUNK_CPU
     """Tokens of a canonical prefill chunk; prefix hits are floored to multiples of it."""
@@ -105,14 +115,21 @@ class MarginGateConfig:
     """Reasons why every guarantee of this server is lowered to none."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("policy", Policy), ("repair", Repair), ("radix", Radix)):
+        kinds = (("policy", Policy), ("repair", Repair), ("radix", Radix), ("fast_path", FastPathMode))
+        for name, kind in kinds:
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, kind(value))
             except ValueError:
                 choices = ", ".join(m.value for m in kind)
-                raise ConfigError(f"--margingate-{name}: {value!r} is unknown; use one of {choices}") from None
+                flag = "--margingate-" + name.replace("_", "-")
+                raise ConfigError(f"{flag}: {value!r} is unknown; use one of {choices}") from None
         object.__setattr__(self, "notes", tuple(self.notes))
+        if self.fast_path is FastPathMode.CANONICAL and not self.policy.verifies:
+            raise ConfigError(
+                f"--margingate-fast-path: canonical needs the policy gate or always, not {self.policy.value}: "
+                "the gate guards the steps that leave the class"
+            )
         if self.threshold is not None:
             object.__setattr__(self, "threshold", check_threshold(self.threshold, "--margingate-threshold"))
         object.__setattr__(self, "audit_rate", check_share(self.audit_rate, "--margingate-audit-rate"))

@@ -3,7 +3,7 @@
 Position t's column is *open* when the fast path wrote it after the last verify. Index ranges of one request::
 
     [0, prompt)            columns of the prompt: canonical, from canonical prefill
-    [prompt, window_start) generated columns, recomputed by a verify: canonical
+    [prompt, window_start) generated columns, written inside the canonical class or recomputed by a verify: canonical
     [window_start, now]    open: tokens in `window`, `window[i]` is the token read at position window_start + i
 """
 
@@ -68,6 +68,16 @@ class RequestLedger:
     window: list[int] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
     notes: list[str] = field(default_factory=list)
+    outside: int = 0
+    """Decode steps whose column is not canonical by its shape: outside the class, or reading a column that is."""
+    _stale: bool = False
+    """`column` repair left batch-shaped columns behind for good."""
+    _newest: tuple[int, int] = (-1, -1)
+
+    @property
+    def clean(self) -> bool:
+        """True when every column so far is canonical, so that a step inside the class is canonical too."""
+        return not self.window and not self._stale
 
     @property
     def gated(self) -> bool:
@@ -82,21 +92,35 @@ class RequestLedger:
         """
         self.window_start = prompt_tokens
         self.window = list(generated)
+        if generated:
+            self._newest = (prompt_tokens + len(generated) - 1, generated[-1])
 
-    def read(self, position: int, token: int) -> None:
-        """Note that a decode step read ``token`` at ``position`` and wrote that column on the fast path."""
+    def read(self, position: int, token: int, in_class: bool = False) -> bool:
+        """Note that a decode step read ``token`` at ``position`` and wrote that column on the fast path.
+
+        Returns
+        -------
+        bool
+            The step is structural: it ran inside the canonical class and so did every column it read. Its column is
+            canonical as it is. ``token`` is then needed by a verify only.
+        """
         expected = self.window_start + len(self.window)
         if position != expected:
             raise LedgerError(
                 f"request {self.request_id}: decode step at position {position}, ledger expects {expected}"
             )
+        self._newest = (position, token)
+        if in_class and self.clean:
+            self.window_start += 1
+            return True
+        self.outside += 1
         self.window.append(token)
+        return False
 
     def rows(self) -> list[tuple[int, int]]:
         """Return the (position, token) rows that a verify of the newest column must compute, oldest first."""
-        last = self.window_start + len(self.window) - 1
-        if self.repair is Repair.COLUMN:
-            return [(last, self.window[-1])]
+        if self.repair is Repair.COLUMN or not self.window:
+            return [self._newest]
         return [(self.window_start + i, token) for i, token in enumerate(self.window)]
 
     def repaired(self) -> None:
@@ -105,17 +129,23 @@ class RequestLedger:
         With `column` repair the older open columns stay batch-shaped for good (the paper's choice), so the window
         is forgotten either way.
         """
+        self._stale |= self.repair is Repair.COLUMN and len(self.window) > 1
         self.window_start += len(self.window)
         self.window.clear()
 
-    def guarantee(self, server_notes: tuple[str, ...] = ()) -> tuple[Guarantee, str | None]:
-        """Return what the finished response may claim, and why it is less than its policy's claim (or None)."""
+    def guarantee(self, server_notes: tuple[str, ...] = (), structural: bool = False) -> tuple[Guarantee, str | None]:
+        """Return what the finished response may claim, and why it is less than its policy's claim (or None).
+
+        ``structural`` says that this server's forwards run inside a probed class unless noted here.
+        """
         if not self.gated:
             return Guarantee.NONE, None
         reasons = [*server_notes, *self.notes]
         if reasons:
             return Guarantee.NONE, "; ".join(dict.fromkeys(reasons))
         c = self.counters
+        if structural and not self.outside:
+            return Guarantee.STRUCTURAL, None
         # The prefill's own token comes from canonical prefill and needs no verify.
         if c.verified - c.audited >= c.steps - 1:
             return Guarantee.VERIFIED, None

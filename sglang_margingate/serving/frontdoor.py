@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate import config as cfg
-from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix, Repair
+from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig, Policy, Radix, Repair
 from sglang_margingate.serving.cpu import is_cpu_host
 
 ON_OFF = ("on", "off")
+
+CPU_CHUNKED_PREFILL = 2048
+"""Tokens of the largest prefill forward under the canonical fast path on a CPU."""
 
 CPU_POOL_TOKENS = 65536
 """K/V pool on a CPU; SGLang's own choice would take 17 GB of memory."""
@@ -79,6 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
         f"{cfg.DEFAULT_VERIFY_ROWS_GPU} on a GPU",
     )
     add(
+        "--margingate-fast-path",
+        choices=[m.value for m in FastPathMode],
+        default=FastPathMode.STOCK.value,
+        help="canonical: run ordinary forwards only at shapes probed to give a row the same bits (tried at start-up); "
+        "steps inside them need no verify",
+    )
+    add(
         "--margingate-radix",
         choices=[m.value for m in Radix],
         default=Radix.CANONICAL.value,
@@ -129,6 +139,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         audit_rate=ours.margingate_audit_rate,
         max_miss=ours.margingate_max_miss,
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
+        fast_path=ours.margingate_fast_path,
         radix=ours.margingate_radix,
         chunk=chunk if chunk is not None else cfg.DEFAULT_CHUNK_CPU if cpu else cfg.DEFAULT_CHUNK_GPU,
         trace=ours.margingate_trace == "on",
@@ -192,6 +203,8 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
                 if _has(flags, flag):
                     raise ConfigError(f"{flag}: the gate brings its own; use --margingate-radix off or stock instead")
             flags += ["--radix-cache-backend", BACKEND_NAME]
+        if cpu and config.fast_path is FastPathMode.CANONICAL:
+            default("--chunked-prefill-size", str(CPU_CHUNKED_PREFILL))  # larger prefills would take long to probe
         if not cpu:
             # The prefill graphs pad chunks to sizes of their own, which would take them off the canonical shape.
             default("--cuda-graph-backend-prefill", "disabled")

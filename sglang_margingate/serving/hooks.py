@@ -27,8 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_margingate.config import MarginGateConfig, Policy
-from sglang_margingate.serving import cpu, launcher, scheduler
+from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
+from sglang_margingate.serving import cpu, fastpath, launcher, scheduler
 
 SGLANG_VERSION = "0.5.17"
 
@@ -139,6 +139,42 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
     ),
 )  # fmt: skip
 
+FAST_PATH_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.model_executor.runner.eager_runner.EagerRunner.execute",
+        "around", fastpath.run_eagerly, (SCHEDULER,),
+        "forwards without a graph are padded into the canonical class, and the batch remembers whether they fitted",
+        "SGLang pads eager forwards to given sizes",
+    ),
+    Hook(
+        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply",
+        "around", fastpath.linear, (SCHEDULER,),
+        "the padding of linear layers",
+        "SGLang pads eager forwards to given sizes",
+    ),
+    Hook(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+        "around", fastpath.head, (SCHEDULER,),
+        "the padding of the layer that makes logits",
+        "SGLang pads eager forwards to given sizes",
+    ),
+)  # fmt: skip
+
+FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.get_batch_sizes_to_capture",
+        "around", fastpath.batch_sizes_to_capture, (SCHEDULER,),
+        "decode graphs are captured at sizes of one class only; the layers are probed right before",
+        "the sizes can be chosen after the model is loaded",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
+        "after", fastpath.set_up_attention, (SCHEDULER,),
+        "FlashInfer's batch-invariant settings: tensor-core decode without K/V split, paged fa3 prefill",
+        "SGLang has a flag for each, outside its deterministic mode",
+    ),
+)  # fmt: skip
+
 CPU_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__",
@@ -178,6 +214,9 @@ def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
     hooks = list(REQUEST_HOOKS)
     if config.policy is not Policy.OFF:
         hooks += GATE_HOOKS
+    if config.fast_path is FastPathMode.CANONICAL:
+        hooks += FAST_PATH_HOOKS
+        hooks += () if cpu.is_cpu_host() else FAST_PATH_GPU_HOOKS
     if cpu.is_cpu_host():
         hooks += CPU_HOOKS
     return [h for h in hooks if process_role in h.roles]

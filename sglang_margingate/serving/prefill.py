@@ -8,6 +8,9 @@ so that chunk j always has the same rows and the same prefix [0, jC), whatever e
 Re-prefill after a retraction stops at the prompt's end too, so the prompt's chunks keep their shapes; the generated
 columns behind it are recomputed by a verify (:attr:`Reason.RESUME`). Requests that did not ask for determinism are
 batched as usual.
+
+Where the canonical fast path has shown that prefill depends on neither companions, chunking nor prefix hits (``batched``),
+SGLang batches and chunks as it likes, hits are used in full, and a request is only noted when a forward left the class.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.serving.fastpath import IN_CLASS
 from sglang_margingate.serving.state import RequestState, state_of
 
 if TYPE_CHECKING:
@@ -28,10 +32,12 @@ class PrefillRules:
     ----------
     config
         The server's configuration.
+    isolated
+        Whether gated prompts keep to the grid, one at a time; False: they are batched.
     """
 
-    def __init__(self, config: MarginGateConfig) -> None:
-        self.config = config
+    def __init__(self, config: MarginGateConfig, isolated: bool = True) -> None:
+        self.config, self.isolated = config, isolated
 
     def chunk_limit(self, prefix: int, prompt: int) -> int | None:
         """Return the most tokens the next chunk may have, or None where any number is fine.
@@ -50,6 +56,10 @@ class PrefillRules:
     def note_chunk(self, req: Any, state: RequestState, batch: Any, index: int) -> None:
         """Lower the request's guarantee when one of its chunks ran at a shape of its own."""
         if not state.ledger.gated:
+            return
+        if not self.isolated:
+            if not getattr(batch, IN_CLASS, False):
+                self._note(state, "a prefill forward ran outside the canonical class")
             return
         if len(batch.extend_seq_lens_cpu) > 1:
             self._note(state, "a prompt chunk shared its forward with another request")
@@ -74,8 +84,8 @@ def add_one_req(runtime: Runtime, original: Any, adder: Any, req: Any, *args: An
     """Admit a waiting request to the prefill batch; a gated one only alone and with its chunk on the grid."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    gated = _gated(req)
-    if adder.can_run_list and (gated or any(_gated(r) for r in adder.can_run_list)):
+    gated = runtime.prefill_rules.isolated and _gated(req)
+    if adder.can_run_list and (gated or _holds_gated(runtime, adder)):
         return AddReqResult.OTHER
     if gated:
         _cap(runtime, adder, req)
@@ -84,9 +94,13 @@ def add_one_req(runtime: Runtime, original: Any, adder: Any, req: Any, *args: An
 
 def add_chunked_req(runtime: Runtime, original: Any, adder: Any, req: Any) -> Any:
     """Continue a chunked prompt; a gated one's next chunk stays on the grid."""
-    if _gated(req):
+    if runtime.prefill_rules.isolated and _gated(req):
         _cap(runtime, adder, req)
     return original(adder, req)
+
+
+def _holds_gated(runtime: Runtime, adder: Any) -> bool:
+    return runtime.prefill_rules.isolated and any(_gated(r) for r in adder.can_run_list)
 
 
 def _cap(runtime: Runtime, adder: Any, req: Any) -> None:

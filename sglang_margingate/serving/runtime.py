@@ -14,6 +14,7 @@ from sglang_margingate.gate.ledger import Counters, RequestLedger
 from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.gate.stats import Rate
+from sglang_margingate.serving.fastpath import FastPath
 from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.prefill import PrefillRules
 from sglang_margingate.serving.radix_names import namespace, uses_backend
@@ -52,6 +53,10 @@ class Runtime:
         Result of the start-up self-test; None where there is nothing to test.
     writer
         Trace writer, or None with the trace off.
+    metrics
+        Prometheus counters.
+    fast
+        The canonical fast path, where it is used.
     """
 
     def __init__(
@@ -62,11 +67,12 @@ class Runtime:
         self_test: SelfTestResult | None,
         writer: Any,
         metrics: Metrics,
+        fast: FastPath | None = None,
     ) -> None:
         self.config, self.scheduler, self.verifier = config, scheduler, verifier
-        self.self_test, self.writer, self.metrics = self_test, writer, metrics
+        self.self_test, self.writer, self.metrics, self.fast = self_test, writer, metrics, fast
         self.rules = RequestRules(config)
-        self.prefill_rules = PrefillRules(config)
+        self.prefill_rules = PrefillRules(config, isolated=fast is None or not fast.batched_prefill)
         self.knobs = TestKnobs()
         self.totals = Totals()
         self.audit = AuditCounter()
@@ -160,7 +166,7 @@ class Runtime:
         bound = self.missed_rate()
         if self.config.max_miss is not None and bound.denominator and bound.upper() > self.config.max_miss:
             notes = (*notes, f"missed flips {bound} exceed --margingate-max-miss {self.config.max_miss}")
-        return state.ledger.guarantee(notes)
+        return state.ledger.guarantee(notes, structural=self.fast is not None)
 
     def missed_rate(self) -> Rate:
         """Return missed flips over untriggered steps that were verified all the same (audit or always)."""
@@ -280,7 +286,9 @@ class Runtime:
             else {name: entry.threshold for name, entry in self.rules.profile.datasets.items()},
             "verify_rows": self.config.verify_rows,
             "radix": self.config.radix.value,
-            "chunk": self.config.chunk,
+            "chunk": self.config.chunk if self.prefill_rules.isolated else 1,
+            "fast_path": self.config.fast_path.value,
+            "invariance": None if self.fast is None else self.fast.to_dict(),
             "audit_rate": self.config.audit_rate,
             "notes": list(self.config.notes),
             "test_knobs": self.knobs.active,

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.config import ConfigError, MarginGateConfig
-from sglang_margingate.serving import support
+from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
+from sglang_margingate.serving import fastpath, support
+from sglang_margingate.serving.fastpath import FastPath
 from sglang_margingate.serving.metrics import Metrics
+from sglang_margingate.serving.path_probe import try_fast_path
 from sglang_margingate.serving.runtime import Runtime
 from sglang_margingate.serving.selftest import SelfTestResult, run_self_test
 from sglang_margingate.serving.testknobs import TestKnobs, leak_companions
@@ -41,8 +43,26 @@ def build_runtime(scheduler: Any) -> Runtime:
     notes = [*config.notes, *support.check_server_args(args, config), *support.check_model(model_runner, config)]
     config = replace(config, notes=tuple(dict.fromkeys(notes)))
     verifier, self_test = _verifier(config, model_runner)
-    return Runtime(config, scheduler, verifier, self_test, _writer(config, scheduler, self_test, attached),
-                   Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path)))  # fmt: skip
+    fast = _fast_path(config, scheduler, verifier)
+    return Runtime(config, scheduler, verifier, self_test, _writer(config, scheduler, self_test, attached, fast),
+                   Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path)), fast)  # fmt: skip
+
+
+def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier | None) -> FastPath | None:
+    """Try the canonical fast path out; what does not hold is left to the gate."""
+    if config.fast_path is not FastPathMode.CANONICAL or verifier is None:
+        return None
+    model_runner = scheduler.tp_worker.model_runner
+    fast = fastpath.probed(model_runner, config)
+    seconds = try_fast_path(fast, verifier, model_runner.model_config.vocab_size)
+    verifier.counters = type(verifier.counters)()
+    if fast.batched_prefill and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
+        scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
+    for note in fast.notes:
+        log.warning("margingate: fast path: %s", note)
+    log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", seconds,
+             "in class" if fast.decode_ok else "GATED", "batched" if fast.batched_prefill else "one at a time")  # fmt: skip
+    return fast
 
 
 def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifier | None, SelfTestResult | None]:
@@ -87,7 +107,13 @@ def make_verifier(model_runner: Any, rows: int) -> EagerVerifier:
     return GraphVerifier(model_runner, rows)
 
 
-def _writer(config: MarginGateConfig, scheduler: Any, self_test: SelfTestResult | None, attached: list[str]) -> Any:
+def _writer(
+    config: MarginGateConfig,
+    scheduler: Any,
+    self_test: SelfTestResult | None,
+    attached: list[str],
+    fast: FastPath | None,
+) -> Any:
     if not config.trace or scheduler.ps.tp_rank != 0:
         return None
     from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
@@ -110,6 +136,7 @@ def _writer(config: MarginGateConfig, scheduler: Any, self_test: SelfTestResult 
             "profile": config.profile,
             "self_test": None if self_test is None else self_test.to_dict(),
             "hooks": attached,
+            "invariance": None if fast is None else fast.to_dict(),
             "notes": list(config.notes),
         },
     )

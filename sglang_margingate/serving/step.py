@@ -44,6 +44,8 @@ class StepRow:
     position: int
     resumed: bool = False
     threshold: float = 0.0
+    structural: bool = False
+    """The step and every column it read ran inside the canonical class: it needs no verify, whatever its margin."""
     fast_token: int = -1
     second_token: int = -1
     margin: float = float("nan")
@@ -107,7 +109,7 @@ class StepHook:
 
         logits, info = logits_output.next_token_logits, batch.sampling_info
         self._inject_faults(rows, logits, batch, decode)
-        if logits.is_cuda and decode and not any(r.state.ledger.gated for r in rows):
+        if logits.is_cuda and decode and not any(self._waits(r) for r in rows):
             return self._observe(rows, original, model_runner, logits_output, batch)
         self.drain()  # steps that are still on their way come before this one
         self._measure(rows, self._processed(logits, info))
@@ -124,6 +126,8 @@ class StepHook:
         # The CPU mirror costs no wait for the GPU.
         cpu = batch.seq_lens_cpu
         positions = batch.positions.tolist() if cpu is None else [n - 1 for n in cpu.tolist()]
+        fast = self.runtime.fast
+        in_class = fast is not None and fast.decode_in_class(len(reqs), batch)
         rows = []
         for index, (req, position) in enumerate(zip(reqs, positions)):
             state = state_of(req)
@@ -134,13 +138,26 @@ class StepHook:
                 # its slots are free, so its row must not be verified.
                 continue
             state.max_batch_rows = max(state.max_batch_rows, len(reqs))
+            row = StepRow(index, req, state, position)
             if state.ledger.gated:
+                if not in_class or self._needs_tokens(state):
+                    self.drain()  # the token that this step reads is known once the last step was recorded
                 try:
-                    state.ledger.read(position, state.last_token)
+                    row.structural = state.ledger.read(position, state.last_token, in_class)
                 except LedgerError as error:
                     self._give_up(state, str(error))
-            rows.append(StepRow(index, req, state, position, threshold=self._threshold(state)))
+            row.threshold = self._threshold(state)
+            rows.append(row)
         return rows
+
+    def _needs_tokens(self, state: RequestState) -> bool:
+        """Return whether a verify may ask for the token that this step reads."""
+        ledger = state.ledger
+        return not ledger.clean or ledger.params.policy is Policy.ALWAYS or self.runtime.config.audit_rate > 0
+
+    def _waits(self, row: StepRow) -> bool:
+        """Return whether this row's margin decides something before the next forward."""
+        return row.state.ledger.gated and (not row.structural or self._needs_tokens(row.state))
 
     def _open_prefill(self, reqs: list[Any], batch: Any) -> list[StepRow]:
         self.drain()
@@ -243,6 +260,8 @@ class StepHook:
         if not decode:
             return Reason.NONE  # the prefill is canonical by its own rules
         audit = self.runtime.audits(ledger.request_id, row.state.next_step)
+        if row.structural and ledger.params.policy is Policy.GATE:
+            return Reason.AUDIT if audit else Reason.NONE
         return decide(ledger.params.policy, row.margin, row.threshold, audit)
 
     def _verify(self, rows: list[StepRow], logits: torch.Tensor, info: Any, decode: bool) -> float:
@@ -292,10 +311,18 @@ class StepHook:
         host = tokens.tolist()
         return [host[r.index] for r in rows]
 
+    @staticmethod
+    def _enforce_argmax(rows: list[StepRow], top: Top2, tokens: torch.Tensor, info: Any) -> None:
+        """Do the same for structural steps, without waiting for the GPU."""
+        gated = [r.index for r in rows if r.state.ledger.gated]
+        if gated and not info.is_all_greedy:
+            index = torch.tensor(gated).pin_memory().to(tokens.device, non_blocking=True)
+            tokens[index] = top.token[index].to(tokens.dtype)
+
     # ---- observed without a wait ----------------------------------------------------------------------------------
 
     def _observe(self, rows: list[StepRow], original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
-        """Measure a decode step of ungated requests on a GPU without waiting for it."""
+        """Measure a decode step that waits for no verdict (ungated, or structural) on a GPU without waiting for it."""
         logits = logits_output.next_token_logits
         top = self._top2(self._processed(logits, batch.sampling_info))
         if _is_plain_argmax(model_runner, batch):
@@ -303,6 +330,7 @@ class StepHook:
             tokens = top.token.clone()
         else:
             tokens = original(model_runner, logits_output, batch)
+            self._enforce_argmax(rows, top, tokens, batch.sampling_info)
         self._read_later(rows, top, tokens, batch)
         return tokens
 
@@ -360,7 +388,8 @@ class StepHook:
                 runtime.commit(state)
             params = ledger.params
             waited = verify_ms if ledger.gated else 0.0
-            triggered = decode and triggers(row.margin, row.threshold)
+            # A structural step does not trigger: its shape already answers for it.
+            triggered = decode and not row.structural and triggers(row.margin, row.threshold)
             verified = row.verify_token is not None
             delta = row.delta
             state.pending = StepRecord(
@@ -370,7 +399,7 @@ class StepHook:
                     row.second_token, row.margin, params.threshold, row.reason.value, row.verify_token,
                     row.verify_margin, row.flipped, verified and row.repairs, None if delta is None else delta.first,
                     None if delta is None else delta.last, row.window_rows, batch_rows, batch_rows,
-                    not decode and runtime.config.policy.verifies, not decode, step_ms, waited, 0.0,
+                    row.structural or (not decode and runtime.config.policy.verifies), not decode, step_ms, waited, 0.0,
                     runtime.token_text(token),
                 ),
                 row.reason, triggered, row.flipped, row.margin, waited,

@@ -131,8 +131,13 @@ class EagerVerifier:
 
     def slots(self, pool_index: int, positions: list[int]) -> torch.Tensor:
         """Return the pool slots that hold ``positions`` of a request, int64."""
+        return self._slots_of([(pool_index, position) for position in positions])
+
+    def _slots_of(self, places: list[tuple[int, int]]) -> torch.Tensor:
+        """Return the pool slots of (request, position) pairs in one lookup, int64."""
         table = self.model_runner.req_to_token_pool.req_to_token
-        return table[pool_index, torch.tensor(positions, device=table.device)].long()
+        index = torch.tensor(places, dtype=torch.int64).to(table.device)
+        return table[index[:, 0], index[:, 1]].long()
 
     def forward(self, pool_indices: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         """Run one pass of at most M rows; return their logits, [len(rows), V] float32."""
@@ -140,14 +145,15 @@ class EagerVerifier:
         pad = self.rows - n
         if pad < 0:
             raise ValueError(f"{n} rows do not fit a pass of {self.rows}")
-        batch = self._forward_batch(pool_indices + [0] * pad, positions + [0] * pad, tokens + [0] * pad, n)
+        batch = self.forward_batch(pool_indices + [0] * pad, positions + [0] * pad, tokens + [0] * pad, n)
         output = self._run(batch)
         self.counters.passes += 1
         self.counters.rows += n
         self.counters.padded_rows += pad
         return output.next_token_logits[:n]
 
-    def _forward_batch(self, pool_indices: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
+    def forward_batch(self, pool_indices: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
+        """Return SGLang's ``ForwardBatch`` of a decode of these rows; those from ``real`` on are padding."""
         from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 
         mr = self.model_runner
@@ -188,33 +194,34 @@ class EagerVerifier:
     def verify(self, jobs: list[VerifyJob]) -> VerifyResult:
         """Run all jobs' rows, oldest first, in as few passes of M rows as they need."""
         start = time.perf_counter()
-        newest = torch.cat([self.slots(j.pool_index, [j.rows[-1][0]]) for j in jobs])
+        newest = self._slots_of([(j.pool_index, j.rows[-1][0]) for j in jobs])
         before = self.kv.ends.staging(len(newest))
         self.kv.ends.save(newest, before)
-        kept = [self.slots(j.pool_index, [p for p, _ in j.rows]) for j in jobs if j.shadow]
+        kept = [(j.pool_index, position) for j in jobs if j.shadow for position, _ in j.rows]
         if kept:
-            kept_slots = torch.cat(kept)
+            kept_slots = self._slots_of(kept)
             staging = self.kv.columns.staging(len(kept_slots))
             self.kv.columns.save(kept_slots, staging)
         flat = [
             (j.pool_index, p, t, i, k == len(j.rows) - 1) for i, j in enumerate(jobs) for k, (p, t) in enumerate(j.rows)
         ]
-        answers: list[torch.Tensor | None] = [None] * len(jobs)
+        answers: torch.Tensor | None = None
         passes = 0
         for at in range(0, len(flat), self.rows):
             part = flat[at : at + self.rows]
             logits = self.forward([r[0] for r in part], [r[1] for r in part], [r[2] for r in part])
             passes += 1
-            newest_rows = [k for k, row in enumerate(part) if row[4]]
+            if answers is None:
+                answers = logits.new_empty(len(jobs), logits.shape[1])
+            newest_rows = [(row[3], k) for k, row in enumerate(part) if row[4]]
             if newest_rows:
                 # A copy: the next pass may overwrite the logits buffer.
-                picked = logits[torch.tensor(newest_rows, device=logits.device)]
-                for k, answer in zip(newest_rows, picked):
-                    answers[part[k][3]] = answer
+                into, source = torch.tensor(newest_rows, dtype=torch.int64).to(logits.device).unbind(1)
+                answers[into] = logits[source]
         first, last = self.kv.ends.max_abs_change(newest, before).tolist()
         if kept:
             self.kv.columns.restore(kept_slots, staging)
-        stacked = torch.stack([a for a in answers if a is not None])
+        assert answers is not None
         seconds = time.perf_counter() - start
         self.counters.seconds += seconds
-        return VerifyResult(stacked, [KvDelta(*d) for d in zip(first, last)], seconds, passes, len(flat))
+        return VerifyResult(answers, [KvDelta(*d) for d in zip(first, last)], seconds, passes, len(flat))

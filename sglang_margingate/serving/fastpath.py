@@ -1,0 +1,206 @@
+"""The canonical fast path: every forward runs at shapes of one class, so most steps need no verify.
+
+What it changes in SGLang, all through hooks (table in hooks.py) and only with ``--margingate-fast-path canonical``:
+
+* decode graphs are captured only at sizes inside the class of the verify's M; smaller batches are padded up to them;
+* FlashInfer decodes with tensor cores and without K/V split, and prefills paged with its Hopper kernels (fa3), whose
+  bits depend on neither companions nor chunking;
+* forwards without a graph (prefill; decode on a CPU) have the rows of each linear layer padded to a probed size.
+
+What is not known from the linear map is tried out end to end before the server takes requests (path_probe.py). Where
+prefill turns out to depend on its shape, gated prompts keep to the chunk grid, one at a time, as without the fast path.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sglang_margingate.config import FastPathMode, MarginGateConfig
+from sglang_margingate.gate.invariance import InvarianceMap, RowSizes, rows_to_probe
+from sglang_margingate.serving.linear_probe import probe_linear_layers
+from sglang_margingate.serving.versions import device_name, versions
+
+log = logging.getLogger(__name__)
+
+IN_CLASS = "margingate_in_class"
+"""Attribute of a ``ForwardBatch`` that ran without a graph: whether its rows were inside the class."""
+
+CPU_LARGEST = 2048
+GPU_LARGEST = 16_384
+
+
+@dataclass
+class FastPath:
+    """The classes this server keeps its forwards in."""
+
+    map: InvarianceMap
+    decode: RowSizes
+    prefill: RowSizes
+    head: RowSizes
+    graph_sizes: tuple[int, ...] = ()
+    """Captured decode sizes; empty without CUDA graphs."""
+    batched_prefill: bool = False
+    """Prefill is invariant to companions, chunking and prefix hits (found by path_probe.py)."""
+    decode_ok: bool = False
+    """Decode gives one row the same bits at every size, and the verify's (found by path_probe.py)."""
+    notes: list[str] = field(default_factory=list)
+    """What was tried and failed, in words."""
+    active: RowSizes | None = None
+    """Where the running forward's rows go; None outside forwards and inside graphs."""
+
+    def decode_in_class(self, rows: int, batch: Any) -> bool:
+        """Return whether a decode forward of ``rows`` requests ran inside the class."""
+        if not self.decode_ok:
+            return False
+        if hasattr(batch, IN_CLASS):
+            return bool(getattr(batch, IN_CLASS))
+        return bool(self.graph_sizes) and bisect_left(self.graph_sizes, rows) < len(self.graph_sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for status page and manifest."""
+        return {
+            "map": self.map.to_dict(),
+            "decode_rows": self.decode.describe(),
+            "prefill_rows": self.prefill.describe(),
+            "one_class": self.decode.sizes == self.prefill.sizes,
+            "graph_sizes": list(self.graph_sizes),
+            "decode_ok": self.decode_ok,
+            "batched_prefill": self.batched_prefill,
+            "notes": list(self.notes),
+        }
+
+
+_fast: FastPath | None = None
+
+
+def current() -> FastPath | None:
+    """Return this process's fast path; None before it is probed, or when the stock one is used."""
+    return _fast
+
+
+def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
+    """Probe the model's linear layers, once per process."""
+    global _fast
+    if _fast is None:
+        cpu = model_runner.device == "cpu"
+        chunk = model_runner.server_args.chunked_prefill_size or 0
+        largest = min(chunk if chunk > 0 else GPU_LARGEST, CPU_LARGEST if cpu else GPU_LARGEST)
+        rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 32, 2048, 128)
+        environment = {"device": device_name(model_runner.device), "torch_cuda": torch.version.cuda, **versions()}
+        found = probe_linear_layers(model_runner.model, sorted({*rows, config.verify_rows}), environment)
+        _fast = FastPath(
+            found,
+            decode=found.same_as(config.verify_rows, head=True),
+            prefill=found.same_as(found.largest(), head=False),
+            head=found.head_same_as(config.verify_rows),
+        )
+        log.info(
+            "margingate: map of %d kinds of layers in %.1f s: decode at %s rows, prefill at %s",
+            len(found.layers), found.seconds, _fast.decode.describe(), _fast.prefill.describe(),
+        )  # fmt: skip
+    return _fast
+
+
+def decode_graph_sizes(fast: FastPath, wanted: list[int]) -> list[int]:
+    """Return the decode sizes to capture: the wanted ones inside the class, and the smallest sensible one."""
+    inside = set(fast.decode.sizes)
+    sizes = {size for size in wanted if size in inside}
+    floor = next((s for s in fast.decode.sizes if s % 8 == 0), fast.decode.sizes[0] if fast.decode.sizes else None)
+    if floor is not None and floor <= max(wanted):
+        sizes.add(floor)
+    return sorted(sizes)
+
+
+# ---- hook functions ---------------------------------------------------------------------------------------------------
+
+
+def batch_sizes_to_capture(original: Any, model_runner: Any, *args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
+    """Keep SGLang's decode graphs inside the class."""
+    capture, compiled = original(model_runner, *args, **kwargs)
+    config = _config()
+    if config is None or model_runner.is_draft_worker:
+        return capture, compiled
+    fast = probed(model_runner, config)
+    sizes = decode_graph_sizes(fast, capture)
+    if not sizes:
+        fast.notes.append(f"no decode size up to {max(capture)} shares the class of {config.verify_rows} rows")
+        return capture, compiled
+    if not fast.graph_sizes:
+        fast.graph_sizes = tuple(sizes)
+    return sizes, [size for size in compiled if size in sizes]
+
+
+def set_up_attention(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    """Choose FlashInfer's batch-invariant settings on a new attention backend."""
+    if _config() is None:
+        return
+    backend.decode_use_tensor_cores = True
+    backend.disable_cuda_graph_kv_split = True
+    if backend.skip_prefill or torch.cuda.get_device_capability()[0] != 9:
+        return
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    # One paged kernel for all of a prefill: the ragged one merges two partial results when there is a prefix.
+    backend.use_paged = True
+    backend.prefill_backend = "fa3"
+    backend.prefill_wrappers_paged = [
+        BatchPrefillWithPagedKVCacheWrapper(backend.workspace_buffer, "NHD", backend="fa3")
+        for _ in backend.prefill_wrappers_paged
+    ]
+
+
+def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Pad the linear layers of a forward without a graph, and note whether it stayed inside its class."""
+    fast = _fast
+    if fast is None:
+        return original(runner, batch, *args, **kwargs)
+    decode = batch.forward_mode.is_decode()
+    sizes = fast.decode if decode else fast.prefill
+    rows = len(batch.input_ids)
+    # On a GPU a decode without a graph plans its attention with a K/V split.
+    inside = sizes.target(rows) is not None and not (decode and fast.graph_sizes)
+    inside &= decode or fast.head.target(batch.batch_size) is not None
+    setattr(batch, IN_CLASS, inside)
+    fast.active = sizes
+    try:
+        return original(runner, batch, *args, **kwargs)
+    finally:
+        fast.active = None
+
+
+def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run one linear layer at a size of the class."""
+    fast = _fast
+    if fast is None or fast.active is None or x.dim() != 2:
+        return original(method, layer, x, *args, **kwargs)
+    rows = len(x)
+    target = fast.active.target(rows)
+    if target is None or target == rows:
+        return original(method, layer, x, *args, **kwargs)
+    return original(method, layer, _padded(x, target), *args, **kwargs)[:rows]
+
+
+def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the layer that makes logits at a size of its class."""
+    fast = _fast
+    if fast is None or fast.active is None:
+        return original(processor, hidden, *args, **kwargs)
+    rows = len(hidden)
+    target = fast.head.target(rows)
+    if target is None or target == rows:
+        return original(processor, hidden, *args, **kwargs)
+    return original(processor, _padded(hidden, target), *args, **kwargs)[:rows]
+
+
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def _config() -> MarginGateConfig | None:
+    config = MarginGateConfig.from_env()
+    return config if config is not None and config.fast_path is FastPathMode.CANONICAL else None
