@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ class Target:
         """Return random token ids, the same for the same seed."""
         rng = random.Random(seed)
         return [rng.randrange(100, self.vocab) for _ in range(tokens)]
+
+    def verifier(self) -> tuple[float, float]:
+        """Return the verify passes so far and the seconds they took; zeros for a server without a verifier."""
+        try:
+            with urllib.request.urlopen(self.url + "/margingate/status", timeout=30) as answer:
+                counters = json.load(answer).get("verifier") or {}
+        except OSError:
+            counters = {}
+        return float(counters.get("passes", 0)), float(counters.get("seconds", 0))
 
     def batch(self, prompts: list[list[int]], new: int, custom: dict[str, Any], tag: str | None = None) -> list[Stream]:
         """Send all prompts at once."""
@@ -127,8 +137,12 @@ def cost(to: Target, arms: list[str], batches: list[int], context: int, new: int
         for rows in batches:
             for arm in arms:
                 prompts = [to.prompt(10_000 * rows + 100 * repeat + i, context) for i in range(rows)]
+                before = to.verifier()
                 streams = to.batch(prompts, new, arm_params(arm), f"c{repeat}-{rows}-{arm}")
-                results.setdefault(arm, {}).setdefault(str(rows), []).append(summary(streams))
+                found = summary(streams)
+                passes, seconds = (b - a for a, b in zip(before, to.verifier()))
+                found |= {"passes": passes, "verify_pass_ms": seconds / passes * 1e3 if passes else float("nan")}
+                results.setdefault(arm, {}).setdefault(str(rows), []).append(found)
     return results
 
 
@@ -161,18 +175,19 @@ def table(files: list[Path]) -> str:
     """Return all servers' arms side by side, as ratios to the server tagged ``stock`` (or the first file)."""
     documents = sorted((json.loads(f.read_text()) for f in files), key=lambda d: d["tag"] != "stock")
     base = next(iter(documents[0]["cost"].values()))
-    head = "| server, arm | batch | step, ms (min to max) | of stock | tokens/s | TPOT p50, ms | p99 | triggered |"
-    lines = [head, "| --- " * 8 + "|"]
+    head = "| server, arm | batch | step, ms (min to max) | of stock | tokens/s | TPOT p50, ms | p99 | triggered | verify pass, ms |"
+    lines = [head, "| --- " * 9 + "|"]
     for d in documents:
         for arm, by_rows in d["cost"].items():
             for rows, runs in by_rows.items():
                 mid = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
                 steps = [r["step_ms"] for r in runs]
                 of = mid["step_ms"] / statistics.median(r["step_ms"] for r in base[rows])
+                cost = f"{mid['verify_pass_ms']:.2f}" if mid.get("passes") else "-"
                 share = f"{mid['triggers'] / mid['steps']:.2%}" if mid["steps"] else "-"
                 lines.append(
                     f"| {d['tag']}, {arm} | {rows} | {mid['step_ms']:.2f} ({min(steps):.2f} to {max(steps):.2f}) | {of:.3f} "
-                    f"| {mid['tokens_per_s']:.0f} | {mid['tpot_p50_ms']:.2f} | {mid['tpot_p99_ms']:.2f} | {share} |"
+                    f"| {mid['tokens_per_s']:.0f} | {mid['tpot_p50_ms']:.2f} | {mid['tpot_p99_ms']:.2f} | {share} | {cost} |"
                 )
     return "\n".join(lines)
 

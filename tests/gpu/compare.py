@@ -9,21 +9,25 @@ from sglang_margingate.bench.alone_vs_batch import demo_prompts
 from sglang_margingate.bench.client import Client, run_alone, run_together
 
 
-def main(url: str, tag: str, count: int) -> None:
+def main(url: str, tag: str, count: int, sizes: str = "2,8,20,33") -> None:
     client = Client(url)
     prompts = demo_prompts(count)
     start = time.perf_counter()
     alone = run_alone(client, prompts)
     print(f"{tag}: alone {time.perf_counter() - start:.1f} s, {sum(len(c.tokens) for c in alone)} tokens")
-    for rows in (2, 8, 20, 33):
+    for rows in map(int, sizes.split(",")):
         start = time.perf_counter()
         together = run_together(client, prompts, rows)
         same = sum(a.same_as(b) for a, b in zip(alone, together))
         seconds = time.perf_counter() - start
         total = {k: sum(c.margingate.get(k, 0) for c in together) for k in ("steps", "triggers", "flips", "missed")}
         largest = max(c.margingate.get("max_batch_rows", 0) for c in together)
-        print(f"{tag}: {rows} in flight: {same}/{count} identical, largest batch {largest}, {total}, {seconds:.1f} s")
+        guarantees = sorted({c.margingate.get("guarantee", "none") for c in together})
+        print(
+            f"{tag}: {rows} in flight: {same}/{count} identical, largest batch {largest}, {total}, {guarantees}, {seconds:.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

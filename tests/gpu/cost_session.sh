@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One GPU session on an offline host: what log, gate, always and SGLang's deterministic mode cost at the 8B shape.
-#   bash tests/gpu/cost_session.sh STAGE...    stages: stock log window column deterministic table
+#   bash tests/gpu/cost_session.sh STAGE...    stages: stock log window column deterministic canonical kernels table
 # Needs .gpu/ (built by gpu/build_site.sh of the workplace) and $OUT. Weights are random (tests/gpu/random_model.py).
 set -u
 . .gpu/host.sh; site_up
@@ -32,6 +32,14 @@ for stage in "$@"; do
       measure window --arms "$gates,always" --identity-arms always ;;
     column) MARGINGATE_TEST_SHARE=1 MODULE=$ours up column "${common[@]}" --margingate-radix off --margingate-repair column \
       --margingate-trace-dir /tmp/traces && measure column --arms "$gates" ;;
+    canonical)  # the embedded model's server starts beside it, so that both compile at once; measured one after the other
+      (PORT=30001 MODULE=$ours up tiny --model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 \
+        --cuda-graph-max-bs-decode 40 --margingate-fast-path canonical --margingate-trace off; echo $PID >/tmp/tiny.pid) &
+      MODULE=$ours up canonical "${common[@]}" --margingate-fast-path canonical --margingate-trace-dir /tmp/traces &&
+        measure canonical --arms gate,always --identity-arms gate
+      grep -h "margingate:" "$OUT/canonical.log" | cut -c1-400; stop; wait
+      timeout 250 python3 tests/gpu/compare.py http://127.0.0.1:30001 tiny 200 8,33 2>&1 | tee "$OUT/tiny.txt"
+      grep -h "margingate:" "$OUT/tiny.log" | cut -c1-300; kill -KILL -- "-$(cat /tmp/tiny.pid)"; continue ;;
     deterministic) MODULE=sglang.launch_server up deterministic "${common[@]}" --enable-deterministic-inference &&
       measure deterministic --arms stock ;;
     kernels) timeout 200 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py 2>&1 | tail -3
