@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_margingate.bench.client import Client
+
 
 @dataclass
 class Stream:
@@ -55,6 +57,10 @@ class Target:
         except OSError:
             counters = {}
         return float(counters.get("passes", 0)), float(counters.get("seconds", 0))
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache, where there is one."""
+        Client(self.url).flush_cache()
 
     def batch(self, prompts: list[list[int]], new: int, custom: dict[str, Any], tag: str | None = None) -> list[Stream]:
         """Send all prompts at once."""
@@ -136,7 +142,9 @@ def cost(to: Target, arms: list[str], batches: list[int], context: int, new: int
     for repeat in range(repeats):
         for rows in batches:
             for arm in arms:
-                prompts = [to.prompt(10_000 * rows + 100 * repeat + i, context) for i in range(rows)]
+                # Prompts of an arm's own: a prefix cached by another arm would shorten its prefill.
+                seed = 10**7 * arms.index(arm) + 10**5 * rows + 10**3 * repeat
+                prompts = [to.prompt(seed + i, context) for i in range(rows)]
                 before = to.verifier()
                 streams = to.batch(prompts, new, arm_params(arm), f"c{repeat}-{rows}-{arm}")
                 found = summary(streams)
@@ -144,6 +152,20 @@ def cost(to: Target, arms: list[str], batches: list[int], context: int, new: int
                 found |= {"passes": passes, "verify_pass_ms": seconds / passes * 1e3 if passes else float("nan")}
                 results.setdefault(arm, {}).setdefault(str(rows), []).append(found)
     return results
+
+
+def prefill(to: Target, arms: list[str], repeats: int) -> dict[str, list[float]]:
+    """Return prompt tokens per second of 64 prompts of 100 to 900 tokens that arrive together, by arm."""
+    lengths = [100 + 800 * i // 63 for i in range(64)]
+    out: dict[str, list[float]] = {arm: [] for arm in arms}
+    for repeat in range(-1, repeats):  # the first round is a warm-up
+        for number, arm in enumerate(arms):
+            prompts = [to.prompt(10**6 * (repeat + 2) + 1000 * number + i, n) for i, n in enumerate(lengths)]
+            streams = to.batch(prompts, 1, arm_params(arm))
+            seconds = max(s.at[-1] for s in streams) - min(s.sent for s in streams)
+            if repeat >= 0:
+                out[arm].append(sum(lengths) / seconds)
+    return out
 
 
 def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: int) -> dict[str, Any]:
@@ -155,20 +177,27 @@ def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: i
         custom = arm_params(arm)
         alone = [to.batch([p], new, custom)[0].tokens for p in ids]
         for size in sizes:
-            same, first = 0, []
-            group = min(size, prompts)
-            for at in range(0, prompts, group):
-                mine = ids[at : at + group]
-                fill = [to.prompt(5000 + i, 300 + 9 * i) for i in range(size - len(mine))]
-                streams = to.batch(mine + fill, new, custom)
-                for a, b in zip(alone[at : at + group], streams):
-                    same += a == b.tokens
-                    first += (
-                        [next((k for k, (x, y) in enumerate(zip(a, b.tokens)) if x != y), -1)] if a != b.tokens else []
-                    )
-            out.setdefault(arm, {})[str(size)] = {"same": same, "of": prompts, "first_difference": sorted(first)}
-            print(f"{arm}: batch {size}: {same}/{prompts} identical", flush=True)
+            for state in ("cold", "warm"):
+                if state == "cold":
+                    to.flush_cache()
+                same, first = _compare(to, ids, alone, size, new, custom)
+                out.setdefault(arm, {})[f"{size} {state}"] = {"same": same, "of": prompts, "first_difference": first}
+                print(f"{arm}: batch {size}, {state}: {same}/{prompts} identical", flush=True)
     return out
+
+
+def _compare(
+    to: Target, ids: list[list[int]], alone: list[list[int]], size: int, new: int, custom: dict[str, Any]
+) -> tuple[int, list[int]]:
+    """Return how many sequences equal the run alone, and where the others part from it."""
+    group, parted = min(size, len(ids)), []
+    for at in range(0, len(ids), group):
+        mine = ids[at : at + group]
+        fill = [to.prompt(5000 + i, 300 + 9 * i) for i in range(size - len(mine))]
+        for want, got in zip(alone[at : at + group], to.batch(mine + fill, new, custom)):
+            if got.tokens != want:
+                parted.append(next((k for k, (x, y) in enumerate(zip(want, got.tokens)) if x != y), -1))
+    return len(ids) - len(parted), sorted(parted)
 
 
 def table(files: list[Path]) -> str:
@@ -203,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--context", type=int, default=512, help="prompt tokens")
     add("--new", type=int, default=128, help="generated tokens")
     add("--repeats", type=int, default=3)
+    add("--prefill-arms", default="", help="arms whose prefill throughput to measure")
     add("--identity-arms", default="", help="arms to compare alone with in a batch")
     add("--identity-sizes", default="2,8,20,33,64")
     add("--identity-prompts", type=int, default=24)
@@ -215,10 +245,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     to = Target(args.base_url, args.vocab)
     split = lambda text: [t for t in text.split(",") if t]  # noqa: E731
+    prefill_arms = split(args.prefill_arms)
     document: dict[str, Any] = {"tag": args.tag, "command": sys.argv[1:], "cost": {}, "identity": {}}
     sizes = [int(b) for b in split(args.batches)]
     if args.repeats:
         document["cost"] = cost(to, split(args.arms), sizes, args.context, args.new, args.repeats)
+    if prefill_arms:
+        document["prefill"] = prefill(to, prefill_arms, 5)
+        for arm, rates in document["prefill"].items():
+            print(
+                f"{args.tag}, {arm}: prefill {statistics.median(rates):.0f} tokens/s ({min(rates):.0f} to {max(rates):.0f})"
+            )
     if args.identity_arms:
         document["identity"] = identity(
             to, split(args.identity_arms), [int(b) for b in split(args.identity_sizes)], args.identity_prompts, 96

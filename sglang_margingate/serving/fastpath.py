@@ -2,7 +2,8 @@
 
 What it changes in SGLang, all through hooks (table in hooks.py) and only with ``--margingate-fast-path canonical``:
 
-* decode graphs are captured only at sizes inside the class of the verify's M; smaller batches are padded up to them;
+* decode graphs are captured only at sizes of one class, and verify passes get a size of it too; smaller batches are
+  padded up to them;
 * FlashInfer decodes with tensor cores and without K/V split, and prefills paged with its Hopper kernels (fa3), whose
   bits depend on neither companions nor chunking;
 * forwards without a graph (prefill; decode on a CPU) have the rows of each linear layer padded to a probed size.
@@ -42,8 +43,10 @@ class FastPath:
     decode: RowSizes
     prefill: RowSizes
     head: RowSizes
+    verify_rows: int
+    """The M of verify passes: the wanted one, or the next that shares the decode class."""
     graph_sizes: tuple[int, ...] = ()
-    """Captured decode sizes; empty without CUDA graphs."""
+    """Captured decode sizes, ascending; empty without CUDA graphs."""
     batched_prefill: bool = False
     """Prefill is invariant to companions, chunking and prefix hits (found by path_probe.py)."""
     decode_ok: bool = False
@@ -59,7 +62,8 @@ class FastPath:
             return False
         if hasattr(batch, IN_CLASS):
             return bool(getattr(batch, IN_CLASS))
-        return bool(self.graph_sizes) and bisect_left(self.graph_sizes, rows) < len(self.graph_sizes)
+        at = bisect_left(self.graph_sizes, rows)
+        return at < len(self.graph_sizes) and self.graph_sizes[at] in self.decode.sizes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for status page and manifest."""
@@ -67,7 +71,8 @@ class FastPath:
             "map": self.map.to_dict(),
             "decode_rows": self.decode.describe(),
             "prefill_rows": self.prefill.describe(),
-            "one_class": self.decode.sizes == self.prefill.sizes,
+            "one_class": bool(self.decode.sizes) and set(self.decode.sizes) <= set(self.prefill.sizes),
+            "verify_rows": self.verify_rows,
             "graph_sizes": list(self.graph_sizes),
             "decode_ok": self.decode_ok,
             "batched_prefill": self.batched_prefill,
@@ -84,7 +89,7 @@ def current() -> FastPath | None:
 
 
 def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
-    """Probe the model's linear layers, once per process."""
+    """Probe the model's linear layers and choose the classes, once per process."""
     global _fast
     if _fast is None:
         cpu = model_runner.device == "cpu"
@@ -92,47 +97,43 @@ def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
         largest = min(chunk if chunk > 0 else GPU_LARGEST, CPU_LARGEST if cpu else GPU_LARGEST)
         rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 32, 2048, 128)
         environment = {"device": device_name(model_runner.device), "torch_cuda": torch.version.cuda, **versions()}
-        found = probe_linear_layers(model_runner.model, sorted({*rows, config.verify_rows}), environment)
+        found = probe_linear_layers(model_runner.model, rows, environment)
+        decode = found.decode_class(max(_wanted_sizes(model_runner) or [config.verify_rows]))
+        verify_rows = decode.target(config.verify_rows) or config.verify_rows
         _fast = FastPath(
-            found,
-            decode=found.same_as(config.verify_rows, head=True),
-            prefill=found.same_as(found.largest(), head=False),
-            head=found.head_same_as(config.verify_rows),
+            found, decode, found.same_as(found.largest(), head=False), found.head_same_as(verify_rows), verify_rows
         )
         log.info(
-            "margingate: map of %d kinds of layers in %.1f s: decode at %s rows, prefill at %s",
-            len(found.layers), found.seconds, _fast.decode.describe(), _fast.prefill.describe(),
+            "margingate: map of %d kinds of layers in %.1f s: decode at %s rows, prefill at %s, verify at %d",
+            len(found.layers), found.seconds, decode.describe(), _fast.prefill.describe(), verify_rows,
         )  # fmt: skip
     return _fast
 
 
-def decode_graph_sizes(fast: FastPath, wanted: list[int]) -> list[int]:
-    """Return the decode sizes to capture: the wanted ones inside the class, and the smallest sensible one."""
-    inside = set(fast.decode.sizes)
-    sizes = {size for size in wanted if size in inside}
-    floor = next((s for s in fast.decode.sizes if s % 8 == 0), fast.decode.sizes[0] if fast.decode.sizes else None)
-    if floor is not None and floor <= max(wanted):
-        sizes.add(floor)
-    return sorted(sizes)
+def _wanted_sizes(model_runner: Any) -> list[int]:
+    """Return the decode sizes that SGLang was going to capture; empty without decode graphs."""
+    graphs = model_runner.server_args.cuda_graph_config
+    if graphs is None or graphs.decode.backend == "disabled" or not graphs.decode.bs:
+        return []
+    return [size for size in graphs.decode.bs if size <= model_runner.req_to_token_pool.size]
 
 
 # ---- hook functions ---------------------------------------------------------------------------------------------------
 
 
-def batch_sizes_to_capture(original: Any, model_runner: Any, *args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
-    """Keep SGLang's decode graphs inside the class."""
-    capture, compiled = original(model_runner, *args, **kwargs)
+def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
+    """Probe the loaded model, and let SGLang capture its decode graphs at sizes of one class only."""
     config = _config()
     if config is None or model_runner.is_draft_worker:
-        return capture, compiled
-    fast = probed(model_runner, config)
-    sizes = decode_graph_sizes(fast, capture)
-    if not sizes:
-        fast.notes.append(f"no decode size up to {max(capture)} shares the class of {config.verify_rows} rows")
-        return capture, compiled
-    if not fast.graph_sizes:
-        fast.graph_sizes = tuple(sizes)
-    return sizes, [size for size in compiled if size in sizes]
+        return
+    fast, wanted = probed(model_runner, config), _wanted_sizes(model_runner)
+    most = model_runner.req_to_token_pool.size
+    targets = {fast.decode.target(size) for size in wanted}
+    sizes = sorted(size for size in targets if size is not None and size <= most)
+    if sizes:
+        model_runner.server_args.cuda_graph_config.decode.bs = sizes
+    elif wanted:
+        fast.notes.append(f"no class holds a decode batch of {min(wanted)} to {most} rows")
 
 
 def set_up_attention(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:

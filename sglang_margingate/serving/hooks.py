@@ -141,6 +141,12 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
 
 FAST_PATH_HOOKS: tuple[Hook, ...] = (
     Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
+        "before", fastpath.choose_shapes, (SCHEDULER,),
+        "probes the loaded layers, and has decode graphs captured at sizes of one class only",
+        "the sizes can be chosen after the model is loaded",
+    ),
+    Hook(
         "sglang.srt.model_executor.runner.eager_runner.EagerRunner.execute",
         "around", fastpath.run_eagerly, (SCHEDULER,),
         "forwards without a graph are padded into the canonical class, and the batch remembers whether they fitted",
@@ -161,12 +167,6 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
 )  # fmt: skip
 
 FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.get_batch_sizes_to_capture",
-        "around", fastpath.batch_sizes_to_capture, (SCHEDULER,),
-        "decode graphs are captured at sizes of one class only; the layers are probed right before",
-        "the sizes can be chosen after the model is loaded",
-    ),
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
         "after", fastpath.set_up_attention, (SCHEDULER,),

@@ -20,6 +20,8 @@ from sglang_margingate.serving.verifier import EagerVerifier
 
 TOKENS_GPU, TOKENS_CPU = 400, 120
 COMPANIONS = 3
+MOST_REQUESTS = 128
+DECODE_TRIALS = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class PathProbe:
         table = self.mr.req_to_token_pool.req_to_token
         pool = self.mr.max_total_num_tokens - 1
         self.length = min(TOKENS_CPU if self.cpu else TOKENS_GPU, table.shape[1] - 1, pool // (COMPANIONS + 2))
-        self.table_rows = min(table.shape[0], 1 + max(verifier.rows, 64))
+        self.table_rows = min(table.shape[0], 1 + max(verifier.rows, MOST_REQUESTS))
         generator = torch.Generator().manual_seed(4)
         self.tokens = torch.randint(0, vocab_size, (COMPANIONS + 1, self.length + 1), generator=generator)
         self.random = torch.Generator().manual_seed(5)
@@ -123,7 +125,7 @@ class PathProbe:
         with self._table(self._shared_slots()):
             wanted = self._verify()
             for rows in sizes:
-                for _ in range(2):
+                for _ in range(DECODE_TRIALS):
                     if not _same(wanted, self._decode(rows)):
                         return f"{rows} requests"
         return None
@@ -209,7 +211,8 @@ def try_fast_path(fast: FastPath, verifier: EagerVerifier, vocab_size: int) -> f
 def _decode_sizes(fast: FastPath, probe: PathProbe) -> list[int]:
     """Numbers of requests to try: each graph full and one above the last, or a spread without graphs."""
     if fast.graph_sizes:
-        wanted = sorted({1, *fast.graph_sizes, *(size + 1 for size in fast.graph_sizes[:-1])})
+        inside = [size for size in fast.graph_sizes if size in fast.decode.sizes]
+        wanted = sorted({1, *inside, *(size + 1 for size in inside[:-1])})
     else:
         wanted = [1, 2, 3, 7, 16, 17, 33, 64]
     return [size for size in wanted if size <= probe.table_rows]

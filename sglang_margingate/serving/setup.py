@@ -42,18 +42,21 @@ def build_runtime(scheduler: Any) -> Runtime:
     args, model_runner = scheduler.server_args, scheduler.tp_worker.model_runner
     notes = [*config.notes, *support.check_server_args(args, config), *support.check_model(model_runner, config)]
     config = replace(config, notes=tuple(dict.fromkeys(notes)))
+    canonical = config.fast_path is FastPathMode.CANONICAL
+    if canonical:
+        config = replace(config, verify_rows=fastpath.probed(model_runner, config).verify_rows)
     verifier, self_test = _verifier(config, model_runner)
-    fast = _fast_path(config, scheduler, verifier)
+    fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
     return Runtime(config, scheduler, verifier, self_test, _writer(config, scheduler, self_test, attached, fast),
                    Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path)), fast)  # fmt: skip
 
 
-def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier | None) -> FastPath | None:
+def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier) -> FastPath:
     """Try the canonical fast path out; what does not hold is left to the gate."""
-    if config.fast_path is not FastPathMode.CANONICAL or verifier is None:
-        return None
     model_runner = scheduler.tp_worker.model_runner
     fast = fastpath.probed(model_runner, config)
+    if model_runner.device != "cpu":
+        fast.graph_sizes = tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs))
     seconds = try_fast_path(fast, verifier, model_runner.model_config.vocab_size)
     verifier.counters = type(verifier.counters)()
     if fast.batched_prefill and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):

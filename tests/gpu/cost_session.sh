@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # One GPU session on an offline host: what log, gate, always and SGLang's deterministic mode cost at the 8B shape.
-#   bash tests/gpu/cost_session.sh STAGE...    stages: stock log window column deterministic canonical kernels table
+#   bash tests/gpu/cost_session.sh STAGE...    stages: stock identity log window column deterministic canonical canonical256 tiny kernels table
 # Needs .gpu/ (built by gpu/build_site.sh of the workplace) and $OUT. Weights are random (tests/gpu/random_model.py).
 set -u
 . .gpu/host.sh; site_up
 export PYTHONPATH=$PWD:$PWD/kernels:$PYTHONPATH
 model=/dev/shm/llama-8b kept=/tmp/cost; mkdir -p $kept
 [ -f $model/model.safetensors.index.json ] || python3 tests/gpu/random_model.py .gpu/shapes/llama-3.1-8b $model || exit 1
-common=(--model-path $model --skip-tokenizer-init --context-length 4096 --max-total-tokens 90000 --max-running-requests 80
+common=(--model-path $model --skip-tokenizer-init --context-length 40960 --max-total-tokens 90000 --max-running-requests 80
   --cuda-graph-max-bs-decode 64 --stream-interval 4)
 ours=sglang_margingate.launch_server
 gates=gate@0.01,gate@0.05,gate@0.1505,gate@0.1856,gate@0.495
@@ -19,27 +19,32 @@ measure() {  # measure TAG ARGS...
   local tag=$1; shift
   timeout 400 python3 -m sglang_margingate.bench.decode_cost --base-url "http://127.0.0.1:$PORT" --tag "$tag" --new 96 \
     --out "$kept/$tag.json" "$@" >>"$OUT/$tag.txt" 2>&1 || tail -3 "$OUT/$tag.txt"
-  grep identical "$OUT/$tag.txt"; cp "$kept"/*.json "$OUT/"
+  grep -E 'identical|prefill' "$OUT/$tag.txt"; cp "$kept"/*.json "$OUT/"
+}
+long() {  # long TAG ARM: the same at long contexts
+  measure "$1-8k" --arms "$2" --context 8192 --batches 1,8 --new 48; measure "$1-32k" --arms "$2" --context 32000 --batches 1 --new 48
 }
 for stage in "$@"; do
   t0=$SECONDS
   case $stage in
     stock) MODULE=sglang.launch_server up stock "${common[@]}" --disable-radix-cache &&
-      measure stock --arms stock --identity-arms stock ;;
+      measure stock --arms stock --prefill-arms stock && long stock stock ;;
+    identity) MODULE=sglang.launch_server up stock "${common[@]}" --disable-radix-cache &&
+      measure stock-identity --repeats 0 --identity-arms stock ;;
     log) MODULE=$ours up log "${common[@]}" --margingate-policy log --disable-radix-cache --margingate-trace-dir /tmp/traces &&
       measure log --arms log ;;
     window) MARGINGATE_TEST_SHARE=1 MODULE=$ours up window "${common[@]}" --margingate-radix off --margingate-trace-dir /tmp/traces &&
       measure window --arms "$gates,always" --identity-arms always ;;
     column) MARGINGATE_TEST_SHARE=1 MODULE=$ours up column "${common[@]}" --margingate-radix off --margingate-repair column \
       --margingate-trace-dir /tmp/traces && measure column --arms "$gates" ;;
-    canonical)  # the embedded model's server starts beside it, so that both compile at once; measured one after the other
-      (PORT=30001 MODULE=$ours up tiny --model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 \
-        --cuda-graph-max-bs-decode 40 --margingate-fast-path canonical --margingate-trace off; echo $PID >/tmp/tiny.pid) &
-      MODULE=$ours up canonical "${common[@]}" --margingate-fast-path canonical --margingate-trace-dir /tmp/traces &&
-        measure canonical --arms gate,always --identity-arms gate
-      grep -h "margingate:" "$OUT/canonical.log" | cut -c1-400; stop; wait
-      timeout 250 python3 tests/gpu/compare.py http://127.0.0.1:30001 tiny 200 8,33 2>&1 | tee "$OUT/tiny.txt"
-      grep -h "margingate:" "$OUT/tiny.log" | cut -c1-300; kill -KILL -- "-$(cat /tmp/tiny.pid)"; continue ;;
+    canonical) MODULE=$ours up canonical "${common[@]}" --margingate-fast-path canonical --margingate-trace-dir /tmp/traces &&
+      measure canonical --arms gate --prefill-arms gate --identity-arms gate && long canonical gate
+      grep -h "margingate:" "$OUT/canonical.log" | cut -c1-400 ;;
+    canonical256) MODULE=$ours up canonical256 "${common[@]}" --margingate-fast-path canonical --chunked-prefill-size 256 \
+        --margingate-trace off && measure canonical256 --repeats 0 --identity-arms gate --identity-sizes 8,33,64 ;;
+    tiny) MODULE=$ours up tiny --model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 \
+        --cuda-graph-max-bs-decode 40 --margingate-fast-path canonical --margingate-trace off &&
+      timeout 250 python3 tests/gpu/compare.py "http://127.0.0.1:$PORT" tiny 200 8,33 2>&1 | tee "$OUT/tiny.txt" ;;
     deterministic) MODULE=sglang.launch_server up deterministic "${common[@]}" --enable-deterministic-inference &&
       measure deterministic --arms stock ;;
     kernels) timeout 200 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py 2>&1 | tail -3
@@ -48,4 +53,4 @@ for stage in "$@"; do
   esac
   stop; echo "$stage: $((SECONDS - t0)) s"
 done
-jit_save "$OUT/jit.tar.xz" >/dev/null
+rm -rf ~/.triton; jit_save "$OUT/jit.tar.xz" >/dev/null
