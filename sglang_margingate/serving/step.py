@@ -112,9 +112,12 @@ class StepHook:
         if logits.is_cuda and decode and not any(self._waits(r) for r in rows):
             return self._observe(rows, original, model_runner, logits_output, batch)
         self.drain()  # steps that are still on their way come before this one
-        self._measure(rows, self._processed(logits, info))
+        top = self._measure(rows, self._processed(logits, info))
         verify_ms = self._verify(rows, logits, info, decode) if self.runtime.verifier is not None else 0.0
-        tokens = original(model_runner, logits_output, batch)
+        if _is_plain_argmax(model_runner, batch):
+            tokens = self._argmax(rows, top)
+        else:
+            tokens = original(model_runner, logits_output, batch)
         chosen = self._enforce(rows, tokens, info)
         self._add_prefill_time(reqs, batch, decode)
         self._record(rows, chosen, len(reqs), decode, batch, verify_ms)
@@ -237,17 +240,29 @@ class StepHook:
     def _top2(self, logits: torch.Tensor) -> Top2:
         """Return token, runner-up and margin of every row; valid until the next call."""
         work = self._workspace
+        if not logits.is_cuda:
+            return top2_margin(logits, torch.zeros(len(logits)))
         if work is None or work.max_rows < len(logits) or work.device != logits.device:
             work = self._workspace = Top2Workspace(max(len(logits), 64), logits.shape[1], logits.device)
             # The gate decides on the host, from the margin: the kernel's own trigger mask is not used here.
             self._zeros = torch.zeros(work.max_rows, device=logits.device)
         return top2_margin(logits, self._zeros[: len(logits)], workspace=work)
 
-    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> None:
+    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> Top2:
         top = self._top2(logits)
         token, second, margin = top.token.tolist(), top.second.tolist(), top.margin.tolist()
         for row in rows:
             row.fast_token, row.second_token, row.margin = token[row.index], second[row.index], margin[row.index]
+        return top
+
+    @staticmethod
+    def _argmax(rows: list[StepRow], top: Top2) -> torch.Tensor:
+        """Return the tokens of a greedy batch; SGLang would take the argmax of the same logits in a pass of its own."""
+        tokens = top.token.clone()
+        for row in rows:
+            if row.repairs and row.flipped:
+                tokens[row.index] = row.verify_token
+        return tokens
 
     # ---- verify and repair ----------------------------------------------------------------------------------------
 
@@ -326,8 +341,7 @@ class StepHook:
         logits = logits_output.next_token_logits
         top = self._top2(self._processed(logits, batch.sampling_info))
         if _is_plain_argmax(model_runner, batch):
-            # SGLang would take the argmax of the same logits in a pass of its own.
-            tokens = top.token.clone()
+            tokens = self._argmax(rows, top)
         else:
             tokens = original(model_runner, logits_output, batch)
             self._enforce_argmax(rows, top, tokens, batch.sampling_info)

@@ -40,8 +40,8 @@ for stage in "$@"; do
     canonical) MODULE=$ours up canonical "${common[@]}" --margingate-fast-path canonical --margingate-trace-dir /tmp/traces &&
       measure canonical --arms gate --prefill-arms gate --identity-arms gate && long canonical gate
       grep -h "margingate:" "$OUT/canonical.log" | cut -c1-400 ;;
-    canonical256) MODULE=$ours up canonical256 "${common[@]}" --margingate-fast-path canonical --chunked-prefill-size 256 \
-        --margingate-trace off && measure canonical256 --repeats 0 --identity-arms gate --identity-sizes 8,33,64 ;;
+    canonical256) MODULE=$ours up canonical256 "${common[@]}" --margingate-fast-path canonical --chunked-prefill-size 256 --margingate-chunk 256 \
+        --margingate-trace off && measure canonical256 --repeats 0 --identity-arms gate --identity-sizes 8,64 ;;
     tiny) MODULE=$ours up tiny --model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 \
         --cuda-graph-max-bs-decode 40 --margingate-fast-path canonical --margingate-trace off &&
       timeout 250 python3 tests/gpu/compare.py "http://127.0.0.1:$PORT" tiny 200 8,33 2>&1 | tee "$OUT/tiny.txt" ;;
