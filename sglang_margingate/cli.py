@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": Command("serve a model: stock SGLang with margingate's policy", ""),
     "calibrate": Command("choose thresholds for a model, server and datasets", "cmd_calibrate"),
     "check": Command("does a server give the same tokens whatever the batch?", "cmd_check"),
+    "probe": Command("at which shapes does a model give a row the same bits here?", "cmd_probe"),
     "bench": Command("compare policies side by side: speed, identity, cost", "cmd_bench"),
     "dashboard": Command("open the dashboard on a folder of runs", ""),
     "report": Command("write a run as one HTML file", "cmd_runs", "add_report", "report"),

@@ -86,3 +86,35 @@ def by_dataset(steps: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def map_table(found: object) -> pd.DataFrame:
+    """Return an invariance map as a table: per kind of layer the ranges of rows M that share a class.
+
+    What is damaged or from another schema is left out rather than raised: a manifest is a file.
+    """
+    rows = []
+    layers = found.get("layers") if isinstance(found, dict) else None
+    for layer in layers if isinstance(layers, list) else []:
+        try:
+            runs = [(int(first), int(last), label) for first, last, label in layer["classes"]]
+            shape = [int(n) for n in layer["shape"]]
+            rows.append(
+                {
+                    "layer": str(layer["name"]),
+                    "inputs": shape[1],
+                    "outputs": shape[0],
+                    "layers like it": int(layer["count"]),
+                    "classes": len({label for *_, label in runs}),
+                    "rows of each class": ", ".join(_span(*run) for run in runs[:12])
+                    + (" …" if len(runs) > 12 else ""),
+                }
+            )
+        except (KeyError, TypeError, ValueError, IndexError):
+            continue
+    return pd.DataFrame(rows)
+
+
+def _span(first: int, last: int, label: object) -> str:
+    rows = str(first) if first == last else f"{first}–{last}"
+    return f"{rows}: {'place matters' if label is None else label}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from margingate_kernels._backend import on_device, use_triton
@@ -112,6 +113,26 @@ def top2_margin_reference(logits: torch.Tensor, thresholds: torch.Tensor) -> Top
     return Top2(token, second, margin, ~(margin > thresholds))
 
 
+def _top2_numpy(logits: torch.Tensor, thresholds: torch.Tensor) -> Top2:
+    """Do the same on a CPU with few operations: a decode step there has little time to spare.
+
+    NumPy's argmax takes the first of equals too. Rows with infinities or NaN go the long way.
+    """
+    values = logits.numpy()
+    rows = np.arange(len(values))
+    token = values.argmax(axis=1)
+    best = values[rows, token]
+    values[rows, token] = -np.inf
+    second = values.argmax(axis=1)
+    with np.errstate(invalid="ignore"):
+        margin = best - values[rows, second]
+    values[rows, token] = best
+    if not np.isfinite(margin).all():
+        return top2_margin_reference(logits, thresholds)
+    gap = torch.from_numpy(margin)
+    return Top2(torch.from_numpy(token), torch.from_numpy(second), gap, ~(gap > thresholds))
+
+
 def top2_margin(
     logits: torch.Tensor,
     thresholds: torch.Tensor,
@@ -152,7 +173,8 @@ def top2_margin(
     if out is None and workspace is not None:
         out = workspace.out(rows)
     if not use_triton(logits):
-        result = top2_margin_reference(logits, thresholds)
+        quick = logits.device.type == "cpu" and logits.dtype == torch.float32 and len(logits) > 0
+        result = (_top2_numpy if quick else top2_margin_reference)(logits, thresholds)
         if out is None:
             return result
         for target, source in zip(out, result):

@@ -27,28 +27,32 @@ ARRIVALS = ("together", "staggered", "mixed")
 
 @dataclass(frozen=True)
 class Variant:
-    """One server to compare: ``policy[-repair][@threshold]``, such as ``gate-column@0.25``."""
+    """One server to compare: ``policy[-repair][+fastpath][@threshold]``: ``gate-column@0.25``, ``gate+canonical``."""
 
     policy: str
     repair: str = "window"
     threshold: float | None = None
+    fast_path: str = "stock"
 
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Read the short form."""
         head, _, threshold = text.partition("@")
+        head, _, fast_path = head.partition("+")
         policy, _, repair = head.partition("-")
-        return cls(policy, repair or "window", float(threshold) if threshold else None)
+        return cls(policy, repair or "window", float(threshold) if threshold else None, fast_path or "stock")
 
     @property
     def label(self) -> str:
         """A readable name."""
         repair = "" if self.policy != "gate" else f" {self.repair}"
-        return self.policy + repair + ("" if self.threshold is None else f" @{self.threshold:g}")
+        path = "" if self.fast_path == "stock" else f", {self.fast_path} fast path"
+        return self.policy + repair + path + ("" if self.threshold is None else f" @{self.threshold:g}")
 
     def flags(self) -> list[str]:
         """Return the server flags."""
         flags = ["--margingate-policy", self.policy, "--margingate-repair", self.repair, "--margingate-trace", "off"]
+        flags += ["--margingate-fast-path", self.fast_path]
         return flags if self.threshold is None else [*flags, "--margingate-threshold", str(self.threshold)]
 
 
@@ -101,7 +105,7 @@ def why_different(alone: Completion, other: Completion) -> str:
 
 def measure(variant: Variant, prompts: list[Prompt], max_new_tokens: int, log_dir: Path) -> Outcome:
     """Serve one variant and compare all arrivals with the run alone."""
-    name = variant.label.replace(" ", "-").replace("@", "")
+    name = variant.label.replace(" ", "-").replace("@", "").replace(",", "")
     with serve(variant.flags(), log=log_dir / f"{name}.log") as server:
         client: Client = server.client
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -168,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.alone_vs_batch", description=__doc__)
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of the embedded model")
     parser.add_argument(
-        "--variants", default="log,gate@0.0625,always", help="policy[-repair][@threshold], comma-separated"
+        "--variants", default="log,gate@0.0625,always", help="policy[-repair][+fastpath][@threshold], comma-separated"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument(

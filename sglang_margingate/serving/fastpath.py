@@ -24,6 +24,7 @@ import torch
 from sglang_margingate.config import FastPathMode, MarginGateConfig
 from sglang_margingate.gate.invariance import InvarianceMap, RowSizes, rows_to_probe
 from sglang_margingate.serving.linear_probe import probe_linear_layers
+from sglang_margingate.serving.testknobs import TestKnobs, split_sums
 from sglang_margingate.serving.versions import device_name, versions
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,9 @@ def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
     global _fast
     if _fast is None:
         cpu = model_runner.device == "cpu"
+        split = TestKnobs().split_linear
+        if split:
+            log.warning("margingate: %s sums by number of rows on purpose", split_sums(model_runner.model, split))
         chunk = model_runner.server_args.chunked_prefill_size or 0
         largest = min(chunk if chunk > 0 else GPU_LARGEST, CPU_LARGEST if cpu else GPU_LARGEST)
         rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 32, 2048, 128)

@@ -410,7 +410,7 @@ class StepHook:
                 state.next_step,
                 (
                     ledger.request_id, params.dataset, state.next_step, row.position, now, token, row.fast_token,
-                    row.second_token, row.margin, params.threshold, row.reason.value, row.verify_token,
+                    row.second_token, row.margin, None if row.structural else params.threshold, row.reason.value, row.verify_token,
                     row.verify_margin, row.flipped, verified and row.repairs, None if delta is None else delta.first,
                     None if delta is None else delta.last, row.window_rows, batch_rows, batch_rows,
                     row.structural or (not decode and runtime.config.policy.verifies), not decode, step_ms, waited, 0.0,

@@ -8,6 +8,8 @@
 ``MARGINGATE_TEST_KV_DIGEST=1`` ``meta_info.margingate.kv_digest``: SHA-256 of the request's generated K/V columns
 ``MARGINGATE_TEST_BREAK=NAME``  the linear layer whose name ends with NAME leaks its companions into each row
                                 (what the start-up self-test must refuse)
+``MARGINGATE_TEST_SPLIT=NAME@M`` the linear layer whose name ends with NAME sums in two parts where it has M rows or fewer
+                                (what the invariance map must show and the canonical fast path avoid)
 ``MARGINGATE_TEST_SHARE=1``     a request's threshold is read as a share: that part of its steps triggers, drawn by step
                                 (cost at a set trigger rate; bf16 margins take few values, so thresholds cannot set it)
 ==============================  =====================================================================================
@@ -46,6 +48,7 @@ class TestKnobs:
     kv_digest: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_KV_DIGEST") == "1")
     trigger_by_share: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SHARE") == "1")
     break_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_BREAK", ""))
+    split_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SPLIT", ""))
 
     @property
     def active(self) -> list[str]:
@@ -95,3 +98,35 @@ def leak_companions(model: torch.nn.Module, suffix: str) -> str:
             module.register_forward_hook(hook)
             return name
     raise ConfigError(f"MARGINGATE_TEST_BREAK: no layer's name ends with {suffix!r}")
+
+
+class _SplitLinear:
+    """``torch.nn.functional`` with a ``linear`` that sums one weight's products in two parts where there are few rows."""
+
+    def __init__(self, weight: torch.Tensor, most_rows: int) -> None:
+        self._weight, self._most_rows = weight, most_rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.functional, name)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight is not self._weight or len(x) > self._most_rows:
+            return torch.nn.functional.linear(x, weight, bias)
+        first = torch.zeros_like(x)
+        first[:, ::3] = x[:, ::3]
+        return torch.nn.functional.linear(first, weight, bias) + torch.nn.functional.linear(x - first, weight)
+
+
+def split_sums(model: torch.nn.Module, knob: str) -> str:
+    """Make one linear layer's bits depend on the number of rows; ``knob`` is NAME@M. Return the layer's full name.
+
+    The map tries one layer of each shape, the first: name that one.
+    """
+    from sglang.srt.layers.quantization import unquant
+
+    suffix, _, rows = knob.rpartition("@")
+    for name, module in model.named_modules():
+        if suffix and name.endswith(suffix) and rows.isdigit() and hasattr(module, "quant_method"):
+            unquant.F = _SplitLinear(module.weight, int(rows))
+            return name
+    raise ConfigError(f"MARGINGATE_TEST_SPLIT: {knob!r} is not NAME@M with a linear layer's name")

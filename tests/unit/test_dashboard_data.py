@@ -443,3 +443,18 @@ def test_links_quote_what_they_carry() -> None:
     assert links.href("request", "a b", "x&y=z", 3) == "request?run=a+b&request=x%26y%3Dz&step=3"
     assert links.known_run("../a", ["a"]) is None
     assert links.known_run(["a"], ["a"]) is None
+
+
+def test_an_invariance_map_becomes_a_table_and_damage_is_left_out() -> None:
+    layer = {
+        "name": "o_proj",
+        "shape": [4096, 2048],
+        "count": 32,
+        "head": False,
+        "classes": [[1, 24, 0], [25, 31, 1], [32, 32, None]],
+    }
+    table = tables.map_table({"layers": [layer, {"name": "torn"}, "text"]})
+    assert table["inputs"].tolist() == [2048]
+    assert table["rows of each class"].tolist() == ["1–24: 0, 25–31: 1, 32: place matters"]
+    assert tables.map_table(None).empty
+    assert tables.map_table({"layers": 3}).empty

@@ -111,3 +111,44 @@ def test_notes_lower_the_guarantee_and_say_why() -> None:
 def test_ungated_requests_claim_nothing(book: RequestLedger) -> None:
     assert not book.gated
     assert book.guarantee() == (Guarantee.NONE, None)
+
+
+def test_a_step_inside_the_class_needs_no_window() -> None:
+    book = ledger()
+    book.start(10, [])
+    assert book.read(10, 5, in_class=True)
+    assert book.read(11, 6, in_class=True)
+    assert book.rows() == [(11, 6)]
+    assert book.guarantee(structural=True)[0] is Guarantee.STRUCTURAL
+    assert book.guarantee()[0] is Guarantee.GATED or book.counters.steps <= 1
+
+
+def test_a_step_outside_opens_the_window_until_a_verify() -> None:
+    book = ledger()
+    book.start(10, [])
+    assert book.read(10, 5, in_class=True)
+    assert not book.read(11, 6, in_class=False)
+    assert not book.read(12, 7, in_class=True)  # it reads column 11
+    assert book.rows() == [(11, 6), (12, 7)]
+    book.repaired()
+    assert book.read(13, 8, in_class=True)
+    assert book.outside == 2
+    book.counters.steps = 5
+    assert book.guarantee(structural=True)[0] is Guarantee.GATED
+
+
+def test_column_repair_leaves_columns_that_spoil_later_steps() -> None:
+    book = ledger(repair=Repair.COLUMN)
+    book.start(10, [])
+    book.read(10, 5, in_class=False)
+    book.read(11, 6, in_class=False)
+    assert book.rows() == [(11, 6)]
+    book.repaired()
+    assert not book.read(12, 7, in_class=True)
+    assert not book.clean
+
+
+def test_column_repair_of_a_resumed_request_starts_at_its_newest_token() -> None:
+    book = ledger(repair=Repair.COLUMN)
+    book.start(10, [5, 6])
+    assert book.rows() == [(11, 6)]

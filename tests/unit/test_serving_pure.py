@@ -66,7 +66,17 @@ def test_help_shows_ours_with_units() -> None:
     from sglang_margingate.serving.frontdoor import build_parser
 
     text = build_parser().format_help()
-    for flag in ("policy", "threshold", "profile", "audit-rate", "verify-rows", "radix", "chunk", "trace-dir"):
+    for flag in (
+        "policy",
+        "threshold",
+        "profile",
+        "audit-rate",
+        "verify-rows",
+        "radix",
+        "fast-path",
+        "chunk",
+        "trace-dir",
+    ):
         assert f"--margingate-{flag}" in text
     assert "LOGITS" in text
     assert "(default: gate)" in text
@@ -86,7 +96,13 @@ def test_chunks_stay_on_the_grid_and_stop_at_the_prompts_end(prefix: int, prompt
 def test_every_hook_says_why_and_until_when() -> None:
     from sglang_margingate.serving import hooks
 
-    every = (*hooks.GATE_HOOKS, *hooks.REQUEST_HOOKS, *hooks.CPU_HOOKS)
+    every = (
+        *hooks.GATE_HOOKS,
+        *hooks.REQUEST_HOOKS,
+        *hooks.CPU_HOOKS,
+        *hooks.FAST_PATH_HOOKS,
+        *hooks.FAST_PATH_GPU_HOOKS,
+    )
     assert all(h.why and h.until and h.roles for h in every)
     assert len({h.target for h in every}) == len(every)
 

@@ -13,7 +13,7 @@ from margingate_dashboard.cards import headline_cards
 from margingate_dashboard.figures import overview as figures
 from margingate_dashboard.rates import of
 from margingate_dashboard.summary import Headline, has_tag, headline
-from margingate_dashboard.tables import by_dataset
+from margingate_dashboard.tables import by_dataset, map_table
 
 STEPS = ("time", "dataset", "prefill", "state", "triggered", "verified", "batch_rows")
 REQUESTS = (
@@ -59,6 +59,18 @@ def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
         st.caption(f":material/info: {of(times, len(requests))} requests claim less: {ui.markdown_safe(note)}")
 
 
+def _map(page: ui.Page) -> None:
+    """Show the invariance map of a server on the canonical fast path."""
+    found = page.info.manifest.get("invariance")
+    if not isinstance(found, dict) or not isinstance(found.get("map"), dict):
+        return
+    st.markdown("##### Invariance map")
+    held = "inside its class" if found.get("decode_ok") else "outside: gated by margin"
+    prefill = "batched" if found.get("batched_prefill") else "one request at a time"
+    st.caption(f"Decode {held}, at {ui.markdown_safe(found.get('decode_rows', '?'))} rows. Prefill {prefill}.")
+    ui.table(map_table(found["map"]), "invariance", page.exports)
+
+
 def _page() -> None:
     page = ui.open_page(
         "Overview", "What happened in this run: how often steps were verified, what flipped, and at what cost."
@@ -85,6 +97,7 @@ def _page() -> None:
             "median TPOT": st.column_config.NumberColumn(format="%.2f ms"),
         },
     )
+    _map(page)
     with st.expander("Manifest: versions, flags, threshold profile, self-test"):
         st.code(json.dumps(page.info.manifest, indent=2, default=str), language="json")
     page.exports.show(page.export_place, "overview")

@@ -1,0 +1,94 @@
+"""The canonical fast path: the same tokens in any batch, without a verify; and what happens where it cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_margingate.bench.client import Prompt, run_alone, run_together
+from sglang_margingate.bench.server import Server, serve
+
+FLAGS = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
+SPLIT_AT = 20
+
+
+@pytest.fixture(scope="module")
+def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(FLAGS, log=tmp_path_factory.mktemp("canonical") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def split_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One layer sums in another order for 20 rows and fewer: two classes where there was one."""
+    env = {"MARGINGATE_TEST_SPLIT": f"layers.0.mlp.gate_up_proj@{SPLIT_AT}"}
+    with serve(FLAGS, log=tmp_path_factory.mktemp("split") / "server.log", env=env) as server:
+        yield server
+
+
+def guarantees(runs: list[Any]) -> set[str]:
+    return {c.margingate["guarantee"] for c in runs}
+
+
+def test_the_ungated_server_differs_and_the_canonical_one_does_not(
+    log_server: Server, canonical_server: Server, prompts: list[Prompt]
+) -> None:
+    for server, identical in ((log_server, False), (canonical_server, True)):
+        alone = run_alone(server.client, prompts)
+        together = run_together(server.client, prompts, 16)
+        assert max(c.margingate["max_batch_rows"] for c in together) >= 12, "no batch formed"
+        assert all(a.same_as(b) for a, b in zip(alone, together)) is identical
+    assert guarantees(together) == {"structural"}
+    assert sum(c.margingate["triggers"] + c.margingate["verified"] for c in together) == 0
+
+
+def test_the_map_says_where_the_machines_classes_lie(canonical_server: Server) -> None:
+    found = canonical_server.client.status()["invariance"]
+    assert found["decode_ok"]
+    shapes = {tuple(layer["shape"]) for layer in found["map"]["layers"]}
+    assert len(shapes) == 5, "qkv, o, gate_up, down and the head of the embedded model"
+    assert all(layer["classes"][0][0] == 1 for layer in found["map"]["layers"])
+
+
+def test_always_still_verifies_every_step(canonical_server: Server, prompts: list[Prompt]) -> None:
+    done = canonical_server.client.generate(prompts[0], 24, custom={"margingate_policy": "always"})
+    assert done.margingate["verified"] == done.margingate["steps"] - 1
+    assert done.margingate["flips"] == 0
+
+
+def test_a_request_that_samples_is_left_alone(canonical_server: Server, prompts: list[Prompt]) -> None:
+    done = canonical_server.client.generate(prompts[0], 8, {"temperature": 1.0})
+    assert done.margingate["guarantee"] == "none"
+
+
+def test_a_split_layer_is_on_the_map_and_its_border_is_kept(split_server: Server, prompts: list[Prompt]) -> None:
+    found = split_server.client.status()["invariance"]
+    layer = next(x for x in found["map"]["layers"] if x["name"] == "model.layers.0.mlp.gate_up_proj")
+    classes = {m: label for first, last, label in layer["classes"] for m in (first, last)}
+    assert classes[SPLIT_AT] != classes[SPLIT_AT + 1]
+    alone = run_alone(split_server.client, prompts)
+    together = run_together(split_server.client, prompts, 16)
+    assert all(a.same_as(b) for a, b in zip(alone, together))
+    assert guarantees(together) == {"structural"}
+
+
+def test_beyond_the_class_the_gate_takes_over(split_server: Server, prompts: list[Prompt]) -> None:
+    """Batches of more than 20 rows leave the class: their steps are gated by margin, and the response says so."""
+    many = [Prompt(f"{p.id}-{k}", p.text, p.dataset) for p in prompts for k in range(2)]
+    alone = {p.id: split_server.client.generate(p) for p in prompts}
+    together = run_together(split_server.client, many, 40)
+    assert max(c.margingate["max_batch_rows"] for c in together) > SPLIT_AT, "no batch left the class"
+    assert "gated" in guarantees(together)
+    assert sum(c.margingate["triggers"] for c in together) > 0
+    assert all(c.same_as(alone[c.prompt_id.rsplit("-", 1)[0]]) for c in together)
+
+
+def test_policies_without_a_gate_are_refused(tmp_path: Path) -> None:
+    from sglang_margingate.bench.client import ServerError
+
+    flags = ["--margingate-policy", "log", "--margingate-fast-path", "canonical"]
+    with pytest.raises(ServerError, match="--margingate-fast-path"), serve(flags, log=tmp_path / "server.log"):
+        pass
