@@ -215,7 +215,7 @@ def _decode_sizes(fast: FastPath, probe: PathProbe) -> list[int]:
         wanted = sorted({1, *inside, *(size + 1 for size in inside[:-1])})
     else:
         wanted = [1, 2, 3, 7, 16, 17, 33, 64]
-    return [size for size in wanted if size <= probe.table_rows]
+    return [size for size in wanted if size <= probe.table_rows and fast.decode.target(size) is not None]
 
 
 def _same(a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]]) -> bool:
