@@ -34,10 +34,17 @@ def cards_html(items: Iterable[Card]) -> str:
     return f'<div class="mg-cards">{"".join(parts)}</div>'
 
 
-def missed_card(total: Headline) -> Card:
-    """Return the card of missed flips: a count, and the bound that goes with how many steps were looked at."""
+def missed_card(total: Headline, structural: bool = False) -> Card:
+    """Return the card of missed flips: a count, and the bound that goes with how many steps were looked at.
+
+    ``structural`` says that every request ran inside the probed class, where no margin has to be trusted.
+    """
     if total.steps and not total.untriggered:
         return Card("Missed flips", "0", "every decode step triggered", MISSED.colour)
+    if structural and not total.examined:
+        return Card(
+            "Missed flips", "n/a", "all shapes inside the probed class: no step depends on its margin", MISSED.colour
+        )
     if not total.examined:
         return Card(
             "Missed flips", "unknown", "no untriggered step was audited (--margingate-audit-rate)", MISSED.colour
@@ -73,7 +80,7 @@ def headline_cards(total: Headline, requests: pd.DataFrame) -> list[Card]:
             FLIPPED.colour,
         ),
         Card("Repaired", f"{total.repaired:,}", f"{of(total.repaired, total.flips)} flips", REPAIRED.colour),
-        missed_card(total),
+        missed_card(total, len(claims) > 0 and bool((claims == "structural").all())),
         Card("Overhead", share(added, whole), f"{milliseconds(added)} of {milliseconds(whole)} end to end"),
         Card("With a guarantee", share(held, len(requests)), f"{of(held, len(requests))} finished requests"),
     ]

@@ -5,6 +5,9 @@
 The server runs under ``--server-policy``; each request names its own policy, so both sides of a pair share the process,
 the weights and the machine's mood, and follow one another within seconds. Every request makes the same number of
 tokens (``ignore_eos``). The order inside a pair alternates, and the first round of each policy is not counted.
+
+On a shared machine wall time drifts by more than what is measured. So the scheduler process's CPU time per token is
+taken as well: it decodes on one thread that never rests under load, so that is what throughput is made of.
 """
 
 from __future__ import annotations
@@ -18,35 +21,49 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sglang_margingate.bench.client import Client, Prompt, run_together
-from sglang_margingate.bench.server import serve
+import psutil
+
+from sglang_margingate.bench.client import Prompt, run_together
+from sglang_margingate.bench.server import Server, serve
+
+
+def scheduler_of(pid: int) -> psutil.Process:
+    """Return the scheduler process below a server's launcher: the child that has used most CPU time."""
+    children = psutil.Process(pid).children(recursive=True)
+    return max(children, key=lambda p: sum(p.cpu_times()[:2]))
 
 
 def measure(
-    client: Client, prompts: list[Prompt], policies: list[str], pairs: int, concurrency: int, tokens: int
-) -> dict[str, list[float]]:
-    """Return tokens per second of each round, by policy; index k of every list belongs to pair k."""
+    server: Server, prompts: list[Prompt], policies: list[str], pairs: int, concurrency: int, tokens: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return tokens per second, and tokens per CPU second, of each round by policy; index k belongs to pair k."""
+    client = server.client
     rates: dict[str, list[float]] = {policy: [] for policy in policies}
+    cpu_rates: dict[str, list[float]] = {policy: [] for policy in policies}
     for k in range(-1, pairs):
         for policy in policies if k % 2 else policies[::-1]:
             client.flush_cache()
-            start = time.perf_counter()
+            worker = scheduler_of(server.pid)
+            start, used = time.perf_counter(), sum(worker.cpu_times()[:2])
             done = run_together(
                 client, prompts, concurrency, max_new_tokens=tokens, sampling={"ignore_eos": True},
                 custom={"margingate_policy": policy},
             )  # fmt: skip
             seconds = time.perf_counter() - start
+            used = sum(worker.cpu_times()[:2]) - used
             if k >= 0:
-                rates[policy].append(sum(len(c.tokens) for c in done) / seconds)
+                made = sum(len(c.tokens) for c in done)
+                rates[policy].append(made / seconds)
+                cpu_rates[policy].append(made / used)
         print(f"pair {k + 1} of {pairs} done", file=sys.stderr, flush=True)
-    return rates
+    return rates, cpu_rates
 
 
-def table(rates: dict[str, list[float]]) -> str:
+def table(rates: dict[str, list[float]], unit: str) -> str:
     """Return medians, spread and the paired ratio to the first policy as a Markdown table."""
     base, *_ = rates
     lines = [
-        f"| policy | tokens/s, median | min to max | of `{base}`, median of pairs | quartiles |",
+        f"| policy | {unit}, median | min to max | of `{base}`, median of pairs | quartiles |",
         "| --- | --- | --- | --- | --- |",
     ]
     for policy, values in rates.items():
@@ -78,14 +95,17 @@ def main(argv: list[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         flags = ["--margingate-policy", args.server_policy, "--margingate-trace-dir", folder, *args.server_flags]
         with serve(flags) as server:
-            rates = measure(
-                server.client, prompts, args.policies.split(","), args.pairs, args.concurrency, args.max_new_tokens
+            rates, cpu_rates = measure(
+                server, prompts, args.policies.split(","), args.pairs, args.concurrency, args.max_new_tokens
             )
             trace: dict[str, Any] = server.client.status().get("trace", {})
-    print(table(rates))
+    print(table(rates, "tokens/s"))
+    print(table(cpu_rates, "tokens per CPU second of the scheduler"))
     print(f"trace rows dropped: {trace.get('dropped_rows')}, write errors: {trace.get('write_errors')}")
     if args.out is not None:
-        args.out.write_text(json.dumps({"command": sys.argv[1:], "rates": rates}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"command": sys.argv[1:], "rates": rates, "cpu_rates": cpu_rates}, indent=1) + "\n"
+        )
     return 0
 
 
