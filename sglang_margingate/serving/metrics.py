@@ -24,7 +24,7 @@ class Metrics:
         self._dropped = self._errors = 0
         if not enabled:
             return
-        from prometheus_client import Counter
+        from prometheus_client import Counter, Gauge
 
         def counter(name: str, text: str) -> Any:
             return Counter("margingate_" + name, text, ["model_name"]).labels(model_name=model)
@@ -38,6 +38,15 @@ class Metrics:
         self._seconds = counter("verify_seconds", "Wall time of verify passes.")
         self._drops = counter("trace_dropped_rows", "Step rows that the trace lost.")
         self._write_errors = counter("trace_write_errors", "Failed writes of the trace.")
+
+        bound = "Upper bound at 95% of the share of untriggered steps that flip; 1 with nothing audited."
+        gauge = Gauge("margingate_missed_bound", bound, ["model_name"], multiprocess_mode="mostrecent")
+        self._bound = gauge.labels(model_name=model)
+
+    def missed_bound(self, upper: float) -> None:
+        """Show the audit's bound on missed flips, a share."""
+        if self.enabled:
+            self._bound.set(upper)
 
     def step(self, triggered: bool, flipped: bool, missed: bool) -> None:
         """Count one committed step."""

@@ -79,6 +79,7 @@ class Runtime:
         self.started = time.time()
         self.batch_rows: Counter[int] = Counter()
         self.batch_rows_now = 0
+        self._over_limit = False
         self.trace_text = config.trace and config.trace_text
         self._sampler = AuditSampler(config.audit_rate, seed=0)
         self._rows: list[tuple[Any, ...]] = []
@@ -163,9 +164,17 @@ class Runtime:
 
     def _guarantee(self, state: RequestState) -> tuple[Guarantee, str | None]:
         notes = self.config.notes
-        bound = self.missed_rate()
-        if self.config.max_miss is not None and bound.denominator and bound.upper() > self.config.max_miss:
-            notes = (*notes, f"missed flips {bound} exceed --margingate-max-miss {self.config.max_miss}")
+        rate, limit = self.missed_rate(), self.config.max_miss
+        if rate.denominator and (limit is not None or self.metrics.enabled):
+            upper = rate.upper()
+            self.metrics.missed_bound(upper)
+            if limit is not None and upper > limit:
+                notes = (*notes, f"missed flips {rate} exceed --margingate-max-miss {limit}")
+            if limit is not None and (upper > limit) is not self._over_limit:
+                self._over_limit = upper > limit
+                say = log.warning if self._over_limit else log.info
+                claim = "claim no guarantee" if self._over_limit else "claim their guarantee again"
+                say("margingate: %s; responses %s", self.audit.describe(limit), claim)
         return state.ledger.guarantee(notes, structural=self.fast is not None)
 
     def missed_rate(self) -> Rate:

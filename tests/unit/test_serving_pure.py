@@ -176,3 +176,21 @@ def test_test_knobs_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARGINGATE_TEST_POISON", "x")
     with pytest.raises(ConfigError, match="MARGINGATE_TEST_POISON"):
         TestKnobs()
+
+
+@pytest.mark.parametrize(("inside", "notes"), [(True, 0), (False, 1), (None, 1)])
+def test_a_batched_prefill_is_noted_only_outside_its_class(inside: bool | None, notes: int) -> None:
+    from types import SimpleNamespace
+
+    from sglang_margingate.config import Repair
+    from sglang_margingate.gate.ledger import RequestLedger
+    from sglang_margingate.gate.request import RequestParams
+    from sglang_margingate.serving.fastpath import IN_CLASS
+    from sglang_margingate.serving.prefill import PrefillRules
+    from sglang_margingate.serving.state import RequestState
+
+    state = RequestState(RequestLedger("r", RequestParams(Policy.GATE, 0.5, "", False), Repair.WINDOW, True))
+    batch = SimpleNamespace(**({} if inside is None else {IN_CLASS: inside}), extend_seq_lens_cpu=[7, 9])
+    rules = PrefillRules(MarginGateConfig(), isolated=False)
+    rules.note_chunk(SimpleNamespace(origin_input_ids=[1]), state, batch, 0)
+    assert len(state.ledger.notes) == notes

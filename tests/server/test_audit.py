@@ -1,0 +1,24 @@
+"""The audit's bound on missed flips is said aloud: log, metric, guarantee."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import requests
+
+from sglang_margingate.bench.client import Prompt
+from sglang_margingate.bench.server import serve
+
+
+def test_a_bound_above_the_limit_costs_the_guarantee_and_is_said(tmp_path: Path, prompts: list[Prompt]) -> None:
+    """So few audited steps cannot show so small a share, though none of them flipped."""
+    log = tmp_path / "server.log"
+    flags = ["--margingate-audit-rate", "1", "--margingate-max-miss", "0.00001", "--margingate-trace", "off"]
+    with serve([*flags, "--enable-metrics"], log=log) as server:
+        done = [server.client.generate(p, 16).margingate for p in prompts[:3]]
+        metrics = requests.get(server.base_url + "/metrics", timeout=30).text
+    assert sum(d["audited"] for d in done) > 0
+    assert done[-1]["guarantee"] == "none"
+    assert "--margingate-max-miss" in done[-1]["guarantee_note"]
+    assert log.read_text().count("claim no guarantee") == 1
+    assert "margingate_missed_bound{" in metrics
