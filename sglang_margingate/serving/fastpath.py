@@ -56,6 +56,8 @@ class FastPath:
     """What was tried and failed, in words."""
     active: RowSizes | None = None
     """Where the running forward's rows go; None outside forwards and inside graphs."""
+    escaped: bool = False
+    """A layer of the running forward had a shape that is never padded, so it is outside the class."""
 
     def decode_in_class(self, rows: int, batch: Any) -> bool:
         """Return whether a decode forward of ``rows`` requests ran inside the class."""
@@ -170,18 +172,21 @@ def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: An
     # On a GPU a decode without a graph plans its attention with a K/V split.
     inside = sizes.target(rows) is not None and not (decode and fast.graph_sizes)
     inside &= decode or fast.head.target(batch.batch_size) is not None
-    setattr(batch, IN_CLASS, inside)
-    fast.active = sizes
+    fast.active, fast.escaped = sizes, False
     try:
         return original(runner, batch, *args, **kwargs)
     finally:
         fast.active = None
+        setattr(batch, IN_CLASS, inside and not fast.escaped)
 
 
 def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run one linear layer at a size of the class."""
     fast = _fast
-    if fast is None or fast.active is None or x.dim() != 2:
+    if fast is None or fast.active is None:
+        return original(method, layer, x, *args, **kwargs)
+    if x.dim() != 2:
+        fast.escaped = True
         return original(method, layer, x, *args, **kwargs)
     rows = len(x)
     target = fast.active.target(rows)

@@ -224,6 +224,9 @@ def _announce(config: MarginGateConfig, cpu: bool) -> None:
     if cpu:
         print("margingate: no GPU in use: serving on the CPU (torch_native attention, no CUDA graphs, "
               f"K/V pool of {CPU_POOL_TOKENS} tokens unless set)", file=sys.stderr)  # fmt: skip
+    if config.policy.verifies and config.fast_path is FastPathMode.STOCK:
+        print("margingate: --margingate-fast-path canonical may make most verifies unnecessary on this machine; "
+              "`margingate probe` shows its map", file=sys.stderr)  # fmt: skip
     if config.policy is Policy.GATE and config.threshold is None and config.profile is None:
         print(f"margingate: no calibrated threshold: using the conservative default of {cfg.DEFAULT_THRESHOLD} logits; "
               "run `margingate calibrate` for your model and datasets", file=sys.stderr)  # fmt: skip

@@ -65,6 +65,10 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
         log.warning("margingate: fast path: %s", note)
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", seconds,
              "in class" if fast.decode_ok else "GATED", "batched" if fast.batched_prefill else "one at a time")  # fmt: skip
+    if fast.decode_ok and fast.graph_sizes:
+        log.info("margingate: a batch of 1 decodes at %d rows, and one of more than %d is gated by margin; "
+                 "--cuda-graph-max-bs-decode sets what the class must hold: smaller means less padding",
+                 fast.graph_sizes[0], fast.graph_sizes[-1])  # fmt: skip
     return fast
 
 
