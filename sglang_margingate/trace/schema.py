@@ -55,7 +55,10 @@ STEP_COLUMNS: tuple[Column, ...] = (
     Column("second_token", pa.int32(), "id", "The fast path's runner-up."),
     Column("margin", pa.float32(), "logits", "Top-1 minus top-2 of the fast path's processed logits, in fp32."),
     Column(
-        "threshold", pa.float32(), "logits", "Threshold (tau) in force for this step; NaN where the policy has none."
+        "threshold",
+        pa.float32(),
+        "logits",
+        "Threshold (tau) in force for this step; NaN where none is: by policy, or because its shape answers for it.",
     ),
     Column("reason", _DICT, "", "Why the step was verified: none, margin, audit, always, resume."),
     Column("verify_token", pa.int32(), "id", "The verify's argmax; null where the step was not verified."),
