@@ -33,7 +33,7 @@ BATCH_REQS = "margingate_reqs"
 BATCH_START = "margingate_start"
 
 
-@dataclass
+@dataclass(slots=True)
 class StepRow:
     """One request's row of the running forward that chooses a token."""
 
