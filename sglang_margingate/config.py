@@ -25,6 +25,9 @@ DEFAULT_VERIFY_ROWS_GPU = 64
 DEFAULT_CHUNK_CPU = 64
 DEFAULT_CHUNK_GPU = 512
 
+CANONICAL_PREFILL_CPU = 2048
+"""Tokens of the largest prefill forward under the canonical fast path on a CPU: larger ones would take long to probe."""
+
 
 class ConfigError(ValueError):
     """A setting is wrong. The message is one line and names the field, the value and the fix."""

@@ -13,13 +13,16 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang_margingate.bench.client import Client, Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.server import serve
+
+T = TypeVar("T")
 
 CONCURRENCY = 16
 ARRIVALS = ("together", "staggered", "mixed")
@@ -184,14 +187,22 @@ def main(argv: list[str] | None = None) -> int:
     args.log_dir.mkdir(parents=True, exist_ok=True)
     prompts = demo_prompts(args.prompts)
     variants = [Variant.parse(v) for v in args.variants.split(",")]
-    outcomes = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for outcome in pool.map(lambda v: measure(v, prompts, args.max_new_tokens, args.log_dir), variants):
-            outcomes.append(outcome)
-            if args.out is not None:
-                write_record(args.out, outcomes)  # after every variant: Ctrl-C keeps what was measured
+    outcomes = measure_all(
+        lambda v: measure(v, prompts, args.max_new_tokens, args.log_dir), variants, args.jobs, args.out
+    )
     print(table(outcomes))
     return 0
+
+
+def measure_all(run: Callable[[T], Any], items: Sequence[T], jobs: int, out: Path | None) -> list[Any]:
+    """Return ``run``'s outcome for every item, ``jobs`` at a time; each is on disk before the next is awaited."""
+    outcomes = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for outcome in pool.map(run, items):
+            outcomes.append(outcome)
+            if out is not None:
+                write_record(out, outcomes)  # Ctrl-C keeps what was measured
+    return outcomes
 
 
 def write_record(path: Path, outcomes: list[Any]) -> None:

@@ -29,6 +29,14 @@ class Prompt:
     dataset: str
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Return the first index at which two token sequences differ, or None; the end of the shorter one counts."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
 @dataclass(frozen=True)
 class Completion:
     """What came back for one prompt. Two completions are identical when tokens and finish reason are."""
@@ -51,10 +59,7 @@ class Completion:
 
     def first_difference(self, other: Completion) -> int | None:
         """Return the index of the first differing token, or None."""
-        for i, (a, b) in enumerate(zip(self.tokens, other.tokens)):
-            if a != b:
-                return i
-        return None if len(self.tokens) == len(other.tokens) else min(len(self.tokens), len(other.tokens))
+        return first_difference(self.tokens, other.tokens)
 
 
 def brief(error: Exception) -> str:

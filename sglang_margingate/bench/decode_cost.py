@@ -16,12 +16,12 @@ import random
 import statistics
 import sys
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.bench.client import Client
+from sglang_margingate.bench import options
+from sglang_margingate.bench.client import Client, ServerError, first_difference
 
 
 @dataclass
@@ -52,9 +52,8 @@ class Target:
     def verifier(self) -> tuple[float, float]:
         """Return the verify passes so far and the seconds they took; zeros for a server without a verifier."""
         try:
-            with urllib.request.urlopen(self.url + "/margingate/status", timeout=30) as answer:
-                counters = json.load(answer).get("verifier") or {}
-        except OSError:
+            counters = Client(self.url).status().get("verifier") or {}
+        except ServerError:
             counters = {}
         return float(counters.get("passes", 0)), float(counters.get("seconds", 0))
 
@@ -195,8 +194,8 @@ def _compare(
         mine = ids[at : at + group]
         fill = [to.prompt(5000 + i, 300 + 9 * i) for i in range(size - len(mine))]
         for want, got in zip(alone[at : at + group], to.batch(mine + fill, new, custom)):
-            if got.tokens != want:
-                parted.append(next((k for k, (x, y) in enumerate(zip(want, got.tokens)) if x != y), -1))
+            at_token = first_difference(want, got.tokens)
+            parted += [] if at_token is None else [at_token]
     return len(ids) - len(parted), sorted(parted)
 
 
@@ -227,14 +226,14 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:30000")
     add("--tag", default="server", help="name of the server in the table")
-    add("--arms", default="stock", help="stock, log, always, gate@THRESHOLD; comma-separated")
-    add("--batches", default="1,8,32,64", help="requests at a time")
+    add("--arms", type=options.names, default="stock", help="stock, log, always, gate@THRESHOLD; comma-separated")
+    add("--batches", type=options.names, default="1,8,32,64", help="requests at a time")
     add("--context", type=int, default=512, help="prompt tokens")
     add("--new", type=int, default=128, help="generated tokens")
     add("--repeats", type=int, default=3)
-    add("--prefill-arms", default="", help="arms whose prefill throughput to measure")
-    add("--identity-arms", default="", help="arms to compare alone with in a batch")
-    add("--identity-sizes", default="2,8,20,33,64")
+    add("--prefill-arms", type=options.names, default="", help="arms whose prefill throughput to measure")
+    add("--identity-arms", type=options.names, default="", help="arms to compare alone with in a batch")
+    add("--identity-sizes", type=options.names, default="2,8,20,33,64")
     add("--identity-prompts", type=int, default=24)
     add("--vocab", type=int, default=128_256, help="of the served model (Llama 3.1's)")
     add("--out", type=Path, default=None)
@@ -244,24 +243,22 @@ def main(argv: list[str] | None = None) -> int:
         print(table(args.table))
         return 0
     to = Target(args.base_url, args.vocab)
-    split = lambda text: [t for t in text.split(",") if t]  # noqa: E731
-    prefill_arms = split(args.prefill_arms)
     document: dict[str, Any] = {"tag": args.tag, "command": sys.argv[1:], "cost": {}, "identity": {}}
-    sizes = [int(b) for b in split(args.batches)]
+    sizes = [int(b) for b in args.batches]
     if args.repeats:
-        document["cost"] = cost(to, split(args.arms), sizes, args.context, args.new, args.repeats)
-    if prefill_arms:
-        document["prefill"] = prefill(to, prefill_arms, 5)
+        document["cost"] = cost(to, args.arms, sizes, args.context, args.new, args.repeats)
+    if args.prefill_arms:
+        document["prefill"] = prefill(to, args.prefill_arms, 5)
         for arm, rates in document["prefill"].items():
             print(
                 f"{args.tag}, {arm}: prefill {statistics.median(rates):.0f} tokens/s ({min(rates):.0f} to {max(rates):.0f})"
             )
     if args.identity_arms:
         document["identity"] = identity(
-            to, split(args.identity_arms), [int(b) for b in split(args.identity_sizes)], args.identity_prompts, 96
+            to, args.identity_arms, [int(b) for b in args.identity_sizes], args.identity_prompts, 96
         )
     if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        options.write(args.out, json.dumps(document, indent=1) + "\n")
     return 0
 
 

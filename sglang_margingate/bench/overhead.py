@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from sglang_margingate.bench import options
 from sglang_margingate.bench.client import Prompt, run_together
 from sglang_margingate.bench.server import Server, serve
 
@@ -82,7 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.overhead", description=__doc__)
     add = parser.add_argument
-    add("--policies", default="off,log", help="policies of the requests; the first is the base of the ratios")
+    add(
+        "--policies",
+        type=options.names,
+        default="off,log",
+        help="policies of the requests; the first is the base of the ratios",
+    )
     add("--server-policy", default="log", help="the server's own policy")
     add("--pairs", type=int, default=10)
     add("--prompts", type=int, default=48, help="held-out prompts of the embedded model")
@@ -96,15 +102,15 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--margingate-policy", args.server_policy, "--margingate-trace-dir", folder, *args.server_flags]
         with serve(flags) as server:
             rates, cpu_rates = measure(
-                server, prompts, args.policies.split(","), args.pairs, args.concurrency, args.max_new_tokens
+                server, prompts, args.policies, args.pairs, args.concurrency, args.max_new_tokens
             )
             trace: dict[str, Any] = server.client.status().get("trace", {})
     print(table(rates, "tokens/s"))
     print(table(cpu_rates, "tokens per CPU second of the scheduler"))
     print(f"trace rows dropped: {trace.get('dropped_rows')}, write errors: {trace.get('write_errors')}")
     if args.out is not None:
-        args.out.write_text(
-            json.dumps({"command": sys.argv[1:], "rates": rates, "cpu_rates": cpu_rates}, indent=1) + "\n"
+        options.write(
+            args.out, json.dumps({"command": sys.argv[1:], "rates": rates, "cpu_rates": cpu_rates}, indent=1) + "\n"
         )
     return 0
 

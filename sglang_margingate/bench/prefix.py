@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.bench.alone_vs_batch import write_record
+from sglang_margingate.bench.alone_vs_batch import measure_all
 from sglang_margingate.bench.client import Client, Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.server import serve
 
@@ -195,13 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         flags += ["--margingate-chunk", chunk] if chunk else []
         return measure(entry.replace("@", "-"), flags, prompts, args.conversations, args.max_new_tokens, args.log_dir)
 
-    outcomes = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for outcome in pool.map(one, args.radix.split(",")):
-            outcomes.append(outcome)
-            if args.out is not None:
-                write_record(args.out, outcomes)  # after every server: Ctrl-C keeps what was measured
-    print(table(outcomes))
+    print(table(measure_all(one, args.radix.split(","), args.jobs, args.out)))
     return 0
 
 

@@ -22,7 +22,7 @@ def missed(reason: Reason, triggered: bool, flipped: bool) -> bool:
     return flipped and not triggered and reason is not Reason.RESUME
 
 
-def decide(policy: Policy, margin: float, threshold: float, audit: bool = False) -> Reason:
+def decide(policy: Policy, margin: float, threshold: float, audit: bool = False, structural: bool = False) -> Reason:
     """Return why a step is to be verified, or :attr:`Reason.NONE`.
 
     Parameters
@@ -35,11 +35,13 @@ def decide(policy: Policy, margin: float, threshold: float, audit: bool = False)
         The request's threshold (tau) in logits.
     audit
         Whether this step was drawn for the audit.
+    structural
+        Whether the step ran inside the canonical class, so that its margin decides nothing.
     """
     if policy is Policy.ALWAYS:
         return Reason.ALWAYS
     if policy is not Policy.GATE:
         return Reason.NONE
-    if triggers(margin, threshold):
+    if not structural and triggers(margin, threshold):
         return Reason.MARGIN
     return Reason.AUDIT if audit else Reason.NONE

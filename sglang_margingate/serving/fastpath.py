@@ -15,13 +15,13 @@ prefill turns out to depend on its shape, gated prompts keep to the chunk grid, 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sglang_margingate.config import FastPathMode, MarginGateConfig
+from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.invariance import InvarianceMap, RowSizes, rows_to_probe
 from sglang_margingate.serving.linear_probe import probe_linear_layers
 from sglang_margingate.serving.testknobs import TestKnobs, split_sums
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 IN_CLASS = "margingate_in_class"
 """Attribute of a ``ForwardBatch`` that ran without a graph: whether its rows were inside the class."""
 
-CPU_LARGEST = 2048
 GPU_LARGEST = 16_384
 
 
@@ -46,8 +45,8 @@ class FastPath:
     head: RowSizes
     verify_rows: int
     """The M of verify passes: the wanted one, or the next that shares the decode class."""
-    graph_sizes: tuple[int, ...] = ()
-    """Captured decode sizes, ascending; empty without CUDA graphs."""
+    graphs: RowSizes = field(default_factory=RowSizes)
+    """Captured decode sizes; empty without CUDA graphs."""
     batched_prefill: bool = False
     """Prefill is invariant to companions, chunking and prefix hits (found by path_probe.py)."""
     decode_ok: bool = False
@@ -65,8 +64,7 @@ class FastPath:
             return False
         if hasattr(batch, IN_CLASS):
             return bool(getattr(batch, IN_CLASS))
-        at = bisect_left(self.graph_sizes, rows)
-        return at < len(self.graph_sizes) and self.graph_sizes[at] in self.decode.sizes
+        return self.graphs.target(rows) in self.decode.sizes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for status page and manifest."""
@@ -76,7 +74,7 @@ class FastPath:
             "prefill_rows": self.prefill.describe(),
             "one_class": bool(self.decode.sizes) and set(self.decode.sizes) <= set(self.prefill.sizes),
             "verify_rows": self.verify_rows,
-            "graph_sizes": list(self.graph_sizes),
+            "graph_sizes": list(self.graphs.sizes),
             "decode_ok": self.decode_ok,
             "batched_prefill": self.batched_prefill,
             "notes": list(self.notes),
@@ -84,11 +82,6 @@ class FastPath:
 
 
 _fast: FastPath | None = None
-
-
-def current() -> FastPath | None:
-    """Return this process's fast path; None before it is probed, or when the stock one is used."""
-    return _fast
 
 
 def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
@@ -100,7 +93,7 @@ def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
         if split:
             log.warning("margingate: %s sums by number of rows on purpose", split_sums(model_runner.model, split))
         chunk = model_runner.server_args.chunked_prefill_size or 0
-        largest = min(chunk if chunk > 0 else GPU_LARGEST, CPU_LARGEST if cpu else GPU_LARGEST)
+        largest = min(chunk if chunk > 0 else GPU_LARGEST, CANONICAL_PREFILL_CPU if cpu else GPU_LARGEST)
         rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 32, 2048, 128)
         environment = {"device": device_name(model_runner.device), "torch_cuda": torch.version.cuda, **versions()}
         found = probe_linear_layers(model_runner.model, rows, environment)
@@ -144,8 +137,6 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
 
 def set_up_attention(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     """Choose FlashInfer's batch-invariant settings on a new attention backend."""
-    if _config() is None:
-        return
     backend.decode_use_tensor_cores = True
     backend.disable_cuda_graph_kv_split = True
     if backend.skip_prefill or torch.cuda.get_device_capability()[0] != 9:
@@ -170,7 +161,7 @@ def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: An
     sizes = fast.decode if decode else fast.prefill
     rows = len(batch.input_ids)
     # On a GPU a decode without a graph plans its attention with a K/V split.
-    inside = sizes.target(rows) is not None and not (decode and fast.graph_sizes)
+    inside = sizes.target(rows) is not None and not (decode and fast.graphs.sizes)
     inside &= decode or fast.head.target(batch.batch_size) is not None
     fast.active, fast.escaped = sizes, False
     try:
@@ -188,11 +179,7 @@ def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, 
     if x.dim() != 2:
         fast.escaped = True
         return original(method, layer, x, *args, **kwargs)
-    rows = len(x)
-    target = fast.active.target(rows)
-    if target is None or target == rows:
-        return original(method, layer, x, *args, **kwargs)
-    return original(method, layer, _padded(x, target), *args, **kwargs)[:rows]
+    return _at_size(fast.active, x, lambda padded: original(method, layer, padded, *args, **kwargs))
 
 
 def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -200,15 +187,16 @@ def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwar
     fast = _fast
     if fast is None or fast.active is None:
         return original(processor, hidden, *args, **kwargs)
-    rows = len(hidden)
-    target = fast.head.target(rows)
+    return _at_size(fast.head, hidden, lambda padded: original(processor, padded, *args, **kwargs))
+
+
+def _at_size(sizes: RowSizes, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Run on ``x`` padded to one of ``sizes``; as it is where none is large enough."""
+    rows = len(x)
+    target = sizes.target(rows)
     if target is None or target == rows:
-        return original(processor, hidden, *args, **kwargs)
-    return original(processor, _padded(hidden, target), *args, **kwargs)[:rows]
-
-
-def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+        return run(x)
+    return run(torch.nn.functional.pad(x, (0, 0, 0, target - rows)))[:rows]
 
 
 def _config() -> MarginGateConfig | None:

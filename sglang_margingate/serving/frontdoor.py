@@ -14,9 +14,6 @@ from sglang_margingate.serving.cpu import is_cpu_host
 
 ON_OFF = ("on", "off")
 
-CPU_CHUNKED_PREFILL = 2048
-"""Tokens of the largest prefill forward under the canonical fast path on a CPU."""
-
 CPU_POOL_TOKENS = 65536
 """K/V pool on a CPU; SGLang's own choice would take 17 GB of memory."""
 
@@ -204,7 +201,7 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
                     raise ConfigError(f"{flag}: the gate brings its own; use --margingate-radix off or stock instead")
             flags += ["--radix-cache-backend", BACKEND_NAME]
         if cpu and config.fast_path is FastPathMode.CANONICAL:
-            default("--chunked-prefill-size", str(CPU_CHUNKED_PREFILL))  # larger prefills would take long to probe
+            default("--chunked-prefill-size", str(cfg.CANONICAL_PREFILL_CPU))
         if not cpu:
             # The prefill graphs pad chunks to sizes of their own, which would take them off the canonical shape.
             default("--cuda-graph-backend-prefill", "disabled")

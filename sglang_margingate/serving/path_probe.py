@@ -9,13 +9,13 @@ layers must be equal bit for bit.
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sglang_margingate.serving.fastpath import FastPath
+from sglang_margingate.serving.selftest import lent_table, same_bits
 from sglang_margingate.serving.verifier import EagerVerifier
 
 TOKENS_GPU, TOKENS_CPU = 400, 120
@@ -63,19 +63,19 @@ class PathProbe:
         n = self.length
         if n < 16:
             return f"the K/V pool leaves only {n} tokens to try"
-        with self._table(self._own_slots()):
+        with lent_table(self.mr, self._own_slots()):
             whole = self._extend([Extend(0, 0, n)])
             cut = n // 3
-            trials = {
-                "chunks": lambda: [self._extend([Extend(0, 0, cut)]), self._extend([Extend(0, cut, n)])][-1],
-                "a rest of one token": lambda: [self._extend([Extend(0, 0, n - 1)]), self._extend([Extend(0, n - 1, n)])][-1],
-                "companions": lambda: self._extend([Extend(1, 0, n // 2), Extend(0, 0, n), Extend(2, 0, n - 3)]),
-                "a cached prefix among companions": lambda: self._extend(
+            trials = {  # the forwards of each, one list of parts a forward
+                "chunks": [[Extend(0, 0, cut)], [Extend(0, cut, n)]],
+                "a rest of one token": [[Extend(0, 0, n - 1)], [Extend(0, n - 1, n)]],
+                "companions": [[Extend(1, 0, n // 2), Extend(0, 0, n), Extend(2, 0, n - 3)]],
+                "a cached prefix among companions": [
                     [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)]
-                ),
-            }  # fmt: skip
-            for name, run in trials.items():
-                if not _same(whole, run()):
+                ],
+            }
+            for name, forwards in trials.items():
+                if not same_bits(whole, [self._extend(parts) for parts in forwards][-1]):
                     return name
         return None
 
@@ -122,11 +122,11 @@ class PathProbe:
 
     def decode_holds(self, sizes: list[int]) -> str | None:
         """Return at which number of requests a decode step's bits changed, or None. Run after the prefill trials."""
-        with self._table(self._shared_slots()):
+        with lent_table(self.mr, self._shared_slots()):
             wanted = self._verify()
             for rows in sizes:
                 for _ in range(DECODE_TRIALS):
-                    if not _same(wanted, self._decode(rows)):
+                    if not same_bits(wanted, self._decode(rows)):
                         return f"{rows} requests"
         return None
 
@@ -180,17 +180,6 @@ class PathProbe:
             if row:
                 table[row, position] = free + row
 
-    @contextmanager
-    def _table(self, slots: torch.Tensor) -> Any:
-        table = self.mr.req_to_token_pool.req_to_token
-        rows, columns = slots.shape
-        saved = table[:rows, :columns].clone()
-        table[:rows, :columns] = slots.to(table.device, table.dtype)
-        try:
-            yield
-        finally:
-            table[:rows, :columns] = saved
-
 
 def try_fast_path(fast: FastPath, verifier: EagerVerifier, vocab_size: int) -> float:
     """Fill in what only a trial can tell; return the seconds it took."""
@@ -210,13 +199,9 @@ def try_fast_path(fast: FastPath, verifier: EagerVerifier, vocab_size: int) -> f
 
 def _decode_sizes(fast: FastPath, probe: PathProbe) -> list[int]:
     """Numbers of requests to try: each graph full and one above the last, or a spread without graphs."""
-    if fast.graph_sizes:
-        inside = [size for size in fast.graph_sizes if size in fast.decode.sizes]
+    if fast.graphs.sizes:
+        inside = [size for size in fast.graphs.sizes if size in fast.decode.sizes]
         wanted = sorted({1, *inside, *(size + 1 for size in inside[:-1])})
     else:
         wanted = [1, 2, 3, 7, 16, 17, 33, 64]
     return [size for size in wanted if size <= probe.table_rows and fast.decode.target(size) is not None]
-
-
-def _same(a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]]) -> bool:
-    return torch.equal(a[0], b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))

@@ -75,32 +75,29 @@ class PrefillRules:
             state.ledger.notes.append(text)
 
 
-def _gated(req: Any) -> bool:
+def _alone(runtime: Runtime, req: Any) -> bool:
+    """Return whether a request is prefilled by itself, on the grid."""
     state = state_of(req)
-    return state is not None and state.ledger.gated
+    return runtime.prefill_rules.isolated and state is not None and state.ledger.gated
 
 
 def add_one_req(runtime: Runtime, original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Admit a waiting request to the prefill batch; a gated one only alone and with its chunk on the grid."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    gated = runtime.prefill_rules.isolated and _gated(req)
-    if adder.can_run_list and (gated or _holds_gated(runtime, adder)):
+    alone = _alone(runtime, req)
+    if adder.can_run_list and (alone or any(_alone(runtime, r) for r in adder.can_run_list)):
         return AddReqResult.OTHER
-    if gated:
+    if alone:
         _cap(runtime, adder, req)
     return original(adder, req, *args, **kwargs)
 
 
 def add_chunked_req(runtime: Runtime, original: Any, adder: Any, req: Any) -> Any:
     """Continue a chunked prompt; a gated one's next chunk stays on the grid."""
-    if runtime.prefill_rules.isolated and _gated(req):
+    if _alone(runtime, req):
         _cap(runtime, adder, req)
     return original(adder, req)
-
-
-def _holds_gated(runtime: Runtime, adder: Any) -> bool:
-    return runtime.prefill_rules.isolated and any(_gated(r) for r in adder.can_run_list)
 
 
 def _cap(runtime: Runtime, adder: Any, req: Any) -> None:

@@ -163,19 +163,26 @@ class Runtime:
             self.writer.add_request(self._request_row(req, state, shown, guarantee, note))
 
     def _guarantee(self, state: RequestState) -> tuple[Guarantee, str | None]:
-        notes = self.config.notes
-        rate, limit = self.missed_rate(), self.config.max_miss
-        if rate.denominator and (limit is not None or self.metrics.enabled):
-            upper = rate.upper()
-            self.metrics.missed_bound(upper)
-            if limit is not None and upper > limit:
-                notes = (*notes, f"missed flips {rate} exceed --margingate-max-miss {limit}")
-            if limit is not None and (upper > limit) is not self._over_limit:
-                self._over_limit = upper > limit
-                say = log.warning if self._over_limit else log.info
-                claim = "claim no guarantee" if self._over_limit else "claim their guarantee again"
-                say("margingate: %s; responses %s", self.audit.describe(limit), claim)
+        note = self._miss_note()
+        notes = self.config.notes if note is None else (*self.config.notes, note)
         return state.ledger.guarantee(notes, structural=self.fast is not None)
+
+    def _miss_note(self) -> str | None:
+        """Show the audit's bound, say when it crosses the limit, and return the note that costs guarantees above it."""
+        rate, limit = self.missed_rate(), self.config.max_miss
+        if not rate.denominator or (limit is None and not self.metrics.enabled):
+            return None
+        upper = rate.upper()
+        self.metrics.missed_bound(upper)
+        if limit is None:
+            return None
+        over = upper > limit
+        if over is not self._over_limit:
+            self._over_limit = over
+            say = log.warning if over else log.info
+            claim = "claim no guarantee" if over else "claim their guarantee again"
+            say("margingate: %s; responses %s", self.audit.describe(limit), claim)
+        return f"missed flips {rate} exceed --margingate-max-miss {limit}" if over else None
 
     def missed_rate(self) -> Rate:
         """Return missed flips over untriggered steps that were verified all the same (audit or always)."""

@@ -52,22 +52,32 @@ class _Bench:
 
 
 @contextmanager
+def lent_table(model_runner: Any, slots: torch.Tensor) -> Any:
+    """Point the first rows of SGLang's ``req_to_token`` table at ``slots``, [rows, tokens]; restore it afterwards."""
+    table = model_runner.req_to_token_pool.req_to_token
+    rows, tokens = slots.shape
+    saved = table[:rows, :tokens].clone()
+    table[:rows, :tokens] = slots.to(table.device, table.dtype)
+    try:
+        yield
+    finally:
+        table[:rows, :tokens] = saved
+
+
+@contextmanager
 def _fake_requests(verifier: Any, requests: int, tokens: int) -> Any:
     """Fill table rows 0..requests-1 with private slots of random K/V; restore table and pool afterwards."""
     mr = verifier.model_runner
-    table = mr.req_to_token_pool.req_to_token
-    slots = torch.arange(1, requests * tokens + 1, device=table.device)
-    saved_table = table[:requests, :tokens].clone()
+    slots = torch.arange(1, requests * tokens + 1, device=mr.req_to_token_pool.req_to_token.device)
     saved_columns = verifier.kv.read(slots)
     generator = torch.Generator().manual_seed(1)
     noise = [torch.randn(c.shape, generator=generator).to(c.dtype).to(c.device) for c in saved_columns]
-    try:
-        table[:requests, :tokens] = slots.view(requests, tokens).to(table.dtype)
-        verifier.kv.write(slots, noise)
-        yield
-    finally:
-        table[:requests, :tokens] = saved_table
-        verifier.kv.write(slots, saved_columns)
+    with lent_table(mr, slots.view(requests, tokens)):
+        try:
+            verifier.kv.write(slots, noise)
+            yield
+        finally:
+            verifier.kv.write(slots, saved_columns)
 
 
 def _draw(count: int, high: int, low: int, generator: torch.Generator) -> list[int]:
@@ -106,7 +116,7 @@ def run_self_test(verifier: Any, vocab_size: int) -> SelfTestResult:
             if reference is None:
                 reference = got
                 continue
-            if not _same(reference, got):
+            if not same_bits(reference, got):
                 layer = _first_broken_layer(bench, trials[0], trials[-1])
                 return SelfTestResult(
                     False,
@@ -138,7 +148,8 @@ def _first_broken_linear(model: Any, rows: int) -> str | None:
     return None
 
 
-def _same(a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]]) -> bool:
+def same_bits(a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]]) -> bool:
+    """Return whether two rows' logits and K/V columns are equal bit for bit."""
     return torch.equal(a[0], b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
+from sglang_margingate.gate.invariance import RowSizes
 from sglang_margingate.serving import fastpath, support
 from sglang_margingate.serving.fastpath import FastPath
 from sglang_margingate.serving.metrics import Metrics
@@ -15,7 +16,7 @@ from sglang_margingate.serving.path_probe import try_fast_path
 from sglang_margingate.serving.runtime import Runtime
 from sglang_margingate.serving.selftest import SelfTestResult, run_self_test
 from sglang_margingate.serving.testknobs import TestKnobs, leak_companions
-from sglang_margingate.serving.verifier import EagerVerifier
+from sglang_margingate.serving.verifier import EagerVerifier, VerifierCounters
 from sglang_margingate.serving.versions import device_name, model_name, versions
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def build_runtime(scheduler: Any) -> Runtime:
         config = replace(config, verify_rows=fastpath.probed(model_runner, config).verify_rows)
     verifier, self_test = _verifier(config, model_runner)
     fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
+    if verifier is not None:
+        verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
     return Runtime(config, scheduler, verifier, self_test, _writer(config, scheduler, self_test, attached, fast),
                    Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path)), fast)  # fmt: skip
 
@@ -56,19 +59,18 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
     model_runner = scheduler.tp_worker.model_runner
     fast = fastpath.probed(model_runner, config)
     if model_runner.device != "cpu":
-        fast.graph_sizes = tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs))
+        fast.graphs = RowSizes(tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs)))
     seconds = try_fast_path(fast, verifier, model_runner.model_config.vocab_size)
-    verifier.counters = type(verifier.counters)()
     if fast.batched_prefill and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
     for note in fast.notes:
         log.warning("margingate: fast path: %s", note)
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", seconds,
              "in class" if fast.decode_ok else "GATED", "batched" if fast.batched_prefill else "one at a time")  # fmt: skip
-    if fast.decode_ok and fast.graph_sizes:
+    if fast.decode_ok and fast.graphs.sizes:
         log.info("margingate: a batch of 1 decodes at %d rows, and one of more than %d is gated by margin; "
                  "--cuda-graph-max-bs-decode sets what the class must hold: smaller means less padding",
-                 fast.graph_sizes[0], fast.graph_sizes[-1])  # fmt: skip
+                 fast.graphs.sizes[0], fast.graphs.sizes[-1])  # fmt: skip
     return fast
 
 
@@ -96,7 +98,6 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
             f"{result.broken_layer}. Try another --margingate-verify-rows; this model cannot be gated here otherwise"
         )
     log.info("margingate: self-test passed: %d trials at %d rows in %.1f s", result.trials, result.rows, result.seconds)
-    verifier.counters = type(verifier.counters)()  # the self-test's passes are nobody's cost
     return verifier, result
 
 

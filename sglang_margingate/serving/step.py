@@ -275,9 +275,7 @@ class StepHook:
         if not decode:
             return Reason.NONE  # the prefill is canonical by its own rules
         audit = self.runtime.audits(ledger.request_id, row.state.next_step)
-        if row.structural and ledger.params.policy is Policy.GATE:
-            return Reason.AUDIT if audit else Reason.NONE
-        return decide(ledger.params.policy, row.margin, row.threshold, audit)
+        return decide(ledger.params.policy, row.margin, row.threshold, audit, row.structural)
 
     def _verify(self, rows: list[StepRow], logits: torch.Tensor, info: Any, decode: bool) -> float:
         for row in rows:
