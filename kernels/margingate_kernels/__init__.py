@@ -3,6 +3,7 @@
 Without a GPU or without Triton every function runs its reference; Triton is imported on first use, never here.
 """
 
+from margingate_kernels.decode_attention import DecodeAttention, decode_attention_reference
 from margingate_kernels.kv_column import (
     KVColumns,
     max_abs_change_reference,
@@ -13,9 +14,11 @@ from margingate_kernels.row_digest import row_digest, row_digest_reference
 from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top2_margin_reference
 
 __all__ = [
+    "DecodeAttention",
     "KVColumns",
     "Top2",
     "Top2Workspace",
+    "decode_attention_reference",
     "max_abs_change_reference",
     "restore_reference",
     "row_digest",

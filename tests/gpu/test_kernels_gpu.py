@@ -15,9 +15,11 @@ import os
 import pytest
 import torch
 from margingate_kernels import (
+    DecodeAttention,
     KVColumns,
     Top2,
     Top2Workspace,
+    decode_attention_reference,
     max_abs_change_reference,
     restore_reference,
     row_digest,
@@ -41,6 +43,20 @@ pytestmark = [
 # a row, and the tests' sizes around them, keep their proportions.
 CHUNK = 256 if INTERPRETED else 4096
 needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
+
+
+@pytest.fixture(autouse=True)
+def loop_bounds(monkeypatch):
+    """Triton 3.6's interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer takes for loop bounds."""
+    if INTERPRETED:
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        original = interpreter._patch_lang_tensor
+
+        def patched(tensor, scope):
+            original(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.fixture(autouse=True)
@@ -345,3 +361,117 @@ def test_digest_graph_capture():
     graph.replay()
     graph.replay()
     assert torch.equal(got, row_digest_reference(x))
+
+
+# ---- decode_attention ------------------------------------------------------------------------------------------------
+
+ATTENTION_SHAPES = [(8, 2, 32), (4, 4, 16)] if INTERPRETED else [(32, 8, 128), (28, 4, 128), (40, 8, 128), (8, 8, 64)]
+# The interpreter's dot takes bfloat16's bits for integers.
+ATTENTION_DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+LENGTHS = (
+    [0, 1, 15, 16, 17, 64, 129, 200] if INTERPRETED else [0, 1, 63, 64, 65, 255, 256, 257, 512, 3000, 8192, 8193, 30000]
+)
+
+
+@pytest.fixture
+def attention_module(monkeypatch):
+    """In the interpreter chunks are small, so that short contexts still have several, and longer ones longer chunks."""
+    module = importlib.import_module("margingate_kernels.decode_attention")
+    if INTERPRETED:
+        for name, value in (("CHUNK", 32), ("MOST_CHUNKS", 4), ("BLOCK", 16)):
+            monkeypatch.setattr(module, name, value)
+    return module
+
+
+class Contexts:
+    """A pool of K/V and rows of given lengths, each with slots of its own in random order."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], lengths: list[int], dtype: torch.dtype = ATTENTION_DTYPES[0]
+    ) -> None:
+        q_heads, kv_heads, dim = shape
+        slots = sum(lengths) + 7
+        order = torch.randperm(slots, generator=generator(7), device=DEVICE).int()
+        self.lengths = lengths
+        self.q = normal(len(lengths), q_heads, dim, seed=1, dtype=dtype)
+        self.k, self.v = (
+            normal(slots, kv_heads, dim, seed=2, dtype=dtype),
+            normal(slots, kv_heads, dim, seed=3, dtype=dtype),
+        )
+        self.slots = list(order[: sum(lengths)].split(lengths))
+        self.scale = dim**-0.5
+
+    def arguments(self, rows: list[int]) -> tuple:
+        lengths = torch.tensor([0, *(self.lengths[r] for r in rows)], device=DEVICE)
+        indices = torch.cat([self.slots[r] for r in rows])
+        return self.q[rows].contiguous(), self.k, self.v, lengths.cumsum(0).int(), indices, self.scale
+
+
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+def test_decode_attention(shape, dtype, attention_module):
+    to = Contexts(shape, LENGTHS, dtype)
+    attend = DecodeAttention(len(LENGTHS) + 3, *shape, DEVICE)
+    arguments = to.arguments(list(range(len(LENGTHS))))
+    want = decode_attention_reference(*arguments)
+    assert use_triton(to.q)
+    for _ in range(2):  # the counters are back at 0 after the first
+        torch.testing.assert_close(attend(*arguments), want, rtol=2e-2, atol=2e-3)
+
+
+def test_decode_attention_row_invariance(attention_module, monkeypatch):
+    shape = ATTENTION_SHAPES[0]
+    to = Contexts(shape, LENGTHS[1:] * 2)
+    rows = list(range(len(to.lengths)))
+    attend = DecodeAttention(len(rows) + 1, *shape, DEVICE)
+    alone = [attend(*to.arguments([r]))[0] for r in rows]
+    for seed in range(2 if INTERPRETED else 20):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[: 3 + 7 * seed]
+        for r, got in zip(order, attend(*to.arguments(order))):
+            assert torch.equal(got, alone[r]), f"row of {to.lengths[r]} tokens among {len(order)}"
+    # Could this fail? Another cut of the contexts is another order of summation, and shows.
+    monkeypatch.setattr(attention_module, "CHUNK", 2 * attention_module.CHUNK)
+    other = [attend(*to.arguments([r]))[0] for r in rows]
+    assert not all(torch.equal(a, b) for a, b in zip(alone, other))
+
+
+def test_decode_attention_chunks(attention_module):
+    for length in (1, 100, 10_000, 131_072):
+        tokens = attention_module.chunk_tokens(length)
+        assert tokens % attention_module.BLOCK == 0
+        assert -(-length // tokens) <= attention_module.MOST_CHUNKS
+
+
+def test_decode_attention_bad_input():
+    to = Contexts((4, 4, 16), [3, 5])
+    attend = DecodeAttention(2, 4, 4, 16, DEVICE)
+    q, k, v, indptr, indices, scale = to.arguments([0, 1])
+    for bad, message in (
+        ((q.float(), k, v, indptr, indices), "q must be"),
+        ((q.repeat(2, 1, 1), k, v, indptr, indices), "at most 2"),
+        ((q, k[:, :2], v, indptr, indices), "k must be"),
+        ((q, k, v, indptr.long(), indices), "indptr must be"),
+        ((q, k, v, indptr, indices.cpu().repeat(2)[::2]), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(*bad, scale)
+    with pytest.raises(ValueError, match="not supported"):
+        DecodeAttention(2, 4, 4, 80, DEVICE)
+
+
+@needs_cuda
+def test_decode_attention_graph_capture():
+    shape, lengths = (32, 8, 128), [5000, 1, 300, 700]
+    to = Contexts(shape, lengths)
+    attend = DecodeAttention(8, *shape, DEVICE)
+    q, k, v, indptr, indices, scale = to.arguments([0, 1, 2, 3])
+    attend(q, k, v, indptr, indices, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, k, v, indptr, indices, scale)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]):
+        want = attend(*to.arguments(order))
+        q2, _, _, indptr2, indices2, _ = to.arguments(order)
+        q.copy_(q2), indptr.copy_(indptr2), indices[: len(indices2)].copy_(indices2)
+        graph.replay()
+        assert torch.equal(out, want)

@@ -1,0 +1,134 @@
+"""Time decode attention over paged K/V against FlashInfer's (32 query and 8 K/V heads of 128, bfloat16, page size 1).
+
+    python kernels/benchmarks/bench_decode_attention.py [--tune] [--json FILE]
+
+"stock" is FlashInfer's tensor-core decode with the plan it makes for the whole batch under a CUDA graph, "no split" the
+same without K/V split, which is row-invariant too. Bytes are those of K and V. --tune tries launch constants instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import common
+import torch
+from margingate_kernels import DecodeAttention, decode_attention, decode_attention_reference
+
+Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+SCALE = DIM**-0.5
+SHAPES = ((1, 512), (8, 512), (32, 512), (64, 512), (1, 8192), (8, 8192), (1, 32000), (8, 32000))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch of equal contexts, slots in random order as in a used pool."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    indptr: torch.Tensor
+    indices: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: int, context: int) -> Inputs:
+        """Draw one."""
+        slots = rows * context
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+        return cls(
+            draw(rows, Q_HEADS, DIM), draw(slots, KV_HEADS, DIM), draw(slots, KV_HEADS, DIM),
+            torch.arange(0, slots + 1, context, device="cuda", dtype=torch.int32),
+            torch.randperm(slots, device="cuda").int(),
+        )  # fmt: skip
+
+    @property
+    def size(self) -> int:
+        """Bytes of K and V."""
+        return self.k.nbytes + self.v.nbytes
+
+
+def ours(attend: DecodeAttention, x: Inputs) -> torch.Tensor:
+    """Call the kernel."""
+    return attend(x.q, x.k, x.v, x.indptr, x.indices, SCALE)
+
+
+def flashinfer(x: Inputs, *, split: bool) -> functools.partial[torch.Tensor]:
+    """Return a call of FlashInfer's decode, planned."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    rows = len(x.q)
+    workspace = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")  # its own: the plan lies in it
+    last = torch.ones(rows, dtype=torch.int32, device="cuda")
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_cuda_graph=True, use_tensor_cores=True, paged_kv_indptr_buffer=x.indptr,
+        paged_kv_indices_buffer=x.indices, paged_kv_last_page_len_buffer=last,
+    )  # fmt: skip
+    wrapper.plan(x.indptr, x.indices, last, Q_HEADS, KV_HEADS, DIM, 1, data_type=torch.bfloat16, q_data_type=torch.bfloat16,
+                 sm_scale=SCALE, disable_split_kv=not split)  # fmt: skip
+    return functools.partial(wrapper.run, x.q, (x.k, x.v))
+
+
+def sets_of(rows: int, context: int) -> list[Inputs]:
+    """Return inputs to rotate among, so that none of them stays in the L2 cache."""
+    first = Inputs.of(rows, context)
+    return [first, *(Inputs.of(rows, context) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
+
+
+def tune() -> None:
+    """Print the time of every shape under many launch constants."""
+    data = {shape: sets_of(*shape) for shape in SHAPES}
+    rows = []
+    for block, warps, stages, per_sm in itertools.product((32, 64, 128), (2, 4), (2, 3, 4), (2, 4, 6)):
+        constants = {"BLOCK": block, "WARPS": warps, "STAGES": stages, "PROGRAMS_PER_SM": per_sm}
+        if block * stages * per_sm > 1024 or warps * block < 128:
+            continue
+        for name, value in constants.items():
+            setattr(decode_attention, name, value)
+        attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
+        try:
+            times = {
+                f"{r}x{c}": common.time_calls([functools.partial(ours, attend, x) for x in xs], replays=8).median
+                for (r, c), xs in data.items()
+            }
+        except Exception as error:  # too much shared memory
+            print(constants, str(error).splitlines()[0][:100], flush=True)
+            continue
+        rows.append({**constants, **times})
+    print(common.table(rows))
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = common.parser(__doc__)
+    arguments.add_argument("--tune", action="store_true", help="try launch constants")
+    args = arguments.parse_args()
+    env, copy = common.start()
+    torch.manual_seed(0)
+    if args.tune:
+        tune()
+        return
+    attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
+    rows: list[dict[str, object]] = []
+    for shape in SHAPES:
+        inputs = sets_of(*shape)
+        x = inputs[0]
+        want = decode_attention_reference(x.q, x.k, x.v, x.indptr, x.indices, SCALE)
+        torch.testing.assert_close(ours(attend, x), want, rtol=2e-2, atol=2e-3)
+        times = [common.time_calls([functools.partial(ours, attend, x) for x in inputs])]
+        for split in (True, False):
+            times.append(common.time_calls([flashinfer(x, split=split) for x in inputs]))
+        rate = x.size / times[0].median / 1e3
+        rows.append(
+            {"rows": shape[0], "context": shape[1], "us": times[0].median, "p10-p90": f"{times[0].low:.1f}-{times[0].high:.1f}",
+             "GB/s": round(rate), "% of copy": round(100 * rate / copy, 1), "stock us": times[1].median,
+             "ours / stock": times[0].median / times[1].median, "no split us": times[2].median}
+        )  # fmt: skip
+    common.finish(args.json, env, copy, rows)
+
+
+if __name__ == "__main__":
+    main()

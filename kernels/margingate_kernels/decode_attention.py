@@ -1,0 +1,175 @@
+"""Decode attention over paged K/V in which a row's bits depend on that row alone, at any batch and context length.
+
+A decode row reads its whole context. One program for each (row, K/V head) is row-invariant, but leaves most of a GPU
+idle when few rows have long contexts; cutting contexts by a plan for the whole batch, as FlashInfer does, fills the GPU
+and lets the batch decide the order of summation. Here the cut is a function of the row's own length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from margingate_kernels._backend import on_device, use_triton
+
+CHUNK = 256
+"""Tokens of a chunk, for contexts up to ``CHUNK * MOST_CHUNKS``."""
+
+MOST_CHUNKS = 32
+"""A row has no more chunks than this; longer contexts get longer chunks."""
+
+BLOCK = 64
+"""Tokens that a program reads at once; every chunk is a multiple."""
+
+PROGRAMS_PER_SM = 4
+WARPS, STAGES = 4, 2
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def chunk_tokens(length: int) -> int:
+    """Return the tokens of a chunk in a context of ``length``: a function of the row alone."""
+    return max(CHUNK, -(-length // (MOST_CHUNKS * BLOCK)) * BLOCK)
+
+
+class DecodeAttention:
+    """Attention of one query a row over its paged context, grouped-query, no mask beyond the context's end.
+
+    Calls must not overlap: they share a workspace. A call may be captured in a CUDA graph; the lengths may change
+    between replays.
+
+    Parameters
+    ----------
+    max_rows
+        Largest number of rows of a call.
+    q_heads, kv_heads, head_dim
+        Shape of the model's attention; see :meth:`supports`.
+    device
+        Where everything lives.
+
+    Raises
+    ------
+    ValueError
+        The shape is not supported.
+    """
+
+    def __init__(self, max_rows: int, q_heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+        if max_rows < 1 or not self.supports(q_heads, kv_heads, head_dim):
+            raise ValueError(f"{max_rows} rows, {q_heads} / {kv_heads} heads of {head_dim}: not supported")
+        self.max_rows, self.q_heads, self.kv_heads, self.head_dim = max_rows, q_heads, kv_heads, head_dim
+        self.device = torch.device(device)
+        shape = (max_rows, MOST_CHUNKS, kv_heads, q_heads // kv_heads)
+        self._parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
+        self._logsums = torch.empty(shape, dtype=torch.float32, device=device)
+        self._counters = torch.zeros(max_rows, kv_heads, dtype=torch.int32, device=device)
+        self._programs = 5
+        if self.device.type == "cuda":
+            sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self._programs = PROGRAMS_PER_SM * sms
+
+    @staticmethod
+    def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
+        """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
+        fits = head_dim in (16, 32, 64, 128, 256)
+        return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= 64
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Return the attention's output, like ``q``.
+
+        Parameters
+        ----------
+        q
+            [rows, q_heads, head_dim], bfloat16 or float16, contiguous.
+        k, v
+            The pool: [slots, kv_heads, head_dim] of the same dtype, contiguous.
+        indptr
+            int32 [rows + 1]: row r's slots are ``indices[indptr[r]:indptr[r + 1]]``. Not checked: that needs a sync.
+        indices
+            int32: slots in the order of their positions.
+        scale
+            Of the logits, mostly 1 / sqrt(head_dim).
+
+        Raises
+        ------
+        ValueError
+            A shape, dtype or device is wrong.
+        """
+        self._check(q, k, v, indptr, indices)
+        if not use_triton(q):
+            return decode_attention_reference(q, k, v, indptr, indices, scale)
+        return self._launch(q, k, v, indptr, indices, scale)
+
+    def _launch(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        from margingate_kernels._triton_decode_attention import decode_kernel
+
+        out = torch.empty_like(q)
+        group = self.q_heads // self.kv_heads
+        with on_device(q):
+            decode_kernel[(self._programs,)](
+                q, k, v, indptr, indices, out, self._parts, self._logsums, self._counters,
+                scale * math.log2(math.e), len(q),
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=max(16, _power_of_2(group)), DIM=self.head_dim,
+                BLOCK=BLOCK, CHUNK=CHUNK, MOST=MOST_CHUNKS,
+                # The same for every call, so that all numbers of rows run one binary.
+                ROWS=_power_of_2(self.max_rows), STAGES=STAGES, num_warps=WARPS,
+            )  # fmt: skip
+        return out
+
+    def _check(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor
+    ) -> None:
+        rows = len(q)
+        if q.shape != (rows, self.q_heads, self.head_dim) or rows > self.max_rows or q.dtype not in _DTYPES:
+            raise ValueError(
+                f"q must be bfloat16 or float16 [at most {self.max_rows}, {self.q_heads}, {self.head_dim}], "
+                f"got {q.dtype} {tuple(q.shape)}"
+            )
+        for name, pool in (("k", k), ("v", v)):
+            if pool.shape != (len(k), self.kv_heads, self.head_dim) or pool.dtype != q.dtype:
+                raise ValueError(
+                    f"{name} must be {q.dtype} [slots, {self.kv_heads}, {self.head_dim}], got {pool.dtype} {tuple(pool.shape)}"
+                )
+        if indptr.shape != (rows + 1,) or indptr.dtype != torch.int32 or indices.dtype != torch.int32:
+            raise ValueError(f"indptr must be int32 [{rows + 1}] and indices int32, got {tuple(indptr.shape)}")
+        tensors = (q, k, v, indptr, indices)
+        if not all(t.is_contiguous() for t in tensors) or {t.device for t in tensors} != {self._parts.device}:
+            raise ValueError(f"all tensors must be contiguous and on {self._parts.device}")
+
+
+def decode_attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Compute the same in float32 with plain PyTorch; a row without context gets zeros."""
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    bounds = indptr.tolist()
+    for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if begin == end:
+            continue
+        slots = indices[begin:end].long()
+        keys, values = (pool[slots].float().repeat_interleave(group, dim=1) for pool in (k, v))
+        weights = torch.einsum("hd,thd->ht", q[row].float(), keys).mul_(scale).softmax(dim=-1)
+        out[row] = torch.einsum("ht,thd->hd", weights, values).to(q.dtype)
+    return out
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
