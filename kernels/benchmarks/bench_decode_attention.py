@@ -9,7 +9,6 @@ same without K/V split, which is row-invariant too. Bytes are those of K and V. 
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import common
@@ -52,8 +51,8 @@ class Inputs:
 
 
 def ours(attend: DecodeAttention, x: Inputs) -> torch.Tensor:
-    """Call the kernel."""
-    return attend(x.q, x.k, x.v, x.indptr, x.indices, SCALE)
+    """Call the kernel; its plan was made, as for all layers of a forward but the first."""
+    return attend(x.q, x.k, x.v, x.indices, SCALE)
 
 
 def flashinfer(x: Inputs, *, split: bool) -> functools.partial[torch.Tensor]:
@@ -78,27 +77,33 @@ def sets_of(rows: int, context: int) -> list[Inputs]:
     return [first, *(Inputs.of(rows, context) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
 
 
+TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, most chunks, chunks a merge loads at once
+    (64, 4, 3, 4, 512, 32, 4), (64, 4, 3, 4, 256, 32, 4), (64, 4, 3, 4, 384, 32, 4), (64, 4, 3, 4, 512, 32, 8),
+    (64, 4, 4, 3, 512, 32, 4), (32, 2, 6, 6, 512, 32, 4), (32, 4, 6, 5, 512, 32, 4), (32, 2, 4, 8, 256, 32, 4),
+    (64, 2, 3, 6, 256, 32, 4), (64, 4, 2, 6, 512, 32, 4), (32, 4, 5, 4, 256, 32, 4), (128, 8, 2, 3, 512, 32, 4),
+]  # fmt: skip
+"""Launch constants that --tune tries."""
+
+CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS_PER_SM", "CHUNK", "MOST_CHUNKS", "WIDE")
+
+
 def tune() -> None:
-    """Print the time of every shape under many launch constants."""
+    """Print the time of every shape under many launch constants, microseconds."""
     data = {shape: sets_of(*shape) for shape in SHAPES}
-    rows = []
-    for block, warps, stages, per_sm in itertools.product((32, 64, 128), (2, 4), (2, 3, 4), (2, 4, 6)):
-        constants = {"BLOCK": block, "WARPS": warps, "STAGES": stages, "PROGRAMS_PER_SM": per_sm}
-        if block * stages * per_sm > 1024 or warps * block < 128:
-            continue
-        for name, value in constants.items():
+    print(*CONSTANTS, *(f"{r}x{c}" for r, c in data), flush=True)
+    for values in TRIALS:
+        for name, value in zip(CONSTANTS, values):
             setattr(decode_attention, name, value)
-        attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
         try:
-            times = {
-                f"{r}x{c}": common.time_calls([functools.partial(ours, attend, x) for x in xs], replays=8).median
-                for (r, c), xs in data.items()
-            }
+            attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
+            times = []
+            for xs in data.values():
+                attend.plan(xs[0].indptr)
+                times.append(common.time_calls([functools.partial(ours, attend, x) for x in xs], replays=8).median)
         except Exception as error:  # too much shared memory
-            print(constants, str(error).splitlines()[0][:100], flush=True)
+            print(*values, str(error).splitlines()[0][:100], flush=True)
             continue
-        rows.append({**constants, **times})
-    print(common.table(rows))
+        print(*values, *(f"{t:.1f}" for t in times), flush=True)
 
 
 def main() -> None:
@@ -116,6 +121,7 @@ def main() -> None:
     for shape in SHAPES:
         inputs = sets_of(*shape)
         x = inputs[0]
+        attend.plan(x.indptr)
         want = decode_attention_reference(x.q, x.k, x.v, x.indptr, x.indices, SCALE)
         torch.testing.assert_close(ours(attend, x), want, rtol=2e-2, atol=2e-3)
         times = [common.time_calls([functools.partial(ours, attend, x) for x in inputs])]

@@ -1,9 +1,10 @@
-"""The Triton kernel of :mod:`margingate_kernels.decode_attention`. Import only where Triton is installed.
+"""The Triton kernels of :mod:`margingate_kernels.decode_attention`. Import only where Triton is installed.
 
-One launch of a fixed number of programs, which fits a CUDA graph: what there is to do is read from ``indptr`` on the
-GPU. Every row's context is cut into chunks by a rule that looks at its own length alone, and the programs take the
-(row, chunk, K/V head) triples in turn. A chunk's result goes to the workspace; the program that arrives last at the
-counter of (row, head) merges the row's chunks, always in the same order, and sets the counter back to 0.
+Both are launches of a fixed number of programs, which fit a CUDA graph: what there is to do is read from ``indptr`` on
+the GPU. ``plan_kernel`` cuts every row's context into chunks by a rule that looks at its own length alone, once for all
+layers of a forward; in ``decode_kernel`` the programs take the (row, chunk, K/V head) triples in turn. A chunk's result
+goes to the workspace; the program that arrives last at the counter of (row, head) merges the row's chunks, always in the
+same order, and sets the counter back to 0.
 
 Neither the number of rows nor that of programs is a constant of the code, and no sum crosses two rows: one binary does
 the same arithmetic for a row whoever its companions are.
@@ -23,48 +24,18 @@ def _chunk_tokens(length, CHUNK: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.con
     return tl.maximum(CHUNK, (length + MOST * BLOCK - 1) // (MOST * BLOCK) * BLOCK)
 
 
-@triton.jit
-def _merge(
-    parts, logsums, out, first, groups, n, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr
-):  # fmt: skip
-    """Write one (row, K/V head) from its ``n`` chunks."""
-    d = tl.arange(0, DIM)
-    c = tl.arange(0, MOST)
-    used = c < n
-    at = first + c * KV_HEADS
-    for g in tl.static_range(GROUP):
-        # .cg reads from L2: this SM's L1 may hold lines from before the other programs wrote.
-        s = tl.load(logsums + at * GROUP + g, mask=used, other=float("-inf"), cache_modifier=".cg")
-        w = tl.exp2(s - tl.max(s, 0))
-        part = (at * GROUP + g)[:, None] * DIM + d[None, :]
-        x = tl.load(parts + part, mask=used[:, None], other=0.0, cache_modifier=".cg")
-        y = tl.sum(x * w[:, None], 0) / tl.sum(w, 0)
-        tl.store(out + (groups + g) * DIM + d, y.to(out.dtype.element_ty))
-
-
 @triton.jit(do_not_specialize=["rows"])
-def decode_kernel(
-    q,  # [rows, KV_HEADS * GROUP, DIM], contiguous
-    k,  # [slots, KV_HEADS, DIM], contiguous
-    v,
+def plan_kernel(
     indptr,  # int32 [rows + 1]: where each row's slots begin in indices
-    indices,  # int32: the slots of each row's context, in order
-    out,  # like q
-    parts,  # float32 [rows, MOST, KV_HEADS, GROUP, DIM]
-    logsums,  # float32 [rows, MOST, KV_HEADS, GROUP], base 2
-    counters,  # int32 [rows, KV_HEADS], 0 between launches
-    scale,  # of the logits, times log2(e)
+    items,  # int32 [max rows * MOST, 4]: row, first and end of a chunk in indices, chunk + MOST * chunks of the row
+    count,  # int32 [1]: items in use
     rows,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_P2: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
+    row = tl.program_id(0)
     r = tl.arange(0, ROWS)
     live = r < rows
     begins = tl.load(indptr + r, mask=live, other=0)
@@ -72,29 +43,93 @@ def decode_kernel(
     tokens = _chunk_tokens(lengths, CHUNK, MOST, BLOCK)
     # A row without context has one empty chunk, so that its output is written too.
     counts = tl.where(live, tl.maximum((lengths + tokens - 1) // tokens, 1), 0)
-    ends = tl.cumsum(counts, 0)
-    g = tl.arange(0, GROUP_P2)
+    before = tl.sum(tl.where(r < row, counts, 0), 0)
+    begin = tl.load(indptr + row)
+    length = tl.load(indptr + row + 1) - begin
+    size = _chunk_tokens(length, CHUNK, MOST, BLOCK)
+    n = tl.maximum((length + size - 1) // size, 1)
+    c = tl.arange(0, MOST)
+    mine = items + (before + c) * 4
+    used = c < n
+    tl.store(mine, tl.zeros([MOST], tl.int32) + row, mask=used)
+    tl.store(mine + 1, begin + c * size, mask=used)
+    tl.store(mine + 2, begin + tl.minimum((c + 1) * size, length), mask=used)
+    tl.store(mine + 3, c + MOST * n, mask=used)
+    if row == 0:
+        tl.store(count, tl.sum(counts, 0))
+
+
+@triton.jit
+def _merge(
+    parts, logsums, out, first, groups, n, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write one (row, K/V head) from its ``n`` chunks, ``WIDE`` of them at a time so that their loads overlap."""
+    g = tl.arange(0, HEADS)
+    d = tl.arange(0, DIM)
+    c = tl.arange(0, MOST)
+    # .cg reads from L2: this SM's L1 may hold lines from before the other programs wrote.
+    at = (first + c * KV_HEADS)[:, None] * GROUP + g[None, :]
+    here = (c < n)[:, None] & (g < GROUP)[None, :]
+    s = tl.load(logsums + at, mask=here, other=float("-inf"), cache_modifier=".cg")
+    top = tl.max(s, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(s - top[None, :]), 0)
+    acc = tl.zeros([HEADS, DIM], tl.float32)
+    for begin in range(0, n, WIDE):
+        k = begin + tl.arange(0, WIDE)
+        place = (first + k * KV_HEADS)[:, None] * GROUP + g[None, :]
+        inside = (k < n)[:, None] & (g < GROUP)[None, :]
+        w = tl.exp2(tl.load(logsums + place, mask=inside, other=float("-inf"), cache_modifier=".cg") - top[None, :])
+        part = place[:, :, None] * DIM + d[None, None, :]
+        x = tl.load(parts + part, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(x * w[:, :, None], 0)
+    y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
+
+
+@triton.jit
+def decode_kernel(
+    q,  # [rows, KV_HEADS * GROUP, DIM], contiguous
+    k,  # [slots, KV_HEADS, DIM], contiguous
+    v,
+    indices,  # int32: the slots of each row's context, in order
+    items,  # from plan_kernel
+    count,
+    out,  # like q
+    parts,  # float32 [max rows, MOST, KV_HEADS, GROUP, DIM]
+    logsums,  # float32 [max rows, MOST, KV_HEADS, GROUP], base 2
+    counters,  # int32 [max rows, KV_HEADS], 0 between launches
+    scale,  # of the logits, times log2(e)
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P2: tl.constexpr,
+    DOT_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MOST: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    g = tl.arange(0, DOT_ROWS)
     d = tl.arange(0, DIM)
     b = tl.arange(0, BLOCK)
     work = tl.program_id(0)
-    while work < tl.sum(counts, 0) * KV_HEADS:
-        item = work // KV_HEADS
+    while work < tl.load(count) * KV_HEADS:
+        item = items + work // KV_HEADS * 4
         head = work % KV_HEADS
-        row = tl.sum((ends <= item).to(tl.int32), 0)
-        mine = r == row
-        chunk = tl.sum(tl.where(mine, item - (ends - counts), 0), 0)
-        length = tl.sum(tl.where(mine, lengths, 0), 0)
-        begin = tl.sum(tl.where(mine, begins, 0), 0)
-        n = tl.sum(tl.where(mine, counts, 0), 0)
-        size = _chunk_tokens(length, CHUNK, MOST, BLOCK)
-        start = begin + chunk * size
-        stop = begin + tl.minimum((chunk + 1) * size, length)
+        row = tl.load(item)
+        start = tl.load(item + 1)
+        stop = tl.load(item + 2)
+        cut = tl.load(item + 3)
+        chunk = cut % MOST
+        n = cut // MOST
 
         groups = row.to(tl.int64) * KV_HEADS * GROUP + head * GROUP
         x = tl.load(q + (groups + g)[:, None] * DIM + d[None, :], mask=(g < GROUP)[:, None], other=0.0)
-        best = tl.full([GROUP_P2], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP_P2], tl.float32)
-        acc = tl.zeros([GROUP_P2, DIM], tl.float32)
+        best = tl.full([DOT_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([DOT_ROWS], tl.float32)
+        acc = tl.zeros([DOT_ROWS, DIM], tl.float32)
         for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
             inside = at + b < stop
             slot = tl.load(indices + at + b, mask=inside, other=0).to(tl.int64)
@@ -123,6 +158,6 @@ def decode_kernel(
             # Release: what this program stored is visible before the count; acquire: the last one sees all of it.
             arrived = tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if arrived == n - 1:
-                _merge(parts, logsums, out, first, groups, n, KV_HEADS, GROUP, DIM, MOST)
+                _merge(parts, logsums, out, first, groups, n, KV_HEADS, GROUP, GROUP_P2, DIM, MOST, WIDE)
                 tl.store(counters + row * KV_HEADS + head, 0)
         work += tl.num_programs(0)

@@ -14,7 +14,7 @@ import torch
 
 from margingate_kernels._backend import on_device, use_triton
 
-CHUNK = 256
+CHUNK = 512
 """Tokens of a chunk, for contexts up to ``CHUNK * MOST_CHUNKS``."""
 
 MOST_CHUNKS = 32
@@ -24,7 +24,9 @@ BLOCK = 64
 """Tokens that a program reads at once; every chunk is a multiple."""
 
 PROGRAMS_PER_SM = 4
-WARPS, STAGES = 4, 2
+WARPS, STAGES = 4, 3
+WIDE = 4
+"""Chunks that a merge loads at once."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -37,8 +39,8 @@ def chunk_tokens(length: int) -> int:
 class DecodeAttention:
     """Attention of one query a row over its paged context, grouped-query, no mask beyond the context's end.
 
-    Calls must not overlap: they share a workspace. A call may be captured in a CUDA graph; the lengths may change
-    between replays.
+    First :meth:`plan` with the batch's contexts, then one call for every layer. Calls must not overlap: they share a
+    workspace. Both may be captured in a CUDA graph; the lengths may change between replays.
 
     Parameters
     ----------
@@ -64,6 +66,9 @@ class DecodeAttention:
         self._parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
         self._logsums = torch.empty(shape, dtype=torch.float32, device=device)
         self._counters = torch.zeros(max_rows, kv_heads, dtype=torch.int32, device=device)
+        self._items = torch.zeros(max_rows * MOST_CHUNKS, 4, dtype=torch.int32, device=device)
+        self._count = torch.zeros(1, dtype=torch.int32, device=device)
+        self._indptr = torch.zeros(1, dtype=torch.int32, device=device)
         self._programs = 5
         if self.device.type == "cuda":
             sms = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -75,25 +80,49 @@ class DecodeAttention:
         fits = head_dim in (16, 32, 64, 128, 256)
         return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= 64
 
+    def plan(self, indptr: torch.Tensor) -> None:
+        """Cut the contexts of the next calls' rows into chunks.
+
+        Parameters
+        ----------
+        indptr
+            int32 [rows + 1]: row r's slots are ``indices[indptr[r]:indptr[r + 1]]``. Values are not checked: that needs a
+            sync.
+
+        Raises
+        ------
+        ValueError
+            Its shape, dtype or device is wrong.
+        """
+        rows = len(indptr) - 1
+        if indptr.dim() != 1 or not 0 < rows <= self.max_rows or indptr.dtype != torch.int32:
+            raise ValueError(
+                f"indptr must be int32 [2 to {self.max_rows + 1}], got {indptr.dtype} {tuple(indptr.shape)}"
+            )
+        if not indptr.is_contiguous() or indptr.device != self._parts.device:
+            raise ValueError(f"indptr must be contiguous and on {self._parts.device}, got {indptr.device}")
+        self._indptr = indptr
+        if not use_triton(indptr):
+            return
+        from margingate_kernels._triton_decode_attention import plan_kernel
+
+        with on_device(indptr):
+            plan_kernel[(rows,)](
+                indptr, self._items, self._count, rows,
+                CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=_power_of_2(self.max_rows), num_warps=1,
+            )  # fmt: skip
+
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        scale: float,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Return the attention's output, like ``q``.
 
         Parameters
         ----------
         q
-            [rows, q_heads, head_dim], bfloat16 or float16, contiguous.
+            [rows, q_heads, head_dim], bfloat16 or float16, contiguous; as many rows as were planned.
         k, v
             The pool: [slots, kv_heads, head_dim] of the same dtype, contiguous.
-        indptr
-            int32 [rows + 1]: row r's slots are ``indices[indptr[r]:indptr[r + 1]]``. Not checked: that needs a sync.
         indices
             int32: slots in the order of their positions.
         scale
@@ -104,19 +133,13 @@ class DecodeAttention:
         ValueError
             A shape, dtype or device is wrong.
         """
-        self._check(q, k, v, indptr, indices)
+        self._check(q, k, v, indices)
         if not use_triton(q):
-            return decode_attention_reference(q, k, v, indptr, indices, scale)
-        return self._launch(q, k, v, indptr, indices, scale)
+            return decode_attention_reference(q, k, v, self._indptr, indices, scale)
+        return self._launch(q, k, v, indices, scale)
 
     def _launch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        scale: float,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scale: float
     ) -> torch.Tensor:
         from margingate_kernels._triton_decode_attention import decode_kernel
 
@@ -124,22 +147,18 @@ class DecodeAttention:
         group = self.q_heads // self.kv_heads
         with on_device(q):
             decode_kernel[(self._programs,)](
-                q, k, v, indptr, indices, out, self._parts, self._logsums, self._counters,
-                scale * math.log2(math.e), len(q),
-                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=max(16, _power_of_2(group)), DIM=self.head_dim,
-                BLOCK=BLOCK, CHUNK=CHUNK, MOST=MOST_CHUNKS,
-                # The same for every call, so that all numbers of rows run one binary.
-                ROWS=_power_of_2(self.max_rows), STAGES=STAGES, num_warps=WARPS,
+                q, k, v, indices, self._items, self._count, out, self._parts, self._logsums, self._counters,
+                scale * math.log2(math.e),
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=_power_of_2(group), DOT_ROWS=max(16, _power_of_2(group)),
+                DIM=self.head_dim, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=STAGES, WIDE=WIDE, num_warps=WARPS,
             )  # fmt: skip
         return out
 
-    def _check(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor
-    ) -> None:
-        rows = len(q)
-        if q.shape != (rows, self.q_heads, self.head_dim) or rows > self.max_rows or q.dtype not in _DTYPES:
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> None:
+        rows = len(self._indptr) - 1
+        if q.shape != (rows, self.q_heads, self.head_dim) or q.dtype not in _DTYPES:
             raise ValueError(
-                f"q must be bfloat16 or float16 [at most {self.max_rows}, {self.q_heads}, {self.head_dim}], "
+                f"q must be bfloat16 or float16 [{rows} as planned, {self.q_heads}, {self.head_dim}], "
                 f"got {q.dtype} {tuple(q.shape)}"
             )
         for name, pool in (("k", k), ("v", v)):
@@ -147,9 +166,9 @@ class DecodeAttention:
                 raise ValueError(
                     f"{name} must be {q.dtype} [slots, {self.kv_heads}, {self.head_dim}], got {pool.dtype} {tuple(pool.shape)}"
                 )
-        if indptr.shape != (rows + 1,) or indptr.dtype != torch.int32 or indices.dtype != torch.int32:
-            raise ValueError(f"indptr must be int32 [{rows + 1}] and indices int32, got {tuple(indptr.shape)}")
-        tensors = (q, k, v, indptr, indices)
+        if indices.dim() != 1 or indices.dtype != torch.int32:
+            raise ValueError(f"indices must be int32 of one dimension, got {indices.dtype} {tuple(indices.shape)}")
+        tensors = (q, k, v, indices)
         if not all(t.is_contiguous() for t in tensors) or {t.device for t in tensors} != {self._parts.device}:
             raise ValueError(f"all tensors must be contiguous and on {self._parts.device}")
 
