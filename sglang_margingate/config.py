@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 CONFIG_ENV = "MARGINGATE_CONFIG"
@@ -27,6 +28,17 @@ DEFAULT_CHUNK_GPU = 512
 
 CANONICAL_PREFILL_CPU = 2048
 """Tokens of the largest prefill forward under the canonical fast path on a CPU: larger ones would take long to probe."""
+
+MAP_DIR_OFF = "off"
+"""Value of ``--margingate-map-dir`` that keeps no map."""
+
+
+def default_map_dir() -> str:
+    """Return the folder of kept invariance maps: under the user's cache folder, or off where there is none."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # what the XDG specification says of relative ones
+        base = os.path.expanduser("~/.cache")
+    return str(Path(base, "margingate", "maps")) if os.path.isabs(base) else MAP_DIR_OFF
 
 
 class ConfigError(ValueError):
@@ -106,6 +118,8 @@ class MarginGateConfig:
     verify_rows: int = DEFAULT_VERIFY_ROWS_CPU
     """The canonical M: rows of every verify pass."""
     fast_path: FastPathMode = FastPathMode.STOCK
+    map_dir: str | None = None
+    """Folder that keeps invariance maps between starts; None keeps none."""
     radix: Radix = Radix.CANONICAL
     chunk: int = DEFAULT_CHUNK_CPU
     """Tokens of a canonical prefill chunk; prefix hits are floored to multiples of it."""

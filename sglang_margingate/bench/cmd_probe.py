@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate.bench import options
+from sglang_margingate.gate.invariance import InvarianceMap
 
 EPILOG = """\
 Starts a server with --margingate-fast-path canonical and the flags after -- (model, sizes), or asks a running one
-(--base-url), and prints its map: for every kind of linear layer the ranges of rows M that share a class.
+(--base-url), and prints its map: for every kind of linear layer the ranges of rows M that share a class, and where the
+map lies on disk. --margingate-map-dir among the flags after -- chooses the folder; off probes anew.
 """
 
 
@@ -43,14 +45,17 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
 
 def render(found: dict[str, Any]) -> str:
     """Return the map as text of at most 100 columns."""
-    where = found["map"]["environment"]
+    data = found["map"]
+    where = data["environment"]
+    # Without its layers: a server of another version may describe those otherwise.
+    origin = InvarianceMap([], {}, data["seconds"], data.get("file"), data.get("checked_seconds")).origin()
     lines = [
-        f"invariance map of {where.get('device', '?')}, torch {where.get('torch', '?')}, "
-        f"read in {found['map']['seconds']:.1f} s",
+        f"invariance map of {where.get('device', '?')}, torch {where.get('torch', '?')}",
+        origin,
         "",
         f"{'layer':36} {'shape':>14}  classes over M (rows)",
     ]
-    for layer in found["map"]["layers"]:
+    for layer in data["layers"]:
         runs = layer["classes"]
         shown = " ".join(_run(*run) for run in runs[:8]) + (f" ... {len(runs) - 8} more" if len(runs) > 8 else "")
         shape = "x".join(map(str, reversed(layer["shape"])))

@@ -7,8 +7,9 @@ its result depends on the row alone. Only values that were probed are ever used:
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import random
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,19 @@ ROW_COST = 0.0015
 
 OUTSIDE_COST = 1.0
 """The same for a step outside the class: it may need a verify."""
+
+SPOT_ROWS = 24
+"""Values of M that a spot check probes of each kind of layer, at most."""
+
+SPOT_SAMPLE = 8
+"""Those of them that are drawn from the inside of runs."""
+
+MOST_ROWS = 1 << 16
+"""More probed values than any map has: a file that claims them is damaged, and would fill the memory."""
+
+
+class MapError(ValueError):
+    """A stored map cannot be used; one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class LayerClasses:
         Class of each probed M; equal numbers mean equal bits. None: at this M a row's place changes its bits.
     head
         The layer that makes logits: in a prefill it sees one row per request, not per token.
+    kind
+        What else chooses its kernel, in words: dtype, method, bias.
     """
 
     name: str
@@ -42,6 +58,7 @@ class LayerClasses:
     count: int
     labels: dict[int, int | None]
     head: bool = False
+    kind: str = ""
 
     def runs(self) -> list[tuple[int, int, int | None]]:
         """Return (first M, last M, class) of neighbouring probed values with one class."""
@@ -53,6 +70,78 @@ class LayerClasses:
             else:
                 out.append((m, m, label))
         return out
+
+    def spot_rows(self, rng: random.Random) -> list[int]:
+        """Return a few probed M that tell best whether the classes still hold, the most telling first.
+
+        The smallest and the largest, the ends of runs (where there are many, other ones each time), and values drawn
+        evenly over the doublings of M: a plain draw would hardly ever meet the small M that decode runs at.
+        """
+        rows = sorted(self.labels)
+        picked = dict.fromkeys((rows[0], rows[-1]))
+        ends = sorted({m for first, last, _ in self.runs() for m in (first, last)} - set(picked))
+        rng.shuffle(ends)
+        picked |= dict.fromkeys(ends[: SPOT_ROWS - SPOT_SAMPLE - len(picked)])
+        doublings: dict[int, list[int]] = {}
+        for m in rng.sample(rows, len(rows)):
+            if m not in picked:
+                doublings.setdefault(m.bit_length(), []).append(m)
+        while doublings and len(picked) < SPOT_ROWS:
+            for size in rng.sample(sorted(doublings), len(doublings))[: SPOT_ROWS - len(picked)]:
+                picked[doublings[size].pop()] = None
+                if not doublings[size]:
+                    del doublings[size]
+        return list(picked)
+
+    def disagreements(self, found: Mapping[int, int | None]) -> list[int]:
+        """Return each M of ``found`` that shares bits with other M than it does here.
+
+        Classes are numbered as they were met, so numbers are compared only through who shares one.
+        """
+        theirs: dict[int, int] = {}
+        ours: dict[int, int] = {}
+        wrong = []
+        for m, label in found.items():
+            known = self.labels[m]
+            if known is None or label is None:
+                same = known is label
+            else:
+                same = theirs.setdefault(known, label) == label and ours.setdefault(label, known) == known
+            if not same:
+                wrong.append(m)
+        return wrong
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for JSON: the runs of one class, and as [first, last, step] which M were probed."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "kind": self.kind,
+            "count": self.count,
+            "head": self.head,
+            "probed": spans(sorted(self.labels)),
+            "classes": [list(run) for run in self.runs()],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerClasses:
+        """Read what :meth:`to_dict` returned; anything else raises :class:`MapError`, KeyError, TypeError or ValueError."""
+        name = str(data["name"])
+        outputs, inputs = data["shape"]
+        ranges = [range(first, last + 1, step) for first, last, step in data["probed"]]
+        if not ranges or sum(map(len, ranges)) > MOST_ROWS:
+            raise MapError(f"{name}: probed names no value of M, or too many")
+        rows = [m for each in ranges for m in each]
+        labels: dict[int, int | None] = {}
+        for first, last, label in data["classes"]:
+            if label is not None and not isinstance(label, int):
+                raise MapError(f"{name}: {label!r} is not the number of a class")
+            labels |= dict.fromkeys(rows[bisect_left(rows, first) : bisect_right(rows, last)], label)
+        layer = cls(name, (outputs, inputs), data["count"], labels, data["head"], data["kind"])
+        # Written back it must be the same: that leaves no gap, no overlap, no wrong order and no field unread.
+        if layer.to_dict() != data:
+            raise MapError(f"{name}: classes and probed do not fit each other, or a field is unknown")
+        return layer
 
 
 @dataclass(frozen=True)
@@ -91,6 +180,17 @@ class InvarianceMap:
     layers: list[LayerClasses]
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    """What the probe took."""
+    file: str | None = None
+    """Where it is kept; None where it is not."""
+    checked_seconds: float | None = None
+    """What the spot check of a map read from ``file`` took; None where it was probed at this start."""
+
+    def origin(self) -> str:
+        """Return in words whether this map was read from disk or probed."""
+        if self.checked_seconds is not None:
+            return f"read from {self.file}, spot check {self.checked_seconds:.1f} s"
+        return f"probed in {self.seconds:.1f} s, " + ("not kept" if self.file is None else f"kept in {self.file}")
 
     def same_as(self, rows: int, *, head: bool) -> RowSizes:
         """Return every probed M whose class is that of ``rows`` in each body layer, and in the head if asked for."""
@@ -136,12 +236,35 @@ class InvarianceMap:
         return {
             "environment": self.environment,
             "seconds": round(self.seconds, 3),
-            "layers": [
-                {"name": x.name, "shape": list(x.shape), "count": x.count, "head": x.head,
-                 "classes": [list(run) for run in x.runs()]}
-                for x in self.layers
-            ],
-        }  # fmt: skip
+            "file": self.file,
+            "checked_seconds": None if self.checked_seconds is None else round(self.checked_seconds, 3),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> InvarianceMap:
+        """Read what :meth:`to_dict` returned; ``file`` and ``checked_seconds`` may be missing.
+
+        Raises
+        ------
+        MapError
+            One line: a field is missing, unknown or does not fit the others.
+        """
+        if not isinstance(data, dict):
+            raise MapError("not an object with fields")
+        try:
+            if not isinstance(data["environment"], dict):
+                raise MapError("environment is not an object with fields")
+            layers = [LayerClasses.from_dict(layer) for layer in data["layers"]]
+            return cls(
+                layers, data["environment"], float(data["seconds"]), data.get("file"), data.get("checked_seconds")
+            )
+        except MapError:
+            raise
+        except KeyError as error:
+            raise MapError(f"the field {error} is missing") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise MapError(f"a field has a wrong value ({error})") from None
 
 
 def rows_to_probe(dense: int, largest: int, step: int, coarse_from: int, coarse_step: int) -> list[int]:
@@ -149,4 +272,17 @@ def rows_to_probe(dense: int, largest: int, step: int, coarse_from: int, coarse_
     out = list(range(1, min(dense, largest) + 1))
     out += range((dense // step + 1) * step, min(coarse_from, largest) + 1, step)
     out += range((coarse_from // coarse_step + 1) * coarse_step, largest + 1, coarse_step)
+    return out
+
+
+def spans(rows: Sequence[int]) -> list[list[int]]:
+    """Return ascending numbers as [first, last, step]: 1 to 64 and every 32nd to 128 are [1, 64, 1], [96, 128, 32]."""
+    out: list[list[int]] = []
+    for m in rows:
+        if out and out[-1][0] == out[-1][1]:
+            out[-1][1:] = [m, m - out[-1][0]]  # the second number of a span says its step
+        elif out and m - out[-1][1] == out[-1][2]:
+            out[-1][1] = m
+        else:
+            out.append([m, m, 1])
     return out

@@ -4,9 +4,9 @@ What it changes in SGLang, all through hooks (table in hooks.py) and only with `
 
 * decode graphs are captured only at sizes of one class, and verify passes get a size of it too; smaller batches are
   padded up to them;
-* FlashInfer decodes with tensor cores and without K/V split, and prefills paged with its Hopper kernels (fa3), whose
-  bits depend on neither companions nor chunking;
-* forwards without a graph (prefill; decode on a CPU) have the rows of each linear layer padded to a probed size.
+* on a GPU attention looks at each row's own context only (attention.py);
+* forwards without a graph (prefill; decode on a CPU) are padded to a probed number of rows: a prefill on a GPU as a whole,
+  others linear layer by linear layer.
 
 What is not known from the linear map is tried out end to end before the server takes requests (path_probe.py). Where
 prefill turns out to depend on its shape, gated prompts keep to the chunk grid, one at a time, as without the fast path.
@@ -23,9 +23,10 @@ import torch
 
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.invariance import InvarianceMap, RowSizes, rows_to_probe
-from sglang_margingate.serving.linear_probe import probe_linear_layers
+from sglang_margingate.serving import attention
+from sglang_margingate.serving.map_store import map_of
 from sglang_margingate.serving.testknobs import TestKnobs, split_sums
-from sglang_margingate.serving.versions import device_name, versions
+from sglang_margingate.serving.versions import kernel_environment
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class FastPath:
     """Captured decode sizes; empty without CUDA graphs."""
     batched_prefill: bool = False
     """Prefill is invariant to companions, chunking and prefix hits (found by path_probe.py)."""
+    decode_attention: str = "sglang"
+    """What attends in decode graphs."""
     decode_ok: bool = False
     """Decode gives one row the same bits at every size, and the verify's (found by path_probe.py)."""
     notes: list[str] = field(default_factory=list)
@@ -75,6 +78,7 @@ class FastPath:
             "one_class": bool(self.decode.sizes) and set(self.decode.sizes) <= set(self.prefill.sizes),
             "verify_rows": self.verify_rows,
             "graph_sizes": list(self.graphs.sizes),
+            "decode_attention": self.decode_attention,
             "decode_ok": self.decode_ok,
             "batched_prefill": self.batched_prefill,
             "notes": list(self.notes),
@@ -85,26 +89,28 @@ _fast: FastPath | None = None
 
 
 def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
-    """Probe the model's linear layers and choose the classes, once per process."""
+    """Read or probe the map of the model's linear layers and choose the classes, once per process."""
     global _fast
     if _fast is None:
         cpu = model_runner.device == "cpu"
-        split = TestKnobs().split_linear
-        if split:
-            log.warning("margingate: %s sums by number of rows on purpose", split_sums(model_runner.model, split))
+        knobs = TestKnobs()
+        if knobs.split_linear:
+            split = split_sums(model_runner.model, knobs.split_linear)
+            log.warning("margingate: %s sums by number of rows on purpose", split)
         chunk = model_runner.server_args.chunked_prefill_size or 0
         largest = min(chunk if chunk > 0 else GPU_LARGEST, CANONICAL_PREFILL_CPU if cpu else GPU_LARGEST)
-        rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 32, 2048, 128)
-        environment = {"device": device_name(model_runner.device), "torch_cuda": torch.version.cuda, **versions()}
-        found = probe_linear_layers(model_runner.model, rows, environment)
+        # cuBLAS chooses kernels by alignment too, so a GPU's steps are small; the map is kept, so they cost one start.
+        rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 8, largest, 8)
+        environment = kernel_environment(model_runner.device)
+        found = map_of(model_runner.model, rows, environment, config.map_dir, keep=not knobs.active)
         decode = found.decode_class(max(_wanted_sizes(model_runner) or [config.verify_rows]))
         verify_rows = decode.target(config.verify_rows) or config.verify_rows
         _fast = FastPath(
             found, decode, found.same_as(found.largest(), head=False), found.head_same_as(verify_rows), verify_rows
         )
         log.info(
-            "margingate: map of %d kinds of layers in %.1f s: decode at %s rows, prefill at %s, verify at %d",
-            len(found.layers), found.seconds, decode.describe(), _fast.prefill.describe(), verify_rows,
+            "margingate: map of %d kinds of layers, %s: decode at %s rows, prefill at %s, verify at %d",
+            len(found.layers), found.origin(), decode.describe(), _fast.prefill.describe(), verify_rows,
         )  # fmt: skip
     return _fast
 
@@ -131,25 +137,9 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     sizes = sorted(size for size in targets if size is not None and size <= most)
     if sizes:
         model_runner.server_args.cuda_graph_config.decode.bs = sizes
+        fast.decode_attention = attention.prepare(model_runner, max(*sizes, fast.verify_rows))
     elif wanted:
         fast.notes.append(f"no class holds a decode batch of {min(wanted)} to {most} rows")
-
-
-def set_up_attention(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
-    """Choose FlashInfer's batch-invariant settings on a new attention backend."""
-    backend.decode_use_tensor_cores = True
-    backend.disable_cuda_graph_kv_split = True
-    if backend.skip_prefill or torch.cuda.get_device_capability()[0] != 9:
-        return
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-    # One paged kernel for all of a prefill: the ragged one merges two partial results when there is a prefix.
-    backend.use_paged = True
-    backend.prefill_backend = "fa3"
-    backend.prefill_wrappers_paged = [
-        BatchPrefillWithPagedKVCacheWrapper(backend.workspace_buffer, "NHD", backend="fa3")
-        for _ in backend.prefill_wrappers_paged
-    ]
 
 
 def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +159,23 @@ def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: An
     finally:
         fast.active = None
         setattr(batch, IN_CLASS, inside and not fast.escaped)
+
+
+def pad_forward(loaded: Any, _runner: Any, batch: Any, *_: Any, **__: Any) -> None:
+    """Pad a prefill's tokens to a size of the class once, so that no layer has to; attention leaves the rest out.
+
+    ``loaded`` is the eager runner's own copy of the batch. Padding rows write K/V slot 0, which SGLang reserves for that.
+    """
+    fast = _fast
+    if fast is None or fast.active is None or loaded.input_ids is None or loaded.input_ids.device.type == "cpu":
+        return
+    per_token = ("input_embeds", "replace_embeds", "token_type_ids", "mm_input_embeds", "mrope_positions")
+    if not batch.forward_mode.is_extend() or any(getattr(loaded, name, None) is not None for name in per_token):
+        return  # layer by layer, then
+    rows = len(loaded.input_ids)
+    more = (fast.active.target(rows) or rows) - rows
+    for name in ("input_ids", "positions", "out_cache_loc"):
+        setattr(loaded, name, torch.nn.functional.pad(getattr(loaded, name), (0, more)))
 
 
 def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -86,6 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
         "steps inside them need no verify",
     )
     add(
+        "--margingate-map-dir",
+        metavar="DIR",
+        default=cfg.default_map_dir(),
+        help="folder that keeps what the canonical fast path probed, one readable JSON file per machine, layer shapes and "
+        "probed rows; a kept map is spot-checked at every start, and probed anew where hardware or versions differ. "
+        f"{cfg.MAP_DIR_OFF}: probe at every start",
+    )
+    add(
         "--margingate-radix",
         choices=[m.value for m in Radix],
         default=Radix.CANONICAL.value,
@@ -137,6 +145,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         max_miss=ours.margingate_max_miss,
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
         fast_path=ours.margingate_fast_path,
+        map_dir=_map_dir(ours.margingate_map_dir),
         radix=ours.margingate_radix,
         chunk=chunk if chunk is not None else cfg.DEFAULT_CHUNK_CPU if cpu else cfg.DEFAULT_CHUNK_GPU,
         trace=ours.margingate_trace == "on",
@@ -145,6 +154,12 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         allow_untested=ours.margingate_allow_untested,
     )
     return config, sglang_flags(config, rest, cpu), False
+
+
+def _map_dir(given: str) -> str | None:
+    if not given.strip():  # an unset shell variable would keep maps in the working folder
+        raise ConfigError(f"--margingate-map-dir: {given!r} is not a folder; name one, or {cfg.MAP_DIR_OFF}")
+    return None if given == cfg.MAP_DIR_OFF else str(Path(os.path.expanduser(given)).resolve())
 
 
 def _has(flags: list[str], *names: str) -> bool:

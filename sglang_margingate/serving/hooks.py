@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
-from sglang_margingate.serving import cpu, fastpath, launcher, scheduler
+from sglang_margingate.serving import attention, cpu, fastpath, launcher, scheduler
 
 SGLANG_VERSION = "0.5.17"
 
@@ -169,9 +169,27 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
 FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
-        "after", fastpath.set_up_attention, (SCHEDULER,),
+        "after", attention.set_up, (SCHEDULER,),
         "FlashInfer's batch-invariant settings: tensor-core decode without K/V split, paged fa3 prefill",
         "SGLang has a flag for each, outside its deterministic mode",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
+        "around", attention.decode, (SCHEDULER,),
+        "decode graphs attend with a kernel that cuts a context by its own length",
+        "FlashInfer has a fixed K/V chunk that is safe in CUDA graphs",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend",
+        "around", attention.extend, (SCHEDULER,),
+        "the padding rows of a prefill are left out of attention",
+        "SGLang pads eager forwards to given sizes",
+    ),
+    Hook(
+        "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch",
+        "after", fastpath.pad_forward, (SCHEDULER,),
+        "a prefill is padded into the canonical class once instead of before every layer",
+        "SGLang pads eager forwards to given sizes",
     ),
 )  # fmt: skip
 

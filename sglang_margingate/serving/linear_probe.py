@@ -1,8 +1,8 @@
 """Probes the linear layers of the loaded model: which numbers of rows M give a row the same bits on this machine.
 
 Every kind of layer (shape, dtype, bias) is run once per M, with the probed row first and last among random companions,
-and only 64-bit digests of its output row come back. A whole map of an 8B model takes about a second, so it is made at
-every start: it cannot be stale, and a cached map of other hardware cannot be used by mistake.
+and only 64-bit digests of its output row come back. The map is kept (map_store.py), so at most starts only a few values
+of M are probed: those tell whether the kept map still holds.
 
 Random numbers make a blind probe: bf16 rounds away most differences between two orders of summation (with 256 inputs,
 about one output in 4,000 shows one). So each layer's weight is lent other values while it is probed: every product
@@ -12,11 +12,12 @@ shows any change of order, tile or split. The kernel that is chosen depends on s
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,25 +31,72 @@ HEAD_LARGEST = 512
 BASE_ROWS = 256
 """Different output rows of the lent weight; they repeat after that."""
 
+SPOT_SECONDS = 4.0
+"""A spot check starts no further product after this long; only large models on a CPU come near it."""
+
 Apply = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Kind:
+class LayerKind:
+    """One layer that stands for all of its shape, dtype, method and bias, and how to run it."""
+
     name: str
     weight: torch.Tensor
     bias: torch.Tensor | None
     apply: Apply
     head: bool
+    method: str = ""
+    """What SGLang computes it with."""
+    count: int = 1
+    """Layers of this kind in the model."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(output features, input features)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def describe(self) -> str:
+        """Return in words what chooses its kernel beside the shape; part of a kept map's key."""
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        return f"{dtype}, {self.method}, {'no bias' if self.bias is None else 'bias'}"
+
+    def wanted(self, rows: list[int]) -> list[int]:
+        """Return those of ``rows`` that are probed of this kind."""
+        return [m for m in rows if not self.head or m <= HEAD_LARGEST]
 
 
-def probe_linear_layers(model: Any, rows: list[int], environment: dict[str, Any]) -> InvarianceMap:
-    """Return the map of every kind of linear layer in ``model``.
+def layer_kinds(model: Any) -> list[LayerKind]:
+    """Return one layer of every kind in SGLang's model module, the head last."""
+    from sglang.srt.layers.linear import LinearBase
+
+    found: dict[Any, LayerKind] = {}
+    counts: Counter[Any] = Counter()
+    for name, module in model.named_modules():
+        if not isinstance(module, LinearBase):
+            continue
+        bias = getattr(module, "bias", None)
+        method = type(module.quant_method).__name__
+        key = (method, tuple(module.weight.shape), module.weight.dtype, bias is not None)
+        counts[key] += 1
+        if key not in found:
+            found[key] = LayerKind(name, module.weight, bias, _method(module), False, method)
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "weight"):
+        counts["head"] = 1
+        found["head"] = LayerKind(
+            "lm_head", head.weight, None, lambda x, _bias: torch.matmul(x, head.weight.T), True, "matmul"
+        )
+    return [replace(kind, count=counts[key]) for key, kind in found.items()]
+
+
+def probe_linear_layers(kinds: list[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap:
+    """Return the map of every kind of linear layer.
 
     Parameters
     ----------
-    model
-        SGLang's model module.
+    kinds
+        The model's (:func:`layer_kinds`).
     rows
         Values of M to probe, ascending.
     environment
@@ -56,52 +104,70 @@ def probe_linear_layers(model: Any, rows: list[int], environment: dict[str, Any]
     """
     start = time.perf_counter()
     layers = []
-    for kind, count in _kinds(model):
-        wanted = [m for m in rows if not kind.head or m <= HEAD_LARGEST]
-        shape = (kind.weight.shape[0], kind.weight.shape[1])
-        layers.append(LayerClasses(kind.name, shape, count, _labels(kind, wanted), kind.head))
+    for kind in kinds:
+        # From large to small, so that a GPU's allocator cuts every tensor out of the first ones. The other way round each
+        # M needs larger blocks than all before, and the cache of those takes the memory that the graphs will need.
+        labels = _labels(kind, kind.wanted(rows)[::-1])
+        layers.append(LayerClasses(kind.name, kind.shape, kind.count, labels, kind.head, kind.describe()))
+    _free_memory(kinds)
     return InvarianceMap(layers, environment, time.perf_counter() - start)
 
 
-def _kinds(model: Any) -> list[tuple[_Kind, int]]:
-    """Return one layer of every kind, and how many there are."""
-    from sglang.srt.layers.linear import LinearBase
+def spot_check(kinds: list[LayerKind], found: InvarianceMap, rng: random.Random | None = None) -> dict[str, list[int]]:
+    """Probe a few values of M of every layer; return those that disagree with a map, by the layer's name.
 
-    found: dict[Any, _Kind] = {}
-    counts: Counter[Any] = Counter()
-    for name, module in model.named_modules():
-        if not isinstance(module, LinearBase):
-            continue
-        bias = getattr(module, "bias", None)
-        key = (type(module.quant_method).__name__, tuple(module.weight.shape), module.weight.dtype, bias is not None)
-        counts[key] += 1
-        if key not in found:
-            found[key] = _Kind(name, module.weight, bias, _method(module), False)
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "weight"):
-        counts["head"] = 1
-        found["head"] = _Kind("lm_head", head.weight, None, lambda x, _bias: torch.matmul(x, head.weight.T), True)
-    return [(kind, counts[key]) for key, kind in found.items()]
+    Parameters
+    ----------
+    kinds
+        The model's, in the map's order.
+    found
+        The map to check.
+    rng
+        Which values are tried; by default other ones at every call.
+    """
+    rng = rng or random.Random()
+    end = time.perf_counter() + SPOT_SECONDS
+    wrong = {}
+    for k, (kind, layer) in enumerate(zip(kinds, found.layers, strict=True)):
+        share = max(0.0, end - time.perf_counter()) / (len(kinds) - k)
+        disagree = layer.disagreements(_labels(kind, layer.spot_rows(rng), share))
+        if disagree:
+            wrong[kind.name] = disagree
+    _free_memory(kinds)
+    return wrong
+
+
+def _free_memory(kinds: list[LayerKind]) -> None:
+    """Give the probe's memory back to the GPU: what comes next (graph capture) cannot take it out of torch's cache."""
+    if any(kind.weight.is_cuda for kind in kinds):
+        torch.cuda.empty_cache()
 
 
 def _method(module: Any) -> Apply:
     return lambda x, bias: module.quant_method.apply(module, x, bias)
 
 
-def _labels(kind: _Kind, rows: list[int]) -> dict[int, int | None]:
-    """Return the class of each M; classes are numbered as they appear."""
+def _labels(kind: LayerKind, rows: list[int], seconds: float = float("inf")) -> dict[int, int | None]:
+    """Return the class of each M, numbered from the smallest M; the last of ``rows`` are left out when the time is up."""
+    end = time.perf_counter() + seconds
     with torch.no_grad(), _lent_weight(kind.weight) as probe:
-        companions = torch.randn(max(rows), len(probe), device=probe.device).to(probe.dtype)
+        # A generator of its own: the server's random numbers must not depend on what was probed.
+        generator = torch.Generator(probe.device).manual_seed(6)
+        companions = torch.randn(max(rows), len(probe), generator=generator, device=probe.device).to(probe.dtype)
         bias = None if kind.bias is None else torch.zeros_like(kind.bias)
         digests = torch.zeros(len(rows), 2, dtype=torch.int64, device=probe.device)
-        for k, m in enumerate(rows):
+        done: list[int] = []
+        for m in rows:
+            if len(done) >= 2 and time.perf_counter() > end:
+                break
             x = companions[:m].clone()
             x[0] = x[m - 1] = probe
-            digests[k] = row_digest(kind.apply(x, bias)[[0, m - 1]])
+            digests[len(done)] = row_digest(kind.apply(x, bias)[[0, m - 1]])
+            done.append(m)
     seen: dict[int, int] = {}
     return {
         m: seen.setdefault(first, len(seen)) if first == last else None
-        for m, (first, last) in zip(rows, digests.tolist())
+        for m, (first, last) in sorted(zip(done, digests.tolist()))
     }
 
 

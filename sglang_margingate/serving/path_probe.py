@@ -18,7 +18,8 @@ from sglang_margingate.serving.fastpath import FastPath
 from sglang_margingate.serving.selftest import lent_table, same_bits
 from sglang_margingate.serving.verifier import EagerVerifier
 
-TOKENS_GPU, TOKENS_CPU = 400, 120
+TOKENS_GPU, TOKENS_CPU = 1200, 120
+"""Length of the made-up prompts; on a GPU several chunks of decode attention."""
 COMPANIONS = 3
 MOST_REQUESTS = 128
 DECODE_TRIALS = 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,38 @@ SPLIT_AT = 20
 
 @pytest.fixture(scope="module")
 def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(FLAGS, log=tmp_path_factory.mktemp("canonical") / "server.log") as server:
+    folder = tmp_path_factory.mktemp("canonical")
+    with serve([*FLAGS, *maps_in(folder)], log=folder / "server.log") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def split_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One layer sums in another order for 20 rows and fewer: two classes where there was one."""
+def split_server(tmp_path_factory: pytest.TempPathFactory, canonical_server: Server) -> Iterator[Server]:
+    """One layer sums in another order for 20 rows and fewer: two classes where the kept map says one."""
+    folder = tmp_path_factory.mktemp("split")
+    shutil.copytree(canonical_server.log_path.parent / "maps", folder / "maps")
     env = {"MARGINGATE_TEST_SPLIT": f"layers.0.mlp.gate_up_proj@{SPLIT_AT}"}
-    with serve(FLAGS, log=tmp_path_factory.mktemp("split") / "server.log", env=env) as server:
+    with serve([*FLAGS, *maps_in(folder)], log=folder / "server.log", env=env) as server:
         yield server
+
+
+def maps_in(folder: Path) -> list[str]:
+    return ["--margingate-map-dir", str(folder / "maps")]
+
+
+def map_of(server: Server) -> dict[str, Any]:
+    return server.client.status()["invariance"]["map"]
+
+
+def the_map_file(server: Server) -> Path:
+    (path,) = (server.log_path.parent / "maps").iterdir()
+    return path
+
+
+def line(server: Server, text: str) -> str:
+    """Return the one line of the server's log that holds ``text``."""
+    (found,) = [each for each in server.log_path.read_text().splitlines() if text in each]
+    return found
 
 
 def guarantees(runs: list[Any]) -> set[str]:
@@ -92,3 +117,52 @@ def test_policies_without_a_gate_are_refused(tmp_path: Path) -> None:
     flags = ["--margingate-policy", "log", "--margingate-fast-path", "canonical"]
     with pytest.raises(ServerError, match="--margingate-fast-path"), serve(flags, log=tmp_path / "server.log"):
         pass
+
+
+def test_the_map_is_kept_in_a_file_that_says_what_it_is_bound_to(canonical_server: Server) -> None:
+    found, path = map_of(canonical_server), the_map_file(canonical_server)
+    assert (found["file"], found["checked_seconds"]) == (str(path), None)
+    assert f"kept in {path}" in line(canonical_server, "margingate: map of 5 kinds of layers, probed in ")
+    kept = json.loads(path.read_text())
+    assert kept["layers"] == found["layers"]
+    assert kept["environment"] == found["environment"]
+    assert kept["environment"].keys() >= {"device", "torch", "sglang", "threads", "OMP_NUM_THREADS"}
+
+
+def test_the_next_start_reads_the_kept_map_and_checks_it(
+    canonical_server: Server, tmp_path: Path, prompts: list[Prompt]
+) -> None:
+    shutil.copytree(canonical_server.log_path.parent / "maps", tmp_path / "maps")
+    with serve([*FLAGS, *maps_in(tmp_path)], log=tmp_path / "server.log") as server:
+        found, path = map_of(server), the_map_file(server)
+        assert found["checked_seconds"] < 5
+        assert found["layers"] == map_of(canonical_server)["layers"]
+        assert re.search(
+            rf"read from {re.escape(str(path))}, spot check \d+\.\d s", line(server, "margingate: map of 5 kinds")
+        )
+        assert path.read_bytes() == the_map_file(canonical_server).read_bytes()
+        done = server.client.generate(prompts[0])
+        assert done.same_as(canonical_server.client.generate(prompts[0]))
+        assert done.margingate["guarantee"] == "structural"
+
+
+def test_a_kept_map_that_no_longer_holds_is_probed_anew_and_a_broken_model_never_kept(
+    canonical_server: Server, split_server: Server
+) -> None:
+    said = line(split_server, "failed its spot check")
+    assert "model.layers.0.mlp.gate_up_proj at M = " in said
+    assert said.count(" at M = ") == 1, "the other layers are healthy"
+    assert "not kept" in line(split_server, "margingate: map of 5 kinds of layers, probed in ")
+    found = map_of(split_server)
+    assert (found["file"], found["checked_seconds"]) == (None, None)
+    assert the_map_file(split_server).read_bytes() == the_map_file(canonical_server).read_bytes()
+
+
+def test_a_map_folder_that_cannot_be_used_is_a_warning_and_the_server_serves(
+    tmp_path: Path, prompts: list[Prompt]
+) -> None:
+    (tmp_path / "maps").write_text("a file in the folder's place")
+    with serve([*FLAGS, *maps_in(tmp_path)], log=tmp_path / "server.log") as server:
+        assert "cannot be kept" in line(server, "margingate: --margingate-map-dir: ")
+        assert map_of(server)["file"] is None
+        assert server.client.generate(prompts[0], 8).margingate["guarantee"] == "structural"

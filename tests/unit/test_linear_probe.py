@@ -6,10 +6,12 @@ import pytest
 import torch
 from margingate_kernels import row_digest
 
-from sglang_margingate.serving.linear_probe import _Kind, _labels
+from sglang_margingate.gate.invariance import InvarianceMap, LayerClasses
+from sglang_margingate.serving import linear_probe
+from sglang_margingate.serving.linear_probe import HEAD_LARGEST, LayerKind, _labels, probe_linear_layers, spot_check
 
 
-def kind(apply_rows: int | None, bias: bool = False, place: bool = False) -> _Kind:
+def kind(apply_rows: int | None, bias: bool = False, place: bool = False) -> LayerKind:
     """Return a layer of 256 inputs; with ``apply_rows`` it sums in two parts up to that many rows."""
     weight = torch.nn.Parameter(torch.randn(64, 256).bfloat16(), requires_grad=False)
 
@@ -27,7 +29,7 @@ def kind(apply_rows: int | None, bias: bool = False, place: bool = False) -> _Ki
             out = torch.cat([parts[:1], whole[1:]])
         return (out if bias_ is None else out + bias_.float()).bfloat16()
 
-    return _Kind("x", weight, torch.randn(64) if bias else None, apply, False)
+    return LayerKind("x", weight, torch.randn(64) if bias else None, apply, False, "Plain", 2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -55,3 +57,64 @@ def test_the_weight_comes_back() -> None:
     _labels(one, [1, 2])
     assert one.weight.data_ptr() == pointer
     assert torch.equal(row_digest(one.weight.data), before)
+
+
+def test_the_probe_leaves_the_servers_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    one = kind(None)
+    torch.manual_seed(0)
+    _labels(one, [1, 2])
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_a_map_says_what_each_layer_is_and_probes_the_head_only_as_far_as_it_is_used() -> None:
+    body, head = kind(5, bias=True), LayerKind("h", kind(None).weight, None, lambda x, _: x[:, :64], True, "matmul")
+    found = probe_linear_layers([body, head], [1, 2, HEAD_LARGEST, HEAD_LARGEST + 1], {"device": "d"})
+    assert [(x.name, x.shape, x.count, x.kind) for x in found.layers] == [
+        ("x", (64, 256), 2, "bfloat16, Plain, bias"),
+        ("h", (64, 256), 1, "bfloat16, matmul, no bias"),
+    ]
+    assert max(found.layers[0].labels) == HEAD_LARGEST + 1
+    assert max(found.layers[1].labels) == HEAD_LARGEST
+
+
+def test_large_sizes_are_probed_first_and_classes_numbered_from_small_ones() -> None:
+    """The other way round a GPU's allocator would keep a block of every size."""
+    calls: list[int] = []
+    one = kind(5)
+
+    def counted(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(len(x))
+        return one.apply(x, bias)
+
+    found = probe_linear_layers([LayerKind("x", one.weight, None, counted, False)], list(range(1, 9)), {})
+    assert calls == list(range(8, 0, -1))
+    assert found.layers[0].runs() == [(1, 5, 0), (6, 8, 1)]
+
+
+@pytest.mark.parametrize(("now", "wrong"), [(5, []), (4, [5]), (None, [])])
+def test_a_spot_check_finds_a_moved_border(now: int | None, wrong: list[int]) -> None:
+    found = probe_linear_layers([kind(5 if now else None)], list(range(1, 13)), {})
+    assert spot_check([kind(now)], found) == ({"x": wrong} if wrong else {})
+
+
+def test_a_spot_check_finds_a_layer_that_fell_in_two() -> None:
+    found = probe_linear_layers([kind(None)], list(range(1, 13)), {})
+    # Tried first are 1 and 12; 1 sets what the map's only class looks like now, so those that differ from it are named.
+    assert spot_check([kind(5)], found) == {"x": list(range(6, 13))}
+
+
+def test_a_spot_check_stops_when_its_time_is_up_and_still_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    one = kind(None)
+
+    def counted(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(len(x))
+        return one.apply(x, bias)
+
+    monkeypatch.setattr(linear_probe, "SPOT_SECONDS", 0.0)
+    found = InvarianceMap([LayerClasses("x", (64, 256), 1, dict.fromkeys(range(1, 65), 0))])
+    assert spot_check([LayerKind("x", one.weight, None, counted, False)], found) == {}
+    assert calls == [1, 64]
