@@ -77,10 +77,9 @@ def sets_of(rows: int, context: int) -> list[Inputs]:
     return [first, *(Inputs.of(rows, context) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
 
 
-TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, most chunks, chunks a merge loads at once
-    (64, 4, 3, 4, 512, 32, 4), (64, 4, 3, 4, 256, 32, 4), (64, 4, 3, 4, 384, 32, 4), (64, 4, 3, 4, 512, 32, 8),
-    (64, 4, 4, 3, 512, 32, 4), (32, 2, 6, 6, 512, 32, 4), (32, 4, 6, 5, 512, 32, 4), (32, 2, 4, 8, 256, 32, 4),
-    (64, 2, 3, 6, 256, 32, 4), (64, 4, 2, 6, 512, 32, 4), (32, 4, 5, 4, 256, 32, 4), (128, 8, 2, 3, 512, 32, 4),
+TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, most chunks, stored chunks loaded before joining
+    (64, 4, 3, 4, 128, 32, 8), (64, 4, 3, 4, 256, 32, 8), (32, 4, 5, 4, 128, 32, 8), (32, 2, 5, 6, 128, 32, 8),
+    (32, 2, 4, 8, 128, 32, 8), (64, 2, 3, 4, 128, 32, 8), (64, 4, 3, 4, 128, 32, 4), (64, 4, 4, 3, 128, 32, 8),
 ]  # fmt: skip
 """Launch constants that --tune tries."""
 

@@ -1,13 +1,16 @@
 """The Triton kernels of :mod:`margingate_kernels.decode_attention`. Import only where Triton is installed.
 
-Both are launches of a fixed number of programs, which fit a CUDA graph: what there is to do is read from ``indptr`` on
-the GPU. ``plan_kernel`` cuts every row's context into chunks by a rule that looks at its own length alone, once for all
-layers of a forward; in ``decode_kernel`` the programs take the (row, chunk, K/V head) triples in turn. A chunk's result
-goes to the workspace; the program that arrives last at the counter of (row, head) merges the row's chunks, always in the
-same order, and sets the counter back to 0.
+What is computed and who computes it are two things here. Every context is cut into chunks by a rule that looks at its
+own length alone; each chunk is attended to by itself, and the chunks' results are joined in rising order by
+:func:`_join`: that is the arithmetic, the same for a row whoever its companions are. How many neighbouring chunks one
+program takes depends on how much there is to do in the whole batch (``plan_kernel``): few rows are spread over many
+programs, many rows get one program each, and neither changes a bit.
 
-Neither the number of rows nor that of programs is a constant of the code, and no sum crosses two rows: one binary does
-the same arithmetic for a row whoever its companions are.
+A program that has all chunks of a (row, K/V head) joins them as it goes. Otherwise the programs leave each chunk's
+result in the workspace; the one that arrives last at the counter of (row, head) joins them and sets the counter back.
+
+Launches have a fixed number of programs, which fits a CUDA graph: what there is to do is read from ``indptr`` on the
+GPU, once for all layers of a forward.
 """
 
 # mypy: allow-untyped-defs
@@ -27,9 +30,11 @@ def _chunk_tokens(length, CHUNK: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.con
 @triton.jit(do_not_specialize=["rows"])
 def plan_kernel(
     indptr,  # int32 [rows + 1]: where each row's slots begin in indices
-    items,  # int32 [max rows * MOST, 4]: row, first and end of a chunk in indices, chunk + MOST * chunks of the row
+    items,  # int32 [max rows * MOST, 8]: row, its begin and end in indices, chunk size, chunks, first chunk, end chunk
     count,  # int32 [1]: items in use
     rows,
+    programs,  # of decode_kernel
+    KV_HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -40,67 +45,86 @@ def plan_kernel(
     live = r < rows
     begins = tl.load(indptr + r, mask=live, other=0)
     lengths = tl.load(indptr + r + 1, mask=live, other=0) - begins
-    tokens = _chunk_tokens(lengths, CHUNK, MOST, BLOCK)
+    sizes = _chunk_tokens(lengths, CHUNK, MOST, BLOCK)
     # A row without context has one empty chunk, so that its output is written too.
-    counts = tl.where(live, tl.maximum((lengths + tokens - 1) // tokens, 1), 0)
+    chunks = tl.where(live, tl.maximum((lengths + sizes - 1) // sizes, 1), 0)
+    group = tl.maximum((tl.sum(chunks, 0) * KV_HEADS + programs - 1) // programs, 1)
+    counts = (chunks + group - 1) // group
     before = tl.sum(tl.where(r < row, counts, 0), 0)
     begin = tl.load(indptr + row)
-    length = tl.load(indptr + row + 1) - begin
-    size = _chunk_tokens(length, CHUNK, MOST, BLOCK)
-    n = tl.maximum((length + size - 1) // size, 1)
-    c = tl.arange(0, MOST)
-    mine = items + (before + c) * 4
-    used = c < n
-    tl.store(mine, tl.zeros([MOST], tl.int32) + row, mask=used)
-    tl.store(mine + 1, begin + c * size, mask=used)
-    tl.store(mine + 2, begin + tl.minimum((c + 1) * size, length), mask=used)
-    tl.store(mine + 3, c + MOST * n, mask=used)
+    end = tl.load(indptr + row + 1)
+    size = _chunk_tokens(end - begin, CHUNK, MOST, BLOCK)
+    n = tl.maximum((end - begin + size - 1) // size, 1)
+    i = tl.arange(0, MOST)
+    used = i * group < n
+    mine = items + (before + i) * 8
+    zeros = tl.zeros([MOST], tl.int32)
+    tl.store(mine, zeros + row, mask=used)
+    tl.store(mine + 1, zeros + begin, mask=used)
+    tl.store(mine + 2, zeros + end, mask=used)
+    tl.store(mine + 3, zeros + size, mask=used)
+    tl.store(mine + 4, zeros + n, mask=used)
+    tl.store(mine + 5, i * group, mask=used)
+    tl.store(mine + 6, tl.minimum((i + 1) * group, n), mask=used)
     if row == 0:
         tl.store(count, tl.sum(counts, 0))
 
 
 @triton.jit
-def _merge(
-    parts, logsums, out, first, groups, n, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    DIM: tl.constexpr, MOST: tl.constexpr, WIDE: tl.constexpr,
+def _join(best, total, acc, best2, total2, acc2):
+    """Return the running (maximum, sum of weights, weighted values) of a row's chunks with one more chunk.
+
+    The products and the order of additions are written out, so that both callers get the same instructions.
+    """
+    above = tl.maximum(best, best2)
+    finite = tl.where(above == float("-inf"), 0.0, above)
+    x = tl.exp2(best - finite)
+    y = tl.exp2(best2 - finite)
+    return above, tl.fma(total, x, total2 * y), tl.fma(acc, tl.broadcast_to(x[:, None], acc.shape), acc2 * y[:, None])
+
+
+@triton.jit
+def _join_stored(
+    parts, sums, out, at, groups, n, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write one (row, K/V head) from its ``n`` chunks, ``WIDE`` of them at a time so that their loads overlap."""
+    """Write one (row, K/V head) from the chunks in the workspace, loading ``WIDE`` of them before joining them."""
     g = tl.arange(0, HEADS)
     d = tl.arange(0, DIM)
-    c = tl.arange(0, MOST)
-    # .cg reads from L2: this SM's L1 may hold lines from before the other programs wrote.
-    at = (first + c * KV_HEADS)[:, None] * GROUP + g[None, :]
-    here = (c < n)[:, None] & (g < GROUP)[None, :]
-    s = tl.load(logsums + at, mask=here, other=float("-inf"), cache_modifier=".cg")
-    top = tl.max(s, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(s - top[None, :]), 0)
+    real = g < GROUP
+    best = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, DIM], tl.float32)
-    for begin in range(0, n, WIDE):
-        k = begin + tl.arange(0, WIDE)
-        place = (first + k * KV_HEADS)[:, None] * GROUP + g[None, :]
-        inside = (k < n)[:, None] & (g < GROUP)[None, :]
-        w = tl.exp2(tl.load(logsums + place, mask=inside, other=float("-inf"), cache_modifier=".cg") - top[None, :])
-        part = place[:, :, None] * DIM + d[None, None, :]
-        x = tl.load(parts + part, mask=inside[:, :, None], other=0.0, cache_modifier=".cg")
-        acc += tl.sum(x * w[:, :, None], 0)
+    for first in range(0, n, WIDE):
+        for k in tl.static_range(WIDE):
+            # A chunk behind the last one joins as nothing: its maximum is -inf.
+            inside = real & (first + k < n)
+            place = (at + (first + k) * KV_HEADS) * GROUP + g
+            # .cg reads from L2: this SM's L1 may hold lines from before the other programs wrote.
+            best2 = tl.load(sums + 2 * place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            total2 = tl.load(sums + 2 * place + 1, mask=inside, other=0.0, cache_modifier=".cg")
+            acc2 = tl.load(
+                parts + place[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0, cache_modifier=".cg"
+            )
+            best, total, acc = _join(best, total, acc, best2, total2, acc2)
     y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
+    tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
 def decode_kernel(
-    q,  # [rows, KV_HEADS * GROUP, DIM], contiguous
+    q,  # [rows, KV_HEADS * GROUP, DIM], rows q_stride apart
     k,  # [slots, KV_HEADS, DIM], contiguous
     v,
     indices,  # int32: the slots of each row's context, in order
     items,  # from plan_kernel
     count,
-    out,  # like q
-    parts,  # float32 [max rows, MOST, KV_HEADS, GROUP, DIM]
-    logsums,  # float32 [max rows, MOST, KV_HEADS, GROUP], base 2
+    out,  # [rows, KV_HEADS * GROUP, DIM], contiguous
+    parts,  # float32 [max rows, MOST, KV_HEADS, GROUP, DIM]: weighted values of a chunk
+    sums,  # float32 [max rows, MOST, KV_HEADS, GROUP, 2]: its maximum (base 2) and its sum of weights
     counters,  # int32 [max rows, KV_HEADS], 0 between launches
     scale,  # of the logits, times log2(e)
+    q_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_P2: tl.constexpr,
@@ -114,25 +138,35 @@ def decode_kernel(
     g = tl.arange(0, DOT_ROWS)
     d = tl.arange(0, DIM)
     b = tl.arange(0, BLOCK)
+    real = g < GROUP
     work = tl.program_id(0)
     while work < tl.load(count) * KV_HEADS:
-        item = items + work // KV_HEADS * 4
+        item = items + work // KV_HEADS * 8
         head = work % KV_HEADS
-        row = tl.load(item)
-        start = tl.load(item + 1)
-        stop = tl.load(item + 2)
-        cut = tl.load(item + 3)
-        chunk = cut % MOST
-        n = cut // MOST
+        row = tl.load(item).to(tl.int64)
+        begin = tl.load(item + 1)
+        end = tl.load(item + 2)
+        size = tl.load(item + 3)
+        n = tl.load(item + 4)
+        first = tl.load(item + 5)
+        last = tl.load(item + 6)
+        whole = last - first == n
+        groups = row * KV_HEADS * GROUP + head * GROUP
+        at = row * MOST * KV_HEADS + head
 
-        groups = row.to(tl.int64) * KV_HEADS * GROUP + head * GROUP
-        x = tl.load(q + (groups + g)[:, None] * DIM + d[None, :], mask=(g < GROUP)[:, None], other=0.0)
+        x = tl.load(q + row * q_stride + (head * GROUP + g)[:, None] * DIM + d[None, :], mask=real[:, None], other=0.0)
+        # Of the chunk at hand, and of all the chunks before it.
         best = tl.full([DOT_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([DOT_ROWS], tl.float32)
         acc = tl.zeros([DOT_ROWS, DIM], tl.float32)
-        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
-            inside = at + b < stop
-            slot = tl.load(indices + at + b, mask=inside, other=0).to(tl.int64)
+        best0 = tl.full([DOT_ROWS], float("-inf"), tl.float32)
+        total0 = tl.zeros([DOT_ROWS], tl.float32)
+        acc0 = tl.zeros([DOT_ROWS, DIM], tl.float32)
+        start = begin + first * size
+        stop = tl.minimum(begin + last * size, end)
+        for t in tl.range(start, stop, BLOCK, num_stages=STAGES):
+            inside = t + b < stop
+            slot = tl.load(indices + t + b, mask=inside, other=0).to(tl.int64)
             place = (slot * KV_HEADS + head)[:, None] * DIM + d[None, :]
             keys = tl.load(k + place, mask=inside[:, None], other=0.0)
             s = tl.where(inside[None, :], tl.dot(x, tl.trans(keys)) * scale, float("-inf"))
@@ -143,21 +177,31 @@ def decode_kernel(
             acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None])
             total = total * shrink + tl.sum(p, 1)
             best = above
-        y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+            # One loop over all chunks keeps the loads flowing from one into the next.
+            done = t + BLOCK - begin
+            ends = (done % size == 0) | (t + BLOCK >= stop)
+            chunk = (done + size - 1) // size - 1
+            put = (at + chunk * KV_HEADS) * GROUP + g
+            kept = real & ends & (last - first != n)
+            tl.store(sums + 2 * put, best, mask=kept)
+            tl.store(sums + 2 * put + 1, total, mask=kept)
+            tl.store(parts + put[:, None] * DIM + d[None, :], acc, mask=kept[:, None])
+            best1, total1, acc1 = _join(best0, total0, acc0, best, total, acc)
+            best0 = tl.where(ends, best1, best0)
+            total0 = tl.where(ends, total1, total0)
+            acc0 = tl.where(ends, acc1, acc0)
+            best = tl.where(ends, float("-inf"), best)
+            total = tl.where(ends, 0.0, total)
+            acc = tl.where(ends, 0.0, acc)
 
-        if n == 1:
-            tl.store(
-                out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=(g < GROUP)[:, None]
-            )
+        if whole:
+            y = acc0 / tl.where(total0 > 0.0, total0, 1.0)[:, None]
+            tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=real[:, None])
         else:
-            first = row.to(tl.int64) * MOST * KV_HEADS + head
-            part = (first + chunk * KV_HEADS) * GROUP + g
-            tl.store(parts + part[:, None] * DIM + d[None, :], y, mask=(g < GROUP)[:, None])
-            tl.store(logsums + part, best + tl.log2(total), mask=g < GROUP)
             tl.debug_barrier()
             # Release: what this program stored is visible before the count; acquire: the last one sees all of it.
-            arrived = tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
-            if arrived == n - 1:
-                _merge(parts, logsums, out, first, groups, n, KV_HEADS, GROUP, GROUP_P2, DIM, MOST, WIDE)
+            arrived = tl.atomic_add(counters + row * KV_HEADS + head, last - first, sem="acq_rel", scope="gpu")
+            if arrived + last - first == n:
+                _join_stored(parts, sums, out, at, groups, n, KV_HEADS, GROUP, GROUP_P2, DIM, WIDE)
                 tl.store(counters + row * KV_HEADS + head, 0)
         work += tl.num_programs(0)

@@ -2,7 +2,8 @@
 
 A decode row reads its whole context. One program for each (row, K/V head) is row-invariant, but leaves most of a GPU
 idle when few rows have long contexts; cutting contexts by a plan for the whole batch, as FlashInfer does, fills the GPU
-and lets the batch decide the order of summation. Here the cut is a function of the row's own length.
+and lets the batch decide the order of summation. Here a context is cut into chunks by its own length, their results are
+joined in one order, and the batch decides only how many programs share the chunks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from margingate_kernels._backend import on_device, use_triton
 
-CHUNK = 512
+CHUNK = 128
 """Tokens of a chunk, for contexts up to ``CHUNK * MOST_CHUNKS``."""
 
 MOST_CHUNKS = 32
@@ -25,8 +26,8 @@ BLOCK = 64
 
 PROGRAMS_PER_SM = 4
 WARPS, STAGES = 4, 3
-WIDE = 4
-"""Chunks that a merge loads at once."""
+WIDE = 8
+"""Stored chunks that are loaded before they are joined."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -64,9 +65,9 @@ class DecodeAttention:
         self.device = torch.device(device)
         shape = (max_rows, MOST_CHUNKS, kv_heads, q_heads // kv_heads)
         self._parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
-        self._logsums = torch.empty(shape, dtype=torch.float32, device=device)
+        self._sums = torch.empty(*shape, 2, dtype=torch.float32, device=device)
         self._counters = torch.zeros(max_rows, kv_heads, dtype=torch.int32, device=device)
-        self._items = torch.zeros(max_rows * MOST_CHUNKS, 4, dtype=torch.int32, device=device)
+        self._items = torch.zeros(max_rows * MOST_CHUNKS, 8, dtype=torch.int32, device=device)
         self._count = torch.zeros(1, dtype=torch.int32, device=device)
         self._indptr = torch.zeros(1, dtype=torch.int32, device=device)
         self._programs = 5
@@ -108,19 +109,19 @@ class DecodeAttention:
 
         with on_device(indptr):
             plan_kernel[(rows,)](
-                indptr, self._items, self._count, rows,
-                CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=_power_of_2(self.max_rows), num_warps=1,
+                indptr, self._items, self._count, rows, self._programs,
+                KV_HEADS=self.kv_heads, CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=_power_of_2(self.max_rows), num_warps=1,
             )  # fmt: skip
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Return the attention's output, like ``q``.
+        """Return the attention's output: of ``q``'s shape, contiguous.
 
         Parameters
         ----------
         q
-            [rows, q_heads, head_dim], bfloat16 or float16, contiguous; as many rows as were planned.
+            [rows, q_heads, head_dim], bfloat16 or float16, each row contiguous; as many rows as were planned.
         k, v
             The pool: [slots, kv_heads, head_dim] of the same dtype, contiguous.
         indices
@@ -143,12 +144,12 @@ class DecodeAttention:
     ) -> torch.Tensor:
         from margingate_kernels._triton_decode_attention import decode_kernel
 
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         group = self.q_heads // self.kv_heads
         with on_device(q):
             decode_kernel[(self._programs,)](
-                q, k, v, indices, self._items, self._count, out, self._parts, self._logsums, self._counters,
-                scale * math.log2(math.e),
+                q, k, v, indices, self._items, self._count, out, self._parts, self._sums, self._counters,
+                scale * math.log2(math.e), q.stride(0),
                 KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=_power_of_2(group), DOT_ROWS=max(16, _power_of_2(group)),
                 DIM=self.head_dim, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=STAGES, WIDE=WIDE, num_warps=WARPS,
             )  # fmt: skip
@@ -169,8 +170,10 @@ class DecodeAttention:
         if indices.dim() != 1 or indices.dtype != torch.int32:
             raise ValueError(f"indices must be int32 of one dimension, got {indices.dtype} {tuple(indices.shape)}")
         tensors = (q, k, v, indices)
-        if not all(t.is_contiguous() for t in tensors) or {t.device for t in tensors} != {self._parts.device}:
-            raise ValueError(f"all tensors must be contiguous and on {self._parts.device}")
+        # Queries mostly are a slice of what one layer makes of queries, keys and values together.
+        dense = q[0].is_contiguous() and all(t.is_contiguous() for t in tensors[1:])
+        if not dense or {t.device for t in tensors} != {self._parts.device}:
+            raise ValueError(f"each row of q, and k, v and indices must be contiguous, all on {self._parts.device}")
 
 
 def decode_attention_reference(

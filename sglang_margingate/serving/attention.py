@@ -105,7 +105,7 @@ def decode(
     rows = len(q)
     if layer.layer_id == pool.start_layer:
         attend.plan(backend.kv_indptr[0][: rows + 1])  # for all layers of this forward
-    queries = q.contiguous().view(rows, layer.tp_q_head_num, layer.head_dim)
+    queries = q.view(rows, layer.tp_q_head_num, layer.head_dim)
     return attend(queries, keys, values, backend.cuda_graph_kv_indices[0], layer.scaling).view(rows, -1)
 
 

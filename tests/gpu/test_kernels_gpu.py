@@ -434,6 +434,11 @@ def test_decode_attention_row_invariance(attention_module, monkeypatch):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[: 3 + 7 * seed]
         for r, got in zip(order, attended(attend, *to.arguments(order))):
             assert torch.equal(got, alone[r]), f"row of {to.lengths[r]} tokens among {len(order)}"
+    # As many programs as chunks, or one for all of a row: who works on what changes no bit.
+    for programs in (3, 10_000):
+        monkeypatch.setattr(attend, "_programs", programs)
+        for r, got in zip(rows, attended(attend, *to.arguments(rows))):
+            assert torch.equal(got, alone[r]), f"row of {to.lengths[r]} tokens with {programs} programs"
     # Could this fail? Another cut of the contexts is another order of summation, and shows.
     monkeypatch.setattr(attention_module, "CHUNK", 2 * attention_module.CHUNK)
     other = [attended(attend, *to.arguments([r]))[0] for r in rows]
@@ -457,11 +462,21 @@ def test_decode_attention_bad_input():
         ((q, k[:, :2], v, indptr, indices), "k must be"),
         ((q, k, v, indptr.long(), indices), "indptr must be"),
         ((q, k, v, indptr, indices.cpu().repeat(2)[::2]), "contiguous"),
+        ((q.transpose(1, 2).contiguous().transpose(1, 2), k, v, indptr, indices), "contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             attended(attend, *bad, scale)
     with pytest.raises(ValueError, match="not supported"):
         DecodeAttention(2, 4, 4, 80, DEVICE)
+
+
+def test_decode_attention_of_a_slice(attention_module):
+    to = Contexts(ATTENTION_SHAPES[0], LENGTHS)
+    q, *rest = to.arguments(list(range(len(LENGTHS))))
+    wide = torch.cat([q.flatten(1), q.flatten(1)], dim=1)[:, : q[0].numel()].view(q.shape)
+    assert not wide.is_contiguous()
+    attend = DecodeAttention(len(LENGTHS), *ATTENTION_SHAPES[0], DEVICE)
+    assert torch.equal(attended(attend, wide, *rest), attended(attend, q, *rest))
 
 
 @needs_cuda
