@@ -40,12 +40,15 @@ def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Pro
 
 def passes_table(results: Mapping[str, DatasetResult]) -> str:
     """Return a line per dataset and pass."""
-    lines = [f"{'dataset':<12}{'recorded at':>12}{'steps':>9}{'triggered':>20}{'flips':>7}{'missed':>8}{'needs':>9}"]
+    wide = max(12, *(len(name) + 2 for name in results))
+    lines = [
+        f"{'dataset':<{wide}}{'recorded at':>12}{'steps':>9}{'triggered':>20}{'flips':>7}{'missed':>8}{'needs':>9}"
+    ]
     for name, result in results.items():
         for p in result.passes:
             share = f"{p.triggered.numerator:,} ({percent(p.triggered.value)})"
             lines.append(
-                f"{name[:11]:<12}{p.recorded_at:>12.5g}{p.triggered.denominator:>9,}{share:>20}"
+                f"{name:<{wide}}{p.recorded_at:>12.5g}{p.triggered.denominator:>9,}{share:>20}"
                 f"{p.flips.numerator:>7,}{p.missed.numerator:>8,}{p.calibration.threshold:>9.4g}"
             )
     return "\n".join(lines)
@@ -91,8 +94,9 @@ def transfer_table(calibrator: Calibrator) -> str:
     samples = {name: tuple(calibrator.sample(name)) for name in results}
     thresholds = {name: r.threshold for name, r in results.items() if not r.transferred}
     table = transfer_matrix(samples, thresholds)
+    wide = max(13, *(len(name) + 1 for name in results))
     lines = [
-        f"{'threshold of':<13}{'':>9} {'applied to':<12}{'triggered':>20}{'missed flips':>15}{'at most (95%)':>15}"
+        f"{'threshold of':<{wide}}{'':>9} {'applied to':<{wide}}{'triggered':>20}{'missed flips':>15}{'at most (95%)':>15}"
     ]
     rows: Any = table.itertuples()
     for row in rows:
@@ -100,7 +104,7 @@ def transfer_table(calibrator: Calibrator) -> str:
         missed = f"{row.missed:,}/{row.flips:,}"
         bound = percent(row.miss_upper, up=True)
         lines.append(
-            f"{row.calibrated_on!s:<13.12}{row.threshold:>9.4g} {row.applied_to!s:<12.11}{share:>20}{missed:>15}{bound:>15}"
+            f"{row.calibrated_on!s:<{wide}}{row.threshold:>9.4g} {row.applied_to!s:<{wide}}{share:>20}{missed:>15}{bound:>15}"
         )
     return "\n".join(lines)
 

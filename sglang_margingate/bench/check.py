@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError, run_alone, run_together
@@ -24,7 +24,7 @@ PHASES = {
 }
 LOADED = tuple(p for p in PHASES if p != "alone")
 PREFIX_SHARE = 0.6
-"""Part of each prompt's text that the phase `prefix` puts into the cache."""
+"""Part of each prompt that the phase `prefix` puts into the cache."""
 
 
 class StopCheck(Exception):
@@ -172,14 +172,17 @@ def _prepare(client: Client | OpenAIClient, prompts: Sequence[Prompt], plan: Pla
         return
     phase.flushed = client.flush_cache()
     if phase.name == "prefix":
-        heads = [Prompt(p.id, _head(p.text), p.dataset) for p in prompts]
+        heads = [_head(p) for p in prompts]
         run_together(client, heads, plan.concurrency, max_new_tokens=1)
 
 
-def _head(text: str) -> str:
-    cut = int(len(text) * PREFIX_SHARE)
-    space = text.rfind(" ", 0, cut)
-    return text[: space if space > 0 else max(1, cut)]
+def _head(prompt: Prompt) -> Prompt:
+    if prompt.ids:
+        cut = int(len(prompt.ids) * PREFIX_SHARE)
+        return replace(prompt, ids=prompt.ids[: max(1, cut)], max_tokens=1)
+    cut = int(len(prompt.text) * PREFIX_SHARE)
+    space = prompt.text.rfind(" ", 0, cut)
+    return replace(prompt, text=prompt.text[: space if space > 0 else max(1, cut)])
 
 
 def _background(prompts: Sequence[Prompt], plan: Plan) -> list[Prompt]:

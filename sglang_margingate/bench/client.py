@@ -27,6 +27,16 @@ class Prompt:
     id: str
     text: str
     dataset: str
+    ids: tuple[int, ...] = ()
+    """Token ids that are sent instead of the text."""
+    max_tokens: int | None = None
+    """Tokens to generate, whatever the model would end with; None: at most what the command says."""
+
+    def sampling(self, max_new_tokens: int) -> dict[str, Any]:
+        """Return the greedy sampling parameters of this prompt, in SGLang's words."""
+        if self.max_tokens is None:
+            return {"temperature": 0, "max_new_tokens": max_new_tokens}
+        return {"temperature": 0, "max_new_tokens": self.max_tokens, "ignore_eos": True}
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -163,7 +173,10 @@ class Client:
         custom: dict[str, Any] | None = None,
         rid: str | None = None,
     ) -> Completion:
-        """Complete one prompt at temperature 0 unless ``sampling`` says otherwise."""
+        """Complete one prompt at temperature 0 unless ``sampling`` says otherwise.
+
+        A prompt with a ``max_tokens`` of its own generates that many instead of ``max_new_tokens``.
+        """
         payload = self.payload(prompt, max_new_tokens, sampling, custom, rid)
         start = time.perf_counter()
         code, out = self.post(payload)
@@ -180,10 +193,11 @@ class Client:
         rid: str | None = None,
     ) -> dict[str, Any]:
         """Return the JSON of one ``/generate``; ``rid`` names the request in the trace and must be unique in flight."""
-        params: dict[str, Any] = {"temperature": 0, "max_new_tokens": max_new_tokens, **(sampling or {})}
+        params: dict[str, Any] = {**prompt.sampling(max_new_tokens), **(sampling or {})}
         if self.tagged:
             params["custom_params"] = {"margingate_dataset": prompt.dataset, **(custom or {})}
-        return {"text": prompt.text, "sampling_params": params, **({"rid": rid} if rid else {})}
+        words: dict[str, Any] = {"input_ids": list(prompt.ids)} if prompt.ids else {"text": prompt.text}
+        return {**words, "sampling_params": params, **({"rid": rid} if rid else {})}
 
 
 def error_message(body: Any) -> str:

@@ -59,7 +59,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N[,N]",
         help="levels of requests in flight; prompts are dealt over them (1,4,16)",
     )
-    add("--seed", type=int, default=0, help="order of prompts (%(default)s)")
+    add("--seed", type=int, default=0, help="order of prompts, and random prompts (%(default)s)")
     add = p.add_argument_group("output").add_argument
     add(
         "-o",
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Calibrate, print the evidence, write the profile; return the exit status."""
     from sglang_margingate.bench.binding import read_binding
     from sglang_margingate.bench.calibrate import Goal, check_server
+    from sglang_margingate.bench.chosen import prompts_of
     from sglang_margingate.bench.client import Client, ServerError
     from sglang_margingate.bench.console import make_console
 
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     )
     calibrated = list(args.dataset)
     args.dataset = [*calibrated, *args.transfer]
-    plain = options.prompts_of(args)
+    plain = prompts_of(args)
     calibrated += [d for d in dict.fromkeys(p.dataset for p in plain) if d not in args.dataset]
     console = make_console()
     flags = ["--margingate-policy", "gate", "--margingate-audit-rate", "1.0"]
@@ -124,10 +125,12 @@ def _prepare(
     args: argparse.Namespace, client: Client, plain: list[Prompt], goal: Goal, binding: Binding, status: dict[str, Any]
 ) -> tuple[Calibrator, Any]:
     from sglang_margingate.bench.calibrate import Calibrator
+    from sglang_margingate.bench.chosen import rendered
     from sglang_margingate.bench.openai_client import served_model
+    from sglang_margingate.bench.random_ids import digest
     from sglang_margingate.bench.samples import SampleStore
 
-    prompts, template = options.rendered(args, plain, served_model(client))
+    prompts, template = rendered(args, plain, served_model(client), client)
     bound = {
         **binding._asdict(),
         "verify_rows": status.get("verify_rows"),
@@ -135,6 +138,8 @@ def _prepare(
         "template": template,
         "max_tokens": goal.max_tokens,
         "concurrency": list(goal.levels),
+        # The same names with another seed or vocabulary are other prompts.
+        "random_ids": digest(prompts) if any(p.ids for p in prompts) else None,
     }
     store = SampleStore(args.out.with_name(args.out.name + ".samples.jsonl"), bound)
     store.open(args.fresh)

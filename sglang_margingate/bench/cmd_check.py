@@ -46,7 +46,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sampling requests among the traffic (%(default)s)",
     )
-    add("--seed", type=int, default=0, help="orders and delays (%(default)s)")
+    add("--seed", type=int, default=0, help="orders, delays and random prompts (%(default)s)")
     add("--fail-fast", action="store_true", help="stop at the first difference")
     add = p.add_argument_group("verdict").add_argument
     add("--expect-fail", action="store_true", help="the inverse test: an ungated server must fail")
@@ -57,6 +57,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the check, print the verdict, return the exit status."""
     from sglang_margingate.bench.check import PHASES, Plan, run_check
+    from sglang_margingate.bench.chosen import prompts_of, rendered
     from sglang_margingate.bench.console import bar, make_console
     from sglang_margingate.bench.gauges import Gauge
     from sglang_margingate.bench.openai_client import served_model
@@ -76,10 +77,10 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         args.seed,
         args.fail_fast,
     )
-    plain = options.prompts_of(args)
+    plain = prompts_of(args)
     console = make_console()
     with options.server(args, console) as client:
-        prompts, template = options.rendered(args, plain, served_model(client))
+        prompts, template = rendered(args, plain, served_model(client), client)
         facts = {**options.server_facts(client), "template": f"chat template {template}"}
         gauge = Gauge(client.base_url)
         with bar(console) as progress:

@@ -6,25 +6,38 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError
+from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError, run_together
 from sglang_margingate.bench.gauges import BatchProof, Gauge
 from sglang_margingate.bench.timing import Arrivals, Job, run_workload, stream, summarize
 from sglang_margingate.gate.stats import Rate
 
-MODES: Mapping[str, tuple[str, ...]] = {
-    "stock": ("--margingate-policy", "off"),
-    "log": ("--margingate-policy", "log"),
-    "gate": ("--margingate-policy", "gate"),
-    "always": ("--margingate-policy", "always"),
-    "deterministic": ("--margingate-policy", "off", "--enable-deterministic-inference"),
-}
-"""Flags of each mode; `deterministic` is SGLang's own and needs CUDA."""
 
-PER_REQUEST = ("gate", "always")
-"""Modes in which a request can opt out, so that the share of deterministic traffic matters."""
+class Mode(NamedTuple):
+    """One way to serve."""
+
+    flags: tuple[str, ...]
+    stock: bool = False
+    """SGLang alone, without this package."""
+    gated: bool = False
+    """A request can opt out, so the share of deterministic traffic matters."""
+
+
+MODES: Mapping[str, Mode] = {
+    "stock": Mode((), stock=True),
+    "log": Mode(("--margingate-policy", "log")),
+    "gate": Mode(("--margingate-policy", "gate"), gated=True),
+    "canonical": Mode(("--margingate-policy", "gate", "--margingate-fast-path", "canonical"), gated=True),
+    "always": Mode(("--margingate-policy", "always"), gated=True),
+    "deterministic": Mode(("--enable-deterministic-inference",), stock=True),
+}
+"""`canonical` is the gate on the canonical fast path; `deterministic` is SGLang's own mode and needs CUDA."""
+
+WARM_UP_TOKENS = 8
+WATCH_SECONDS = 0.25
+"""Pause between looks at a stock server's gauge: each costs it a little, and only stock would pay."""
 
 METRICS = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
 
@@ -84,7 +97,15 @@ class Comparison:
     """Folder of each mode's recorded run, for the dashboard."""
     servers: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    """Modes that could not be measured, and why."""
+    """Modes that could not be measured, or not to the end, and why."""
+    mode_flags: dict[str, list[str]] = field(default_factory=dict)
+    """Flags that the user gave to some modes only."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of this comparison."""
+
+    def repeats_of(self, label: str) -> int:
+        """Return how many runs of a mode were measured."""
+        return sum(len(c.repeats) for c in self.cells if c.mode == label)
 
     def base(self) -> Cell | None:
         """Return the cell that the others are compared with: the first of stock."""
@@ -92,13 +113,21 @@ class Comparison:
 
     def ratio(self, cell: Cell, metric: str) -> float:
         """Return a cell's median over stock's, in this session; NaN without stock."""
+        return self._of_stock(cell.median(metric), metric)
+
+    def ratio_spread(self, cell: Cell, metric: str) -> tuple[float, float]:
+        """Return a cell's smallest and largest value over stock's median."""
+        low, high = cell.spread(metric)
+        return self._of_stock(low, metric), self._of_stock(high, metric)
+
+    def _of_stock(self, value: float, metric: str) -> float:
         base = self.base()
         below = base.median(metric) if base is not None else 0.0
-        return cell.median(metric) / below if below else float("nan")
+        return value / below if below else float("nan")
 
 
-StartServer = Callable[[str, Sequence[str]], AbstractContextManager[Client]]
-"""Starts one mode's server with the given flags."""
+StartServer = Callable[[str, str], AbstractContextManager[Client]]
+"""Starts the server of one mode; gets the label and the mode's name."""
 
 
 def compare(
@@ -110,25 +139,28 @@ def compare(
     done: Callable[[], None] = lambda: None,
     saved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Measure the modes one after another into ``result``; a mode whose server fails is noted and left out.
+    """Measure the modes one after another into ``result``; a server that fails is noted, and the next one starts.
 
     Parameters
     ----------
     saved
         Called whenever ``result`` has grown, to keep what is there.
     """
-    for label, mode in _labels(modes):
+    for label, mode in _labels(modes, [*result.servers]):
         try:
-            with start(label, MODES[mode]) as client:
+            with start(label, mode) as client:
                 _measure(client, label, mode, workload, result, tell, done, saved)
         except ServerError as error:
             result.failures[label] = str(error)
         saved()
 
 
-def _labels(modes: Sequence[str]) -> list[tuple[str, str]]:
+def _labels(modes: Sequence[str], taken: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Name a mode that comes again: measuring stock first and last shows the machine's drift."""
     seen: dict[str, int] = {}
+    for label in taken:
+        name = label.partition(" (")[0]
+        seen[name] = seen.get(name, 0) + 1
     out = []
     for mode in modes:
         seen[mode] = seen.get(mode, 0) + 1
@@ -146,18 +178,20 @@ def _measure(
     done: Callable[[], None],
     saved: Callable[[], None],
 ) -> None:
-    status = client.status()
+    status = _status(client)
     result.servers[label] = status
     if path := (status.get("trace") or {}).get("path"):
         result.runs[label] = path
     tell(f"{label}: alone", len(workload.prompts))
     alone = _alone(client, workload, done)
-    gauge = Gauge(client.base_url)
-    for share in workload.shares if mode in PER_REQUEST else (100.0,):
+    _warm_up(client, workload)
+    gauge = Gauge(client.base_url, pause=WATCH_SECONDS)
+    for share in workload.shares if MODES[mode].gated else (100.0,):
         cell = Cell(label, share)
         result.cells.append(cell)
         for repeat in range(workload.repeats):
-            tell(f"{label}: {share:g}% deterministic, run {repeat + 1}", len(workload.prompts))
+            which = f"{share:g}% deterministic, " if MODES[mode].gated else ""
+            tell(f"{label}: {which}run {repeat + 1} of {workload.repeats}", len(workload.prompts))
             client.flush_cache()
             with gauge.watch() as proof:
                 outcomes, seconds = run_workload(
@@ -170,12 +204,31 @@ def _measure(
 
 
 def _alone(client: Client, workload: Workload, done: Callable[[], None]) -> dict[str, Completion]:
-    """Complete each prompt alone: the reference of identity, and the server's warm-up."""
+    """Complete each prompt alone: the reference of identity."""
     out = {}
     for prompt in workload.prompts:
         out[prompt.id] = stream(client, Job(prompt, True, f"{prompt.id}/alone"), workload.max_tokens).completion
         done()
     return out
+
+
+def _warm_up(client: Client, workload: Workload) -> None:
+    """Form a batch that is not counted: what a server compiles or allocates on its first one is no cost of a mode."""
+    count = workload.arrivals.concurrency
+    few = [replace(p, max_tokens=WARM_UP_TOKENS) for p in workload.prompts[:count]]
+    client.flush_cache()  # a hit on a prompt that was run alone would leave nothing to prefill
+    run_together(client, few, count)
+
+
+def _status(client: Client) -> dict[str, Any]:
+    """Return the server's status; SGLang's own server has none, and takes no parameters of ours."""
+    try:
+        return client.status()
+    except ServerError as error:
+        if "HTTP 404" not in str(error):
+            raise
+    client.tagged = False
+    return {"policy": "off"}
 
 
 def _count(cell: Cell, completions: Sequence[Completion], alone: Mapping[str, Completion]) -> None:

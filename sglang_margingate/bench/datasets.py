@@ -1,4 +1,4 @@
-"""Prompt sets by name: the embedded ones, the usual benchmarks from a local file or the Hugging Face hub, any JSONL."""
+"""Prompt sets by name: the embedded ones, random token ids, the usual benchmarks from a file or the hub, any JSONL."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sglang_margingate.bench import random_ids
 from sglang_margingate.bench.client import Prompt
 
 EMBEDDED = ("arith", "code", "story")
@@ -57,9 +58,11 @@ ANY = Source("prompt", "", None, "")
 
 
 def load(
-    names: Sequence[str], data: Sequence[str] = (), limit: int | None = None, only: Sequence[str] = ()
+    names: Sequence[str], data: Sequence[str] = (), limit: int | None = None, only: Sequence[str] = (), seed: int = 0
 ) -> list[Prompt]:
     """Return the prompts of the named datasets as plain user text, in a fixed order.
+
+    Prompts of ``random:INPUT:OUTPUT`` have their lengths; :func:`random_ids.draw` gives them their ids.
 
     Parameters
     ----------
@@ -71,10 +74,12 @@ def load(
         Prompts of each dataset; all by default.
     only
         Ids to keep; all by default.
+    seed
+        Of the lengths of random prompts.
 
     Raises
     ------
-    DatasetError
+    DatasetError, RandomError
         One line: unknown name, unreadable file, missing field in line N, empty dataset.
     """
     files = _files(names, data)
@@ -83,7 +88,7 @@ def load(
         raise DatasetError(f"no dataset named; use --dataset with {', '.join(EMBEDDED)} or --data FILE")
     out: list[Prompt] = []
     for name in wanted:
-        prompts = _one(name, files.get(name), limit)
+        prompts = _one(name, files.get(name), limit, seed)
         if not prompts:
             raise DatasetError(f"dataset {name}: no prompts in it")
         taken = {p.id for p in out}
@@ -103,7 +108,7 @@ def _files(names: Sequence[str], data: Sequence[str]) -> dict[str, Path]:
         if equals and "/" not in name:
             files[name] = Path(path)
             continue
-        open_names = [n for n in names if n not in EMBEDDED and n not in files]
+        open_names = [n for n in names if n not in EMBEDDED and n not in files and not random_ids.is_random(n)]
         file = Path(entry)
         files[open_names[0] if open_names else file.name.split(".")[0]] = file
     for name, file in files.items():
@@ -112,16 +117,18 @@ def _files(names: Sequence[str], data: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _one(name: str, file: Path | None, limit: int | None) -> list[Prompt]:
+def _one(name: str, file: Path | None, limit: int | None, seed: int) -> list[Prompt]:
     if file is not None:
         return _from_rows(name, KNOWN.get(name, ANY), read_rows(file), limit)
+    if random_ids.is_random(name):
+        return random_ids.parse(name).prompts(limit, seed)
     if name in EMBEDDED:
         from sglang_margingate.demo.prompts import load_prompts
 
         return [Prompt(p.id, p.prompt, name) for p in load_prompts(name, limit)]
     if name in KNOWN:
         return _from_rows(name, KNOWN[name], _hub_rows(name, KNOWN[name]), limit)
-    known = ", ".join([*EMBEDDED, *KNOWN])
+    known = ", ".join([*EMBEDDED, *KNOWN, "random:INPUT:OUTPUT"])
     raise DatasetError(f"unknown dataset {name!r}; known are {known}, or name a file with --data {name}=FILE")
 
 

@@ -39,6 +39,14 @@ class FakeServer:
         Further fields of /margingate/status.
     dies_after
         Close the connection without an answer after this many requests.
+    tokenizer
+        False: as SGLang with --skip-tokenizer-init, take token ids only and answer without text.
+    takes_ids
+        Whether /v1/completions takes token ids.
+    model
+        Name or folder of the model.
+
+    As SGLang, it ends with an id beyond its vocabulary: no answer, to this request or later ones.
     """
 
     def __init__(
@@ -52,7 +60,11 @@ class FakeServer:
         dies_after: int | None = None,
         seed: int = 0,
         seconds: float = 0.015,
+        tokenizer: bool = True,
+        takes_ids: bool = True,
+        model: str = "fake-model",
     ) -> None:
+        self.tokenizer, self.takes_ids, self.model = tokenizer, takes_ids, model
         self.flip_rate, self.gauge, self.native, self.token_ids = flip_rate, gauge, native, token_ids
         self.status, self.dies_after, self.seconds = status or {}, dies_after, seconds
         self.served = self.running = self.flips = 0
@@ -130,9 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.fake
         path = self.path.partition("?")[0]
         if path == "/model_info" and fake.native:
-            self._answer(200, {"model_path": "fake-model"})
+            self._answer(200, {"model_path": fake.model})
+        elif path == "/server_info" and fake.native:
+            self._answer(200, {"skip_tokenizer_init": not fake.tokenizer, "context_length": None})
         elif path == "/v1/models":
-            self._answer(200, {"data": [{"id": "fake-model"}]})
+            self._answer(200, {"data": [{"id": fake.model}]})
         elif path == "/v1/loads" and fake.gauge == "loads":
             self._answer(200, {"loads": [{"num_running_reqs": fake.running}]})
         elif path == "/metrics" and fake.gauge == "metrics":
@@ -152,22 +166,35 @@ class _Handler(BaseHTTPRequestHandler):
             return
         fake.served += 1
         fake.seen.append(body)
+        if any(i >= VOCABULARY for i in body.get("input_ids") or ()):
+            fake.dies_after = 0
         if fake.dies_after is not None and fake.served > fake.dies_after:
             self.close_connection = True
             return
         if self.path == "/generate" and fake.native:
+            if "text" in body and not fake.tokenizer:
+                self._answer(400, {"error": {"message": "skip_tokenizer_init=True cannot accept text prompts"}})
+                return
             params = body["sampling_params"]
-            tokens = fake.decode(body["text"], params["max_new_tokens"])
+            text = str(body.get("text") or body["input_ids"])
+            tokens = fake.decode(text, params["max_new_tokens"])
             meta = {"finish_reason": {"type": "length"}, "cached_tokens": 0, "completion_tokens": len(tokens)}
             if fake.gauge == "margingate":
-                meta["margingate"] = fake.margingate(body["text"], params, len(tokens))
-            out = {"text": _text(tokens), "output_ids": tokens, "meta_info": meta}
-            self._answer(200, f"data: {json.dumps(out)}\n\ndata: [DONE]\n\n" if body.get("stream") else out)
+                meta["margingate"] = fake.margingate(text, params, len(tokens))
+            out = {"output_ids": tokens, "meta_info": meta}
+            if fake.tokenizer:
+                out["text"] = _text(tokens)
+            first = {**out, "output_ids": tokens[:1]}
+            chunks = "".join(f"data: {json.dumps(c)}\n\n" for c in (first, out))
+            self._answer(200, f"{chunks}data: [DONE]\n\n" if body.get("stream") else out)
         elif self.path == "/v1/completions":
             if "return_token_ids" in body and not fake.token_ids:
                 self._answer(400, {"error": {"message": "unknown field return_token_ids"}})
                 return
-            tokens = fake.decode(body["prompt"], body["max_tokens"])
+            if not isinstance(body["prompt"], str) and not fake.takes_ids:
+                self._answer(422, {"error": {"message": "prompt: a string is expected"}})
+                return
+            tokens = fake.decode(str(body["prompt"]), body["max_tokens"])
             choice = {"text": _text(tokens), "finish_reason": "length"}
             self._answer(200, {"choices": [choice | ({"token_ids": tokens} if fake.token_ids else {})]})
         else:

@@ -72,9 +72,12 @@ class Gauge:
     ----------
     base_url
         The server's.
+    pause
+        Seconds between two samples, where samples must do.
     """
 
-    def __init__(self, base_url: str, api_key: str = "") -> None:
+    def __init__(self, base_url: str, api_key: str = "", pause: float = SAMPLE_SECONDS) -> None:
+        self.pause = pause
         self.client = Client(base_url, timeout=10, api_key=api_key)
         self.source, self._read = self._choose()
 
@@ -155,4 +158,4 @@ class Watch:
                 self.proof.by_rows[rows] += 1
             # A slow gauge costs the server time: sample it less often.
             cost = time.perf_counter() - start
-            self._stop.wait(min(LONGEST_PAUSE, max(SAMPLE_SECONDS, 4 * cost)))
+            self._stop.wait(min(LONGEST_PAUSE, max(self.gauge.pause, 4 * cost)))

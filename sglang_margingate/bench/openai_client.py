@@ -61,12 +61,19 @@ class OpenAIClient:
         custom: dict[str, Any] | None = None,
     ) -> Completion:
         """Complete one prompt at temperature 0 unless ``sampling`` says otherwise; ``custom`` has no place here."""
-        body = {"model": self.model, "prompt": prompt.text, "max_tokens": max_new_tokens, "temperature": 0}
+        params = prompt.sampling(max_new_tokens)
+        body = {"model": self.model, "prompt": list(prompt.ids) or prompt.text, **params}
+        body["max_tokens"] = body.pop("max_new_tokens")  # OpenAI's word; ignore_eos is SGLang's and vLLM's
         start = time.perf_counter()
         code, out = self._post({**body, **(sampling or {}), **self._extra})
         if code in (400, 422) and self._extra:
             self._extra = {}  # a strict server: it knows no return_token_ids
             code, out = self._post({**body, **(sampling or {})})
+        if code != 200 and prompt.ids:
+            raise ServerError(
+                f"prompt {prompt.id}: {self.base_url}/v1/completions does not take token ids with ignore_eos "
+                f"(HTTP {code}: {error_message(out)}); use a dataset of text, as --dataset arith"
+            )
         if code != 200:
             raise ServerError(f"prompt {prompt.id}: HTTP {code}: {error_message(out)}")
         try:

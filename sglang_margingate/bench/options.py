@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_margingate.bench.client import Client, Prompt
+    from sglang_margingate.bench.client import Client
     from sglang_margingate.bench.openai_client import OpenAIClient
 
 API_KEY_ENV = "MARGINGATE_API_KEY"
@@ -78,7 +78,9 @@ def add_prompts(p: argparse.ArgumentParser, dataset: str | None, limit: int | No
     """Add the options that choose prompts."""
     add = p.add_argument_group("prompts").add_argument
     add("--dataset", type=names, default=names(dataset or ""), metavar="NAME[,NAME]",
-        help="arith, code, story (embedded); gsm8k, math500, humaneval, sharegpt; or a name given in --data"
+        help="arith, code, story (embedded); random:INPUT:OUTPUT (token ids, no tokenizer needed; lengths in tokens, "
+        "also ranges as 100-900; random alone is random:512:128); gsm8k, math500, humaneval, sharegpt; "
+        "or a name given in --data"
         + (f" ({dataset})" if dataset else ""))  # fmt: skip
     add(
         "--data",
@@ -89,24 +91,11 @@ def add_prompts(p: argparse.ArgumentParser, dataset: str | None, limit: int | No
     )
     add("--limit", type=whole(1), default=limit, metavar="N", help=f"prompts of each dataset ({limit or 'all'})")
     add("--only", type=names, default=[], metavar="ID[,ID]", help="these prompts only")
-    add("--max-tokens", type=whole(1), default=64, metavar="N", help="tokens to generate for each (%(default)s)")
+    add("--max-tokens", type=whole(1), default=64, metavar="N",
+        help="tokens to generate for each prompt of text (%(default)s)")  # fmt: skip
+    add("--vocab", type=whole(2), metavar="N", help="token ids to draw random prompts from (the model's config.json)")
     add("--no-template", action="store_true", help="send the text as it is, without the model's chat template")
     add("--tokenizer", metavar="PATH", help="tokenizer with the chat template, where it is not the served model's")
-
-
-def prompts_of(args: argparse.Namespace) -> list[Prompt]:
-    """Return the chosen prompts as plain text; before any server is started, so that a wrong name fails at once."""
-    from sglang_margingate.bench.datasets import load
-
-    return load(args.dataset, args.data, args.limit, args.only)
-
-
-def rendered(args: argparse.Namespace, prompts: Sequence[Prompt], model: str) -> tuple[list[Prompt], str]:
-    """Return the prompts in the model's chat template, and the template's name."""
-    from sglang_margingate.bench.template import PLAIN, find_template
-
-    template = PLAIN if args.no_template else find_template(model, args.tokenizer)
-    return template.apply(prompts), template.name
 
 
 @contextmanager
@@ -190,12 +179,12 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def started(args: argparse.Namespace, flags: Sequence[str], label: str) -> Iterator[Client]:
+def started(args: argparse.Namespace, flags: Sequence[str], label: str, module: str) -> Iterator[Client]:
     """Give a client of a server started for one mode; its log is kept beside the results where it fails."""
     from sglang_margingate.bench.server import serve
 
     log = args.out.with_name(f"{args.out.stem}-{label.replace(' ', '')}.log")
-    with serve(flags, log=log, port=args.port, timeout=args.start_timeout) as running:
+    with serve(flags, log=log, port=args.port, timeout=args.start_timeout, module=module) as running:
         yield running.client
     log.unlink(missing_ok=True)
 

@@ -16,14 +16,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from sglang_margingate.bench.client import Client, ServerError
+from sglang_margingate.bench.options import flag_value
 
 READY = "The server is fired up"
 """SGLang logs this after its warm-up request was answered."""
 
+QUIET = ("warning", "error", "critical")
+"""Log levels at which that line is missing."""
+
+OURS, STOCK = "sglang_margingate.launch_server", "sglang.launch_server"
+
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.1
 _CAUSE = re.compile(r"margingate: error:|^\S*(Error|Exception|Interrupt)\b.*:|: error: |\b\w+Error: ")
+_HARMLESS = re.compile(r"OpenAI Responses API .* disabled: ")
+"""Said by every SGLang without openai_harmony, whatever it dies of."""
 _STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d [\d:.]+[^\]]*\]\s*")
 
 Progress = Callable[[float, str], None]
@@ -78,8 +88,11 @@ def serve(
     env: Mapping[str, str] | None = None,
     timeout: float = 180,
     progress: Progress | None = None,
+    module: str = OURS,
 ) -> Iterator[Server]:
     """Start ``python -m sglang_margingate.launch_server`` and give it once it serves.
+
+    Ready is a server whose own warm-up request was answered; SGLang sends token ids where it has no tokenizer.
 
     Parameters
     ----------
@@ -95,6 +108,8 @@ def serve(
         Seconds until the server must serve.
     progress
         Called about every second while waiting.
+    module
+        Another launcher to start, as :data:`STOCK`.
 
     Raises
     ------
@@ -111,7 +126,7 @@ def serve(
     command = [
         sys.executable,
         "-m",
-        "sglang_margingate.launch_server",
+        module,
         "--host",
         "127.0.0.1",
         "--port",
@@ -142,10 +157,11 @@ def serve(
 def _wait(server: Server, timeout: float, progress: Progress | None) -> None:
     start = time.monotonic()
     reported = -1.0
+    quiet = flag_value(server.flags, "--log-level") in QUIET
     while True:
         alive = server.alive()  # before the log: what a dying server wrote last must be read
         text = _read(server.log_path)
-        if READY in text and alive:
+        if alive and (READY in text or (quiet and _healthy(server))):
             return
         waited = time.monotonic() - start
         if not alive:
@@ -159,6 +175,14 @@ def _wait(server: Server, timeout: float, progress: Progress | None) -> None:
             reported = waited
             progress(waited, _last_line(text))
         time.sleep(POLL_SECONDS)
+
+
+def _healthy(server: Server) -> bool:
+    """Return whether ``/health`` says so: 503 until the warm-up is through. Each call costs the server one token."""
+    try:
+        return requests.get(server.base_url + "/health", timeout=30).ok
+    except requests.RequestException:
+        return False
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -244,5 +268,6 @@ def _last_line(text: str) -> str:
 def cause(path: Path) -> str:
     """Return the log's last line that names an error, else its last line, without the time stamp."""
     text = _read(path)
-    errors = [line for line in text.splitlines() if _CAUSE.search(_STAMP.sub("", line.strip()))]
-    return (_last_line("\n".join(errors)) or _last_line(text) or "nothing was logged")[:300]
+    lines = [line for line in text.splitlines() if not _HARMLESS.search(line)]
+    errors = [line for line in lines if _CAUSE.search(_STAMP.sub("", line.strip()))]
+    return (_last_line("\n".join(errors)) or _last_line("\n".join(lines)) or "nothing was logged")[:300]

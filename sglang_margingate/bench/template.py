@@ -23,11 +23,12 @@ class Template(NamedTuple):
     render: Callable[[str], str]
 
     def apply(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts rendered."""
-        return [replace(p, text=self.render(p.text)) for p in prompts]
+        """Return the prompts rendered; token ids stay as they are."""
+        return [p if p.ids else replace(p, text=self.render(p.text)) for p in prompts]
 
 
 PLAIN = Template("none", lambda text: text)
+NO_TEXT = Template("none (token ids)", lambda text: text)
 
 
 def is_embedded(model: str) -> bool:

@@ -39,7 +39,7 @@ class Timed:
     ttft: float
     """Seconds from sending to the first token."""
     tpot: float
-    """Mean seconds per token after the first; NaN with one token."""
+    """Mean seconds per token after the first chunk; NaN where that was all."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def stream(client: Client, job: Job, max_tokens: int) -> Timed:
     payload = {**client.payload(job.prompt, max_tokens, custom=custom, rid=job.rid), "stream": True}
     start = time.perf_counter()
     first = last = 0.0
-    final = b""
+    begin = final = b""
     try:
         with client.session().post(
             client.base_url + "/generate", json=payload, timeout=client.timeout, stream=True
@@ -87,8 +87,8 @@ def stream(client: Client, job: Job, max_tokens: int) -> Timed:
                 if not line.startswith(b"data:") or line.endswith(b"[DONE]"):
                     continue
                 last = time.perf_counter()
-                first = first or last
-                final = line  # parsed once, at the end: parsing every chunk would slow a server on the same machine
+                first, begin = first or last, begin or line
+                final = line  # parsed at the end: parsing every chunk would slow a server on the same machine
     except requests.RequestException as error:
         raise ServerError(f"POST {client.base_url}/generate: {brief(error)}{client.post_mortem()}") from None
     try:
@@ -98,8 +98,16 @@ def stream(client: Client, job: Job, max_tokens: int) -> Timed:
     if "error" in out:
         raise ServerError(f"prompt {job.prompt.id}: {error_message(out)}")
     done = completion(job.prompt, out, last - start)
-    count = int(done.meta.get("completion_tokens") or len(done.tokens))
-    return Timed(job, done, first - start, (last - first) / (count - 1) if count > 1 else float("nan"))
+    after = len(done.tokens) - _tokens_of(begin)
+    return Timed(job, done, first - start, (last - first) / after if after > 0 else float("nan"))
+
+
+def _tokens_of(chunk: bytes) -> int:
+    """Return the tokens in a stream's first chunk: one, unless the server streams in larger pieces."""
+    try:
+        return len(json.loads(chunk[5:])["output_ids"])
+    except (ValueError, KeyError, TypeError):
+        return 1
 
 
 def run_workload(

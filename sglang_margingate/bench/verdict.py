@@ -96,9 +96,8 @@ def render(result: CheckResult, verdict: Verdict, command: list[str], server: Ma
     out += _item("batches", _batches(result))
     missed = [n for n in ("cached", "prefix") if n in result.phases and not result.phases[n].cached_tokens]
     if missed:
-        out += _item(
-            "prefix hits", f"none in {', '.join(missed)}: the prefix cache is off, or the server does not tell"
-        )
+        why = "the prefix cache is off, shares longer pieces than these prompts only, or the server does not tell"
+        out += _item("cache", f"no hits in {', '.join(missed)}: {why}")
     if result.guarantees:
         claims = ", ".join(f"{k} {v:,}" for k, v in result.guarantees.most_common())
         out += _item("guarantee", f"{claims} (claimed by the server, per request)")
@@ -143,12 +142,27 @@ def _batches(result: CheckResult) -> str:
 
 def _excerpts(difference: Difference) -> list[str]:
     texts = [o.completion.text for o in (difference.first, difference.second)]
+    if not any(texts):
+        return _id_excerpts(difference)
     at = next((i for i, (p, q) in enumerate(zip(*texts)) if p != q), min(map(len, texts)))
     start = max(0, at - 30)
     lines = []
     for o, text in zip((difference.first, difference.second), texts):
         piece = repr(text[start : start + 54])[1:-1][:60]
         lines.append(f"    {o.run:<13} {'...' if start else ''}{piece}"[:WIDTH])
+    return lines
+
+
+def _id_excerpts(difference: Difference) -> list[str]:
+    """Show token ids where a server without a tokenizer gave no text."""
+    at = difference.position
+    if at is None:
+        return []
+    start = max(0, at - 3)
+    lines = []
+    for o in (difference.first, difference.second):
+        ids = " ".join(map(str, o.completion.tokens[start : start + 8]))
+        lines.append(f"    {o.run:<13} {'...' if start else ''}{ids}"[:WIDTH])
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,9 @@ import pytest
 from sglang_margingate.bench.client import Client
 from sglang_margingate.bench.server import serve
 from sglang_margingate.cli import main
+from sglang_margingate.demo.paths import model_path
 from sglang_margingate.gate.profile import load_profile
+from sglang_margingate.trace import read_run
 
 pytestmark = [
     pytest.mark.server,
@@ -99,6 +102,45 @@ def test_stock_server_and_a_dying_one(tmp_path: Path, capsys: pytest.CaptureFixt
         server.process.wait(30)
     assert "INCOMPLETE" in capsys.readouterr().out
     assert json.loads(report.read_text())["error"]
+
+
+@pytest.fixture(scope="module")
+def bare_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model without its tokenizer."""
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(model_path(), folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    return folder
+
+
+def test_random_ids_without_a_tokenizer(bare_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(flags(tmp_path, "--model-path", str(bare_model), "--skip-tokenizer-init")) as server:
+        # 100 tokens: longer than a chunk, so that the phases `cached` and `prefix` have something to hit.
+        words = ["check", "--base-url", server.base_url, "--dataset", "random:100:32", "--limit", "8"]
+        report = tmp_path / "check.json"
+        assert main([*words, "--repeats", "1", "--json", str(report)]) == 0
+        cached = {p["name"]: p["cached_tokens"] for p in json.loads(report.read_text())["phases"]}
+        assert cached["together"] == 0
+        assert cached["cached"] > 0
+        assert main(["check", "--base-url", server.base_url, "--dataset", "arith"]) == 2
+        assert "--skip-tokenizer-init (as /server_info says)" in capsys.readouterr().err
+        assert main([*words, "--api", "openai"]) == 2
+        assert "use --api sglang" in capsys.readouterr().err
+
+
+def test_bench_without_a_tokenizer(bare_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    words = ["bench", "--dataset", "random:64:16", "--limit", "6", "--concurrency", "4", "--modes", "stock,canonical"]
+    words += ["--repeats", "2", "--share", "50,100", "--trace-dir", str(tmp_path / "traces"), "-o", str(out)]
+    # Without its info lines readiness must be seen in another way.
+    words += ["--", "--model-path", str(bare_model), "--skip-tokenizer-init", "--log-level", "warning"]
+    assert main(words) == 0
+    found = json.loads(out.read_text())
+    cells = {(c["mode"], c["share"]): c for c in found["cells"]}
+    assert list(cells) == [("stock", 100.0), ("canonical", 50.0), ("canonical", 100.0)]
+    assert cells["canonical", 100.0]["identical"] == {"numerator": 12, "denominator": 12}
+    assert [r["output_tokens"] for c in cells.values() for r in c["repeats"]] == [96.0] * 6
+    assert len(read_run(found["runs"]["canonical"]).requests) >= 6 * 5
+    assert max(map(len, out.with_suffix(".md").read_text().splitlines())) <= max(100, len(str(bare_model)) + 14)
 
 
 def test_finds_one_flip_in_ten_thousand_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,9 @@ def test_cause_is_the_last_error_else_the_last_line(tmp_path: Path) -> None:
     assert cause(log) == "nothing was logged"
     log.write_text("starting\n[2026-11-22 20:00:00] ValueError: too long\n[2026-11-22 20:00:01] Received sigquit\n")
     assert cause(log) == "ValueError: too long"
+    disabled = "OpenAI Responses API (/v1/responses) disabled: init failed (ModuleNotFoundError: No module named 'x')\n"
+    log.write_text(f"starting\n[2026-11-22 20:00:00] {disabled}[2026-11-22 20:00:01] Killed\n")
+    assert cause(log) == "Killed", "every server says the other line"
     log.write_text("starting\n[2026-11-22 20:00:01 TP0] Received sigquit\n\n")
     assert cause(log) == "Received sigquit"
 
