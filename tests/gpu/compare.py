@@ -1,4 +1,7 @@
-"""Compare sequences alone and at several batch sizes on a running server; print one line per batch size."""
+"""Compare sequences alone and at several batch sizes on a running server; print one line per batch size.
+
+``python3 tests/gpu/compare.py URL TAG PROMPTS [SIZES [ARM]]``; an arm is what the requests ask for: log, always, gate@X.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ import time
 
 from sglang_margingate.bench.alone_vs_batch import demo_prompts
 from sglang_margingate.bench.client import Client, run_alone, run_together
+from sglang_margingate.bench.decode_cost import arm_params
 
 
-def main(url: str, tag: str, count: int, sizes: str = "2,8,20,33") -> None:
+def main(url: str, tag: str, count: int, sizes: str = "2,8,20,33", arm: str = "stock") -> None:
     client = Client(url)
     prompts = demo_prompts(count)
     start = time.perf_counter()
-    alone = run_alone(client, prompts)
+    custom = arm_params(arm)
+    alone = run_alone(client, prompts, custom_params=custom)
     print(f"{tag}: alone {time.perf_counter() - start:.1f} s, {sum(len(c.tokens) for c in alone)} tokens")
     for rows in map(int, sizes.split(",")):
         start = time.perf_counter()
-        together = run_together(client, prompts, rows)
+        together = run_together(client, prompts, rows, custom_params=custom)
         same = sum(a.same_as(b) for a, b in zip(alone, together))
         seconds = time.perf_counter() - start
         total = {k: sum(c.margingate.get(k, 0) for c in together) for k in ("steps", "triggers", "flips", "missed")}
