@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from margingate_kernels._backend import on_device, use_triton
@@ -113,24 +114,40 @@ def top2_margin_reference(logits: torch.Tensor, thresholds: torch.Tensor) -> Top
     return Top2(token, second, margin, ~(margin > thresholds))
 
 
-def _top2_numpy(logits: torch.Tensor, thresholds: torch.Tensor) -> Top2:
-    """Do the same on a CPU with few operations: a decode step there has little time to spare.
+def _is_quick(logits: torch.Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and len(logits) > 0
 
-    NumPy's argmax takes the first of equals too. Rows with infinities or NaN go the long way.
+
+def top2_host(logits: torch.Tensor) -> tuple[torch.Tensor, list[int], list[float]]:
+    """Return token (int64 [B]), runner-up and margin of each row of CPU logits, the same as the reference's.
+
+    For a decode step: the tokens go on into the next forward, the rest is for the host. The forward before has emptied
+    the core's caches, so each further *kind* of operation costs 10 to 20 us of misses, many times its own work: this
+    makes do with NumPy's argmax, which takes the first of equals too, and plain Python. The logits are changed on the
+    way and put back. Rows with infinities or NaN go the long way.
     """
-    values = logits.numpy()
-    rows = np.arange(len(values))
-    token = values.argmax(axis=1)
-    best = values[rows, token]
-    values[rows, token] = -np.inf
-    second = values.argmax(axis=1)
-    with np.errstate(invalid="ignore"):
-        margin = best - values[rows, second]
-    values[rows, token] = best
-    if not np.isfinite(margin).all():
-        return top2_margin_reference(logits, thresholds)
-    gap = torch.from_numpy(margin)
-    return Top2(torch.from_numpy(token), torch.from_numpy(second), gap, ~(gap > thresholds))
+    if _is_quick(logits):
+        values = logits.numpy()
+        token = torch.from_numpy(values.argmax(axis=1))
+        places = list(enumerate(token.tolist()))
+        best = [values.item(place) for place in places]
+        for place in places:
+            values[place] = -math.inf
+        second = values.argmax(axis=1).tolist()
+        gaps = [top - values.item(place) for top, place in zip(best, enumerate(second))]
+        for place, top in zip(places, best):
+            values[place] = top
+        margin = array("f", gaps).tolist()  # an fp64 difference of fp32 numbers, rounded, is their fp32 difference
+        if all(map(math.isfinite, margin)):
+            return token, second, margin
+    top2 = top2_margin_reference(logits, torch.zeros(len(logits)))
+    return top2.token, top2.second.tolist(), top2.margin.tolist()
+
+
+def _top2_quick(logits: torch.Tensor, thresholds: torch.Tensor) -> Top2:
+    token, second, margin = top2_host(logits)
+    gap = torch.tensor(margin, dtype=torch.float32)
+    return Top2(token, torch.tensor(second), gap, ~(gap > thresholds))
 
 
 def top2_margin(
@@ -173,8 +190,7 @@ def top2_margin(
     if out is None and workspace is not None:
         out = workspace.out(rows)
     if not use_triton(logits):
-        quick = logits.device.type == "cpu" and logits.dtype == torch.float32 and len(logits) > 0
-        result = (_top2_numpy if quick else top2_margin_reference)(logits, thresholds)
+        result = (_top2_quick if _is_quick(logits) else top2_margin_reference)(logits, thresholds)
         if out is None:
             return result
         for target, source in zip(out, result):

@@ -11,22 +11,95 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sglang_margingate.gate.ledger import RequestLedger
+from sglang_margingate.gate.policy import triggers
+from sglang_margingate.serving.verifier import KvDelta
 from sglang_margingate.words import Reason
 
 ATTRIBUTE = "margingate_state"
 
 
-class StepRecord(NamedTuple):
-    """One step before it is known whether its token is committed (overlap may run one step too many)."""
+class Forward(NamedTuple):
+    """What the rows of one forward share."""
 
-    step: int
-    row: tuple[Any, ...]
-    """The step's trace row, in the order of ``STEP_COLUMNS``."""
-    reason: Reason
-    triggered: bool
-    flipped: bool
-    margin: float
-    verify_ms: float
+    time: float
+    """When its tokens were known, in seconds since the epoch."""
+    ms: float
+    """Wall time up to then."""
+    rows: int
+    decode: bool
+    canonical: bool
+    """It was a canonical prefill."""
+
+
+UNVERIFIED = (Reason.NONE.value, None, None, False, False, None, None, 0)
+"""The trace's columns ``reason`` to ``window_rows`` of a step without a verify."""
+
+
+@dataclass(slots=True)
+class StepRow:
+    """One request's row of a forward that chooses a token.
+
+    Opened before the token is chosen, it is the request's pending step afterwards: its token may never be shown, as
+    overlap may run one step too many.
+    """
+
+    index: int
+    """Row of the logits."""
+    slot: Any
+    """The request's row in SGLang's table of K/V slots (``req_pool_idx``)."""
+    state: RequestState
+    position: int
+    resumed: bool = False
+    threshold: float = 0.0
+    structural: bool = False
+    """The step and every column it read ran inside the canonical class: it needs no verify, whatever its margin."""
+    fast_token: int = -1
+    second_token: int = -1
+    margin: float = float("nan")
+    reason: Reason = Reason.NONE
+    verify_token: int | None = None
+    verify_margin: float | None = None
+    window_rows: int = 0
+    delta: KvDelta | None = None
+    forward: Forward | None = None
+    """None while the forward runs, as are the defaults of the fields below."""
+    step: int = -1
+    token: int = -1
+    waited_ms: float = 0.0
+
+    @property
+    def flipped(self) -> bool:
+        """A confirmed mismatch."""
+        return self.verify_token is not None and self.verify_token != self.fast_token
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the verify's token and columns are put in place (an audit is for the record only)."""
+        return self.reason not in (Reason.NONE, Reason.AUDIT)
+
+    @property
+    def triggered(self) -> bool:
+        """Whether the margin was low. A structural step does not trigger: its shape already answers for it."""
+        assert self.forward is not None
+        return self.forward.decode and not self.structural and triggers(self.margin, self.threshold)
+
+    def trace(self, text: str | None) -> tuple[Any, ...]:
+        """Return the step's row of the trace, in the order of ``STEP_COLUMNS``; ``text`` is the token's."""
+        forward, ledger = self.forward, self.state.ledger
+        assert forward is not None
+        params = ledger.params
+        verdict = UNVERIFIED
+        if self.verify_token is not None:
+            verdict = (
+                self.reason.value, self.verify_token, self.verify_margin, self.flipped, self.repairs,
+                *(self.delta or (None, None)), self.window_rows,
+            )  # fmt: skip
+        return (
+            ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token, self.fast_token,
+            self.second_token, self.margin, None if self.structural else params.threshold, *verdict, forward.rows,
+            forward.rows, self.structural or forward.canonical, not forward.decode, forward.ms, self.waited_ms, 0.0,
+            text,
+        )  # fmt: skip
 
 
 @dataclass
@@ -35,7 +108,8 @@ class RequestState:
 
     ledger: RequestLedger
     arrival: float = field(default_factory=time.time)
-    pending: StepRecord | None = None
+    pending: StepRow | None = None
+    """The newest step, until it is known whether its token is shown."""
     next_step: int = 0
     prompt_tokens: int = 0
     prefill_ms: float = 0.0

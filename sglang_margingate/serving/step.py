@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from margingate_kernels import Top2, Top2Workspace, top2_margin
+from margingate_kernels.top2_margin import top2_host
 
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import LedgerError
-from sglang_margingate.gate.policy import decide, triggers
-from sglang_margingate.serving.state import RequestState, StepRecord, state_of
+from sglang_margingate.gate.policy import decide
+from sglang_margingate.serving.state import Forward, RequestState, StepRow, state_of
 from sglang_margingate.serving.testknobs import shift_column, swap_best_two
-from sglang_margingate.serving.verifier import KvDelta, VerifyJob
+from sglang_margingate.serving.verifier import VerifyJob
 from sglang_margingate.words import Reason
 
 if TYPE_CHECKING:
@@ -31,39 +31,6 @@ log = logging.getLogger(__name__)
 
 BATCH_REQS = "margingate_reqs"
 BATCH_START = "margingate_start"
-
-
-@dataclass(slots=True)
-class StepRow:
-    """One request's row of the running forward that chooses a token."""
-
-    index: int
-    """Row of the logits."""
-    req: Any
-    state: RequestState
-    position: int
-    resumed: bool = False
-    threshold: float = 0.0
-    structural: bool = False
-    """The step and every column it read ran inside the canonical class: it needs no verify, whatever its margin."""
-    fast_token: int = -1
-    second_token: int = -1
-    margin: float = float("nan")
-    reason: Reason = Reason.NONE
-    verify_token: int | None = None
-    verify_margin: float | None = None
-    window_rows: int = 0
-    delta: KvDelta | None = None
-
-    @property
-    def flipped(self) -> bool:
-        """A confirmed mismatch."""
-        return self.verify_token is not None and self.verify_token != self.fast_token
-
-    @property
-    def repairs(self) -> bool:
-        """Whether the verify's token and columns are put in place (an audit is for the record only)."""
-        return self.reason not in (Reason.NONE, Reason.AUDIT)
 
 
 def _is_plain_argmax(model_runner: Any, batch: Any) -> bool:
@@ -112,10 +79,10 @@ class StepHook:
         if logits.is_cuda and decode and not any(self._waits(r) for r in rows):
             return self._observe(rows, original, model_runner, logits_output, batch)
         self.drain()  # steps that are still on their way come before this one
-        top = self._measure(rows, self._processed(logits, info))
+        best = self._measure(rows, self._processed(logits, info))
         verify_ms = self._verify(rows, logits, info, decode) if self.runtime.verifier is not None else 0.0
         if _is_plain_argmax(model_runner, batch):
-            tokens = self._argmax(rows, top)
+            tokens = self._argmax(rows, best)
         else:
             tokens = original(model_runner, logits_output, batch)
         chosen = self._enforce(rows, tokens, info)
@@ -136,12 +103,13 @@ class StepHook:
             state = state_of(req)
             if state is None or not self._observed(state):
                 continue
-            if req.req_pool_idx is None:
+            slot = req.req_pool_idx
+            if slot is None:
                 # Sampling delayed by a grammar runs after the last step's results: this request has ended meanwhile and
                 # its slots are free, so its row must not be verified.
                 continue
             state.max_batch_rows = max(state.max_batch_rows, len(reqs))
-            row = StepRow(index, req, state, position)
+            row = StepRow(index, slot, state, position)
             if state.ledger.gated:
                 if not in_class or self._needs_tokens(state):
                     self.drain()  # the token that this step reads is known once the last step was recorded
@@ -174,16 +142,16 @@ class StepHook:
             self.runtime.prefill_rules.note_chunk(req, state, batch, index)
             if end < len(req.origin_input_ids) + len(req.output_ids):
                 continue  # a middle chunk: its logits choose nothing
-            row = StepRow(index, req, state, end - 1, len(req.output_ids) > 0, state.ledger.params.threshold)
-            self._start(row)
+            resumed = len(req.output_ids) > 0
+            row = StepRow(index, req.req_pool_idx, state, end - 1, resumed, state.ledger.params.threshold)
+            self._start(req, state, resumed)
             if self._observed(state):
                 rows.append(row)
         return rows
 
-    def _start(self, row: StepRow) -> None:
-        req, state = row.req, row.state
+    def _start(self, req: Any, state: RequestState, resumed: bool) -> None:
         done = len(req.output_ids)
-        if row.resumed:
+        if resumed:
             # Retraction dropped the step in flight; whatever was committed stays.
             if state.pending is not None and state.pending.step < done:
                 self.runtime.commit(state)
@@ -238,31 +206,33 @@ class StepHook:
         return copy
 
     def _top2(self, logits: torch.Tensor) -> Top2:
-        """Return token, runner-up and margin of every row; valid until the next call."""
+        """Return token, runner-up and margin of every row on the GPU; valid until the next call."""
         work = self._workspace
-        if not logits.is_cuda:
-            return top2_margin(logits, torch.zeros(len(logits)))
         if work is None or work.max_rows < len(logits) or work.device != logits.device:
             work = self._workspace = Top2Workspace(max(len(logits), 64), logits.shape[1], logits.device)
             # The gate decides on the host, from the margin: the kernel's own trigger mask is not used here.
             self._zeros = torch.zeros(work.max_rows, device=logits.device)
         return top2_margin(logits, self._zeros[: len(logits)], workspace=work)
 
-    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> Top2:
-        top = self._top2(logits)
-        token, second, margin = top.token.tolist(), top.second.tolist(), top.margin.tolist()
+    def _measure(self, rows: list[StepRow], logits: torch.Tensor) -> torch.Tensor:
+        """Note each row's token, runner-up and margin; return the argmax of every row of the logits."""
+        if logits.is_cuda:
+            top = self._top2(logits)
+            best, second, margin = top.token.clone(), top.second.tolist(), top.margin.tolist()
+        else:
+            best, second, margin = top2_host(logits)
+        token = best.tolist()
         for row in rows:
             row.fast_token, row.second_token, row.margin = token[row.index], second[row.index], margin[row.index]
-        return top
+        return best
 
     @staticmethod
-    def _argmax(rows: list[StepRow], top: Top2) -> torch.Tensor:
+    def _argmax(rows: list[StepRow], best: torch.Tensor) -> torch.Tensor:
         """Return the tokens of a greedy batch; SGLang would take the argmax of the same logits in a pass of its own."""
-        tokens = top.token.clone()
         for row in rows:
-            if row.repairs and row.flipped:
-                tokens[row.index] = row.verify_token
-        return tokens
+            if row.repairs and row.verify_token is not None:
+                best[row.index] = row.verify_token
+        return best
 
     # ---- verify and repair ----------------------------------------------------------------------------------------
 
@@ -285,9 +255,7 @@ class StepHook:
             return 0.0
         runtime = self.runtime
         assert runtime.verifier is not None
-        jobs = [
-            VerifyJob(int(r.req.req_pool_idx), r.state.ledger.rows(), shadow=r.reason is Reason.AUDIT) for r in chosen
-        ]
+        jobs = [VerifyJob(int(r.slot), r.state.ledger.rows(), shadow=r.reason is Reason.AUDIT) for r in chosen]
         result = runtime.verifier.verify(jobs)
         index = torch.tensor([r.index for r in chosen], device=logits.device)
         thresholds = torch.zeros(len(chosen), device=logits.device)
@@ -339,7 +307,7 @@ class StepHook:
         logits = logits_output.next_token_logits
         top = self._top2(self._processed(logits, batch.sampling_info))
         if _is_plain_argmax(model_runner, batch):
-            tokens = self._argmax(rows, top)
+            tokens = top.token.clone()  # no verify, so no row differs from what was measured
         else:
             tokens = original(model_runner, logits_output, batch)
             self._enforce_argmax(rows, top, tokens, batch.sampling_info)
@@ -391,37 +359,23 @@ class StepHook:
         runtime = self.runtime
         now = time.time()
         step_ms = (time.perf_counter() - getattr(batch, BATCH_START)) * 1e3
+        forward = Forward(now, step_ms, batch_rows, decode, canonical=not decode and runtime.config.policy.verifies)
         if decode:
             runtime.note_batch(batch_rows)
         for row, token in zip(rows, chosen):
             state = row.state
-            ledger = state.ledger
             if state.pending is not None:
                 runtime.commit(state)
-            params = ledger.params
-            waited = verify_ms if ledger.gated else 0.0
-            # A structural step does not trigger: its shape already answers for it.
-            triggered = decode and not row.structural and triggers(row.margin, row.threshold)
-            verified = row.verify_token is not None
-            delta = row.delta
-            state.pending = StepRecord(
-                state.next_step,
-                (
-                    ledger.request_id, params.dataset, state.next_step, row.position, now, token, row.fast_token,
-                    row.second_token, row.margin, None if row.structural else params.threshold, row.reason.value, row.verify_token,
-                    row.verify_margin, row.flipped, verified and row.repairs, None if delta is None else delta.first,
-                    None if delta is None else delta.last, row.window_rows, batch_rows, batch_rows,
-                    row.structural or (not decode and runtime.config.policy.verifies), not decode, step_ms, waited, 0.0,
-                    runtime.token_text(token),
-                ),
-                row.reason, triggered, row.flipped, row.margin, waited,
-            )  # fmt: skip
+            row.forward, row.step, row.token = forward, state.next_step, token
+            if verify_ms and state.ledger.gated:
+                row.waited_ms = verify_ms
+            state.pending = row
             state.next_step += 1
             state.last_token = token
             state.last_token_time = now
             if state.first_token_time is None:
                 state.first_token_time = now
-        runtime.flush_steps()
+        runtime.settle_when_due(now)
 
     # ---- test faults ----------------------------------------------------------------------------------------------
 

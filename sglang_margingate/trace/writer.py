@@ -30,7 +30,7 @@ from sglang_margingate.trace.tables import StepChunk, rows_table, steps_batch, w
 log = logging.getLogger(__name__)
 
 _PIECE_ROWS = 512  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5  # seldom: each awakening finds cold caches and takes the GIL from the scheduler
 _BAD_ROW = (ValueError, TypeError, AttributeError, OverflowError, pa.ArrowException)
 
 
@@ -195,8 +195,9 @@ class TraceWriter:
         return path
 
     def _loop(self) -> None:
+        steps_batch([])  # pyarrow imports pandas at its first conversion, 0.2 s that the first request would pay
         while True:
-            self._wake.wait(_POLL_SECONDS)
+            self._wake.wait(self._pause())
             self._wake.clear()
             closing, want = self._closing, self._flush_wanted
             try:
@@ -218,6 +219,12 @@ class TraceWriter:
                 self._flushed.notify_all()
             if closing:
                 return
+
+    def _pause(self) -> float:
+        """Return the seconds until there is something to do without being woken."""
+        if self._open_since is None:
+            return min(_POLL_SECONDS, self._seconds)
+        return min(_POLL_SECONDS, max(0.01, self._open_since + self._seconds - time.monotonic()))
 
     def _drain(self) -> None:
         while True:

@@ -18,11 +18,11 @@ def main(url: str, tag: str, count: int, sizes: str = "2,8,20,33", arm: str = "s
     prompts = demo_prompts(count)
     start = time.perf_counter()
     custom = arm_params(arm)
-    alone = run_alone(client, prompts, custom_params=custom)
+    alone = run_alone(client, prompts, custom=custom)
     print(f"{tag}: alone {time.perf_counter() - start:.1f} s, {sum(len(c.tokens) for c in alone)} tokens")
     for rows in map(int, sizes.split(",")):
         start = time.perf_counter()
-        together = run_together(client, prompts, rows, custom_params=custom)
+        together = run_together(client, prompts, rows, custom=custom)
         same = sum(a.same_as(b) for a, b in zip(alone, together))
         seconds = time.perf_counter() - start
         total = {k: sum(c.margingate.get(k, 0) for c in together) for k in ("steps", "triggers", "flips", "missed")}

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from margingate_kernels import Top2, Top2Workspace, top2_margin, top2_margin_reference
+from margingate_kernels.top2_margin import top2_host
 
 INF, NAN = math.inf, math.nan
 
@@ -96,3 +97,24 @@ def test_workspace_and_out_are_used():
         top2_margin(torch.zeros(5, 3), torch.zeros(5), workspace=workspace)
     with pytest.raises(ValueError, match="does not fit"):
         top2_margin(torch.zeros(2, 4), torch.zeros(2), workspace=workspace)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.randn(16, 2048, generator=torch.Generator().manual_seed(0)),
+        torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).bfloat16().float(),  # many exact ties
+        torch.tensor([[1e-30, 3e38, -3e38], [1.0, 1.0 + 2**-23, -5e20]]),  # rounding, and a margin beyond fp32
+        torch.tensor([[0.0, 2.0, 1.0], [1.0, INF, INF], [NAN, 1.0, NAN]]),
+        torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).bfloat16(),
+        torch.empty(0, 8),
+    ],
+    ids=["plain", "ties", "rounding", "not finite", "bf16", "no rows"],
+)
+def test_host_numbers_are_the_references_to_the_bit(logits):
+    before, want = logits.clone(), top2_margin_reference(logits, torch.zeros(len(logits)))
+    token, second, margin = top2_host(logits)
+    assert torch.equal(token, want.token)
+    assert second == want.second.tolist()
+    assert torch.equal(torch.tensor(margin).view(torch.int32), want.margin.view(torch.int32))
+    assert torch.equal(logits.nan_to_num(0.5), before.nan_to_num(0.5)), "the logits are put back"
