@@ -25,7 +25,7 @@ BLOCK = 64
 """Tokens that a program reads at once; every chunk is a multiple."""
 
 PROGRAMS_PER_SM = 4
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 2, 3
 WIDE = 8
 """Stored chunks that are loaded before they are joined."""
 

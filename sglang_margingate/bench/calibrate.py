@@ -120,7 +120,7 @@ def check_server(client: Client) -> dict[str, Any]:
     ServerError
         Unreachable, not margingate's, or started with other flags than calibration needs.
     """
-    need = "start it with --margingate-policy gate --margingate-audit-rate 1.0"
+    need = "start it with --margingate-policy gate --margingate-fast-path stock --margingate-audit-rate 1.0"
     try:
         status = client.status()
     except ServerError as error:
@@ -129,6 +129,10 @@ def check_server(client: Client) -> dict[str, Any]:
         raise
     if status.get("policy") not in ("gate", "always"):
         raise ServerError(f"the server runs policy {status.get('policy')!r}, which verifies nothing; {need}")
+    if status.get("fast_path") == "canonical":
+        raise ServerError(
+            f"the server runs the canonical fast path, where nearly no step flips and none is tuned; {need}"
+        )
     if status.get("audit_rate") != 1.0:
         rate = status.get("audit_rate")
         raise ServerError(f"the server audits a share of {rate} of untriggered steps, calibration needs all; {need}")

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     plain = prompts_of(args)
     calibrated += [d for d in dict.fromkeys(p.dataset for p in plain) if d not in args.dataset]
     console = make_console()
-    flags = ["--margingate-policy", "gate", "--margingate-audit-rate", "1.0"]
+    flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-audit-rate", "1.0"]
     with options.server(args, console, flags) as client:
         if not isinstance(client, Client):
             raise ServerError(f"{client.base_url} is no margingate server; calibration needs one")

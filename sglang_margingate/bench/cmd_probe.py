@@ -71,7 +71,9 @@ def render(found: dict[str, Any]) -> str:
         f"prefill   {prefill}",
     ]
     if found["graph_sizes"]:
-        lines.append(f"graphs    {', '.join(map(str, found['graph_sizes']))} rows")
+        lines.append(
+            f"graphs    {', '.join(map(str, found['graph_sizes']))} rows; attention: {found['decode_attention']}"
+        )
     lines += [f"note      {note}" for note in found["notes"]]
     return "\n".join(lines)
 

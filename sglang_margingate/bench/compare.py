@@ -28,7 +28,7 @@ class Mode(NamedTuple):
 MODES: Mapping[str, Mode] = {
     "stock": Mode((), stock=True),
     "log": Mode(("--margingate-policy", "log")),
-    "gate": Mode(("--margingate-policy", "gate"), gated=True),
+    "gate": Mode(("--margingate-policy", "gate", "--margingate-fast-path", "stock"), gated=True),
     "canonical": Mode(("--margingate-policy", "gate", "--margingate-fast-path", "canonical"), gated=True),
     "always": Mode(("--margingate-policy", "always"), gated=True),
     "deterministic": Mode(("--enable-deterministic-inference",), stock=True),

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def one(entry: str) -> Outcome:
         radix, _, chunk = entry.partition("@")
-        flags = ["--margingate-policy", args.policy, "--margingate-threshold", args.threshold, "--margingate-radix", radix,
+        flags = ["--margingate-policy", args.policy, "--margingate-fast-path", "stock", "--margingate-threshold", args.threshold, "--margingate-radix", radix,
                  "--margingate-trace", "off"]  # fmt: skip
         flags += ["--margingate-chunk", chunk] if chunk else []
         return measure(entry.replace("@", "-"), flags, prompts, args.conversations, args.max_new_tokens, args.log_dir)

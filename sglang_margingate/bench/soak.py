@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     texts = [p.text for p in shared_prompts(60)]
-    flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
+    flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
              "--max-total-tokens", str(args.pool), "--schedule-conservativeness", "0.3", "--margingate-trace", "off"]  # fmt: skip
     with serve(flags, log=args.log) as server:
         with ThreadPoolExecutor(16) as pool:

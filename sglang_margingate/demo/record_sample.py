@@ -18,7 +18,7 @@ from sglang_margingate.bench.client import run_alone, run_together
 from sglang_margingate.bench.server import serve
 from sglang_margingate.trace import read_run
 
-FLAGS = ("--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
+FLAGS = ("--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
          "--margingate-trace-text", "on")  # fmt: skip
 
 

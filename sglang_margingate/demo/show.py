@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trace-dir", type=Path, default=Path("traces"))
     args = parser.parse_args(argv)
     console = Console()
-    flags = ["--margingate-policy", "gate", "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
+    flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
              "--margingate-trace-dir", str(args.trace_dir), "--enable-metrics"]  # fmt: skip
     dashboard = None
     try:

@@ -29,6 +29,7 @@ def prepare(model_runner: Any, rows: int) -> str:
     heads, kv_heads, dim = config.num_attention_heads, config.get_num_kv_heads(1), config.head_dim
     fits = (
         DecodeAttention.supports(heads, kv_heads, dim)
+        and model_runner.server_args.tp_size == 1
         and model_runner.sliding_window_size is None
         and pool.store_dtype == pool.dtype == model_runner.dtype
         and model_runner.dtype in (torch.bfloat16, torch.float16)

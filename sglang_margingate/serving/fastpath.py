@@ -24,6 +24,7 @@ import torch
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.invariance import InvarianceMap, RowSizes, rows_to_probe
 from sglang_margingate.serving import attention
+from sglang_margingate.serving.linear_probe import unknown_layers
 from sglang_margingate.serving.map_store import map_of
 from sglang_margingate.serving.testknobs import TestKnobs, split_sums
 from sglang_margingate.serving.versions import kernel_environment
@@ -50,6 +51,8 @@ class FastPath:
     """Captured decode sizes; empty without CUDA graphs."""
     batched_prefill: bool = False
     """Prefill is invariant to companions, chunking and prefix hits (found by path_probe.py)."""
+    unknown: list[str] = field(default_factory=list)
+    """Layers that the probe does not know: with one of them nothing is structural."""
     decode_attention: str = "sglang"
     """What attends in decode graphs."""
     decode_ok: bool = False
@@ -106,8 +109,9 @@ def probed(model_runner: Any, config: MarginGateConfig) -> FastPath:
         decode = found.decode_class(max(_wanted_sizes(model_runner) or [config.verify_rows]))
         verify_rows = decode.target(config.verify_rows) or config.verify_rows
         _fast = FastPath(
-            found, decode, found.same_as(found.largest(), head=False), found.head_same_as(verify_rows), verify_rows
-        )
+            found, decode, found.same_as(found.largest(), head=False), found.head_same_as(verify_rows), verify_rows,
+            unknown=unknown_layers(model_runner.model),
+        )  # fmt: skip
         log.info(
             "margingate: map of %d kinds of layers, %s: decode at %s rows, prefill at %s, verify at %d",
             len(found.layers), found.origin(), decode.describe(), _fast.prefill.describe(), verify_rows,

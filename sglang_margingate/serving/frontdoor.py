@@ -81,9 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--margingate-fast-path",
         choices=[m.value for m in FastPathMode],
-        default=FastPathMode.STOCK.value,
+        default=None,
         help="canonical: run ordinary forwards only at shapes probed to give a row the same bits (tried at start-up); "
-        "steps inside them need no verify",
+        "steps inside them need no verify. Without it: canonical on a GPU with the policy gate, else stock",
     )
     add(
         "--margingate-map-dir",
@@ -144,7 +144,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         audit_rate=ours.margingate_audit_rate,
         max_miss=ours.margingate_max_miss,
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
-        fast_path=ours.margingate_fast_path,
+        fast_path=FastPathMode(ours.margingate_fast_path or default_fast_path(ours.margingate_policy, cpu)),
         map_dir=_map_dir(ours.margingate_map_dir),
         radix=ours.margingate_radix,
         chunk=chunk if chunk is not None else cfg.DEFAULT_CHUNK_CPU if cpu else cfg.DEFAULT_CHUNK_GPU,
@@ -160,6 +160,16 @@ def _map_dir(given: str) -> str | None:
     if not given.strip():  # an unset shell variable would keep maps in the working folder
         raise ConfigError(f"--margingate-map-dir: {given!r} is not a folder; name one, or {cfg.MAP_DIR_OFF}")
     return None if given == cfg.MAP_DIR_OFF else str(Path(os.path.expanduser(given)).resolve())
+
+
+def default_fast_path(policy: str, cpu: bool) -> FastPathMode:
+    """Return the fast path of a server that was not told: the cheaper one that keeps the policy's promise.
+
+    On a GPU decoding in one class costs a few percent and verifies nearly nothing, where the gate alone costs a second
+    forward. On a CPU the gate stays in view: that is where people look at flips.
+    """
+    canonical = not cpu and policy == Policy.GATE.value
+    return FastPathMode.CANONICAL if canonical else FastPathMode.STOCK
 
 
 def _has(flags: list[str], *names: str) -> bool:
@@ -188,6 +198,7 @@ def _on_cpu(flags: list[str]) -> bool:
 
 def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[str]:
     """Add the SGLang flags that this machine and policy need, never overriding a given one."""
+    from sglang_margingate.serving import support
     from sglang_margingate.serving.radix_names import BACKEND_NAME, uses_backend
 
     flags = list(given)
@@ -218,6 +229,8 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
         if cpu and config.fast_path is FastPathMode.CANONICAL:
             default("--chunked-prefill-size", str(cfg.CANONICAL_PREFILL_CPU))
         if not cpu:
+            if not _has(flags, *support.ATTENTION_FLAGS):
+                flags += [support.ATTENTION_FLAGS[0], "flashinfer"]  # SGLang itself takes fa3 on Hopper
             # The prefill graphs pad chunks to sizes of their own, which would take them off the canonical shape.
             default("--cuda-graph-backend-prefill", "disabled")
     return flags
@@ -239,6 +252,9 @@ def _announce(config: MarginGateConfig, cpu: bool) -> None:
     if config.policy.verifies and config.fast_path is FastPathMode.STOCK:
         print("margingate: --margingate-fast-path canonical may make most verifies unnecessary on this machine; "
               "`margingate probe` shows its map", file=sys.stderr)  # fmt: skip
+    if config.fast_path is FastPathMode.CANONICAL:
+        print("margingate: canonical fast path: forwards stay at shapes that give a row the same bits; the gate guards "
+              "the rest (--margingate-fast-path stock: the gate alone)", file=sys.stderr)  # fmt: skip
     if config.policy is Policy.GATE and config.threshold is None and config.profile is None:
         print(f"margingate: no calibrated threshold: using the conservative default of {cfg.DEFAULT_THRESHOLD} logits; "
               "run `margingate calibrate` for your model and datasets", file=sys.stderr)  # fmt: skip

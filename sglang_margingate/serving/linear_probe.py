@@ -90,6 +90,22 @@ def layer_kinds(model: Any) -> list[LayerKind]:
     return [replace(kind, count=counts[key]) for key, kind in found.items()]
 
 
+def unknown_layers(model: Any) -> list[str]:
+    """Return the layers whose products the probe cannot try, as ``name (type)``: what holds a matrix of another kind.
+
+    Embeddings are looked up row by row and norms hold vectors: neither sums over a dimension that depends on M.
+    """
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    known = (LinearBase, VocabParallelEmbedding, torch.nn.Embedding)
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, known) and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    ]
+
+
 def probe_linear_layers(kinds: list[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap:
     """Return the map of every kind of linear layer.
 

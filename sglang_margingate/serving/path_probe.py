@@ -185,6 +185,10 @@ class PathProbe:
 def try_fast_path(fast: FastPath, verifier: EagerVerifier, vocab_size: int) -> float:
     """Fill in what only a trial can tell; return the seconds it took."""
     start = time.perf_counter()
+    if fast.unknown:
+        more = f" and {len(fast.unknown) - 1} more" if len(fast.unknown) > 1 else ""
+        fast.notes.append(f"the probe does not know {fast.unknown[0]}{more}: everything is gated by its margin")
+        return time.perf_counter() - start
     probe = PathProbe(verifier, vocab_size)
     broken = probe.prefill_holds() if fast.prefill.sizes else "no class of its linear layers was found"
     fast.batched_prefill = broken is None

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
-from sglang_margingate.gate.invariance import RowSizes
+from sglang_margingate.gate.invariance import ROW_COST, RowSizes
 from sglang_margingate.serving import fastpath, support
 from sglang_margingate.serving.fastpath import FastPath
 from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.path_probe import try_fast_path
 from sglang_margingate.serving.runtime import Runtime
 from sglang_margingate.serving.selftest import SelfTestResult, run_self_test
-from sglang_margingate.serving.testknobs import TestKnobs, leak_companions
+from sglang_margingate.serving.testknobs import TestKnobs, leak_companions, split_attention
 from sglang_margingate.serving.verifier import EagerVerifier, VerifierCounters
 from sglang_margingate.serving.versions import device_name, model_name, versions
 
@@ -60,6 +60,10 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
     fast = fastpath.probed(model_runner, config)
     if model_runner.device != "cpu":
         fast.graphs = RowSizes(tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs)))
+    rows = TestKnobs().split_attention
+    if rows:
+        log.warning("margingate: decode attention of up to %d rows rounds otherwise on purpose", rows)
+        split_attention(model_runner.attn_backend, rows)
     seconds = try_fast_path(fast, verifier, model_runner.model_config.vocab_size)
     if fast.batched_prefill and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
@@ -68,9 +72,10 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", seconds,
              "in class" if fast.decode_ok else "GATED", "batched" if fast.batched_prefill else "one at a time")  # fmt: skip
     if fast.decode_ok and fast.graphs.sizes:
-        log.info("margingate: a batch of 1 decodes at %d rows, and one of more than %d is gated by margin; "
-                 "--cuda-graph-max-bs-decode sets what the class must hold: smaller means less padding",
-                 fast.graphs.sizes[0], fast.graphs.sizes[-1])  # fmt: skip
+        first, last = fast.graphs.sizes[0], fast.graphs.sizes[-1]
+        log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %d rows "
+                 "(at most about %.0f%% of a step), one of more than %d is gated by margin; --cuda-graph-max-bs-decode sets "
+                 "what the class must hold: smaller means less padding", first, 100 * ROW_COST * (first - 1), last)  # fmt: skip
     return fast
 
 

@@ -8,9 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sglang_margingate.config import ConfigError, MarginGateConfig, Radix
 
 OVERRIDE = "--margingate-allow-untested"
+
+
+ATTENTION_FLAGS = ("--attention-backend", "--prefill-attention-backend", "--decode-attention-backend")
+
+OLDEST_GPU = (8, 0)
+"""Compute capability: the first with bf16 matrix units, which FlashInfer's tensor-core decode needs."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,10 @@ def check_server_args(args: Any, config: MarginGateConfig) -> list[str]:
     if not config.policy.verifies:
         return []
     broken = [f"{r.feature}: {r.why}" for r in RULES if r.applies(args)]
-    if args.device != "cpu" and args.attention_backend not in (None, "flashinfer"):
-        broken.append(f"--attention-backend {args.attention_backend}: only flashinfer was tested on GPUs")
+    for flag in ATTENTION_FLAGS if args.device != "cpu" else ():
+        backend = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if backend not in (None, "flashinfer"):
+            broken.append(f"{flag} {backend}: only flashinfer was tested on GPUs")
     if broken and not config.allow_untested:
         raise ConfigError(
             f"{broken[0]}. Leave it out, or add {OVERRIDE} to serve it at guarantee none"
@@ -97,6 +107,12 @@ def check_model(model_runner: Any, config: MarginGateConfig) -> list[str]:
         broken.append("a quantised model: its kernels were never probed for row-invariance")
     if model_runner.is_hybrid_swa or type(model_runner.token_to_kv_pool).__name__ != "MHATokenToKVPool":
         broken.append(f"K/V pool {type(model_runner.token_to_kv_pool).__name__}: only MHATokenToKVPool was tested")
+    if model_runner.device != "cpu":
+        found = torch.cuda.get_device_capability()
+        if found < OLDEST_GPU:
+            broken.append(
+                f"a GPU of compute capability {found[0]}.{found[1]}: the gate's kernels need 8.0 (Ampere) or newer"
+            )
     if broken and config.policy.verifies and not config.allow_untested:
         raise ConfigError(f"{broken[0]}. Add {OVERRIDE} to serve it at guarantee none")
     return broken if config.policy.verifies else []

@@ -10,6 +10,8 @@
                                 (what the start-up self-test must refuse)
 ``MARGINGATE_TEST_SPLIT=NAME@M`` the linear layer whose name ends with NAME sums in two parts where it has M rows or fewer
                                 (what the invariance map must show and the canonical fast path avoid)
+``MARGINGATE_TEST_ATTENTION=M``  attention of decode batches of M rows or fewer rounds otherwise, as after another K/V split
+                                (what the trial of the canonical fast path must find and leave to the gate)
 ``MARGINGATE_TEST_SHARE=1``     a request's threshold is read as a share: that part of its steps triggers, drawn by step
                                 (cost at a set trigger rate; bf16 margins take few values, so thresholds cannot set it)
 ==============================  =====================================================================================
@@ -49,6 +51,7 @@ class TestKnobs:
     trigger_by_share: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SHARE") == "1")
     break_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_BREAK", ""))
     split_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SPLIT", ""))
+    split_attention: int = field(default_factory=lambda: _number("MARGINGATE_TEST_ATTENTION", int))
 
     @property
     def active(self) -> list[str]:
@@ -98,6 +101,17 @@ def leak_companions(model: torch.nn.Module, suffix: str) -> str:
             module.register_forward_hook(hook)
             return name
     raise ConfigError(f"MARGINGATE_TEST_BREAK: no layer's name ends with {suffix!r}")
+
+
+def split_attention(backend: Any, most_rows: int) -> None:
+    """Make decode attention's bits depend on the number of rows."""
+    original = backend.forward_decode
+
+    def forward_decode(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = original(q, *args, **kwargs)
+        return out if len(q) > most_rows else (out.float() * (1 + 2**-8)).to(out.dtype)
+
+    backend.forward_decode = forward_decode
 
 
 class _SplitLinear:

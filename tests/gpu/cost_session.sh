@@ -33,9 +33,9 @@ for stage in "$@"; do
       measure stock-identity --repeats 0 --identity-arms stock ;;
     log) MODULE=$ours up log "${common[@]}" --margingate-policy log --disable-radix-cache --margingate-trace-dir /tmp/traces &&
       measure log --arms log ;;
-    window) MARGINGATE_TEST_SHARE=1 MODULE=$ours up window "${common[@]}" --margingate-radix off --margingate-trace-dir /tmp/traces &&
+    window) MARGINGATE_TEST_SHARE=1 MODULE=$ours up window "${common[@]}" --margingate-fast-path stock --margingate-radix off --margingate-trace-dir /tmp/traces &&
       measure window --arms "$gates,always" --identity-arms always ;;
-    column) MARGINGATE_TEST_SHARE=1 MODULE=$ours up column "${common[@]}" --margingate-radix off --margingate-repair column \
+    column) MARGINGATE_TEST_SHARE=1 MODULE=$ours up column "${common[@]}" --margingate-fast-path stock --margingate-radix off --margingate-repair column \
       --margingate-trace-dir /tmp/traces && measure column --arms "$gates" ;;
     canonical) MODULE=$ours up canonical "${common[@]}" --margingate-fast-path canonical --margingate-trace-dir /tmp/traces &&
       measure canonical --arms gate --prefill-arms gate --identity-arms gate && long canonical gate

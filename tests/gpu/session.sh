@@ -17,8 +17,8 @@ run() {  # run TAG POLICY ARGS...
 }
 run log --margingate-policy log --model-path sglang_margingate/demo/model
 [ -f .gpu/jit.tar.xz ] || jit_save "$OUT/jit.tar.xz"
-run gate --margingate-policy gate --margingate-threshold 0.25 --model-path sglang_margingate/demo/model
+run gate --margingate-policy gate --margingate-fast-path stock --margingate-threshold 0.25 --model-path sglang_margingate/demo/model
 run always --margingate-policy always --model-path sglang_margingate/demo/model
-MARGINGATE_TEST_BREAK=layers.1.mlp.gate_up_proj run broken --margingate-policy gate --model-path sglang_margingate/demo/model
+MARGINGATE_TEST_BREAK=layers.1.mlp.gate_up_proj run broken --margingate-policy gate --margingate-fast-path stock --model-path sglang_margingate/demo/model
 jit_save "$OUT/jit.tar.xz" >/dev/null
 echo; cat "$OUT/table.txt"

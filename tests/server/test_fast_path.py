@@ -111,6 +111,20 @@ def test_beyond_the_class_the_gate_takes_over(split_server: Server, prompts: lis
     assert all(c.same_as(alone[c.prompt_id.rsplit("-", 1)[0]]) for c in together)
 
 
+def test_attention_that_depends_on_the_batch_is_found_and_gated(tmp_path: Path, prompts: list[Prompt]) -> None:
+    flags = [*FLAGS, *maps_in(tmp_path)]
+    with serve(flags, log=tmp_path / "server.log", env={"MARGINGATE_TEST_ATTENTION": "8"}) as server:
+        found = server.client.status()["invariance"]
+        assert not found["decode_ok"]
+        assert any("decode differs from the verify at 1 requests" in note for note in found["notes"])
+        alone = run_alone(server.client, prompts)
+        together = run_together(server.client, prompts, 16)
+        assert max(c.margingate["max_batch_rows"] for c in together) > 8, "no batch left the split"
+        assert guarantees(alone) == guarantees(together) == {"gated"}
+        assert sum(c.margingate["triggers"] for c in together) > 0
+        assert all(a.same_as(b) for a, b in zip(alone, together))
+
+
 def test_policies_without_a_gate_are_refused(tmp_path: Path) -> None:
     from sglang_margingate.bench.client import ServerError
 

@@ -54,6 +54,35 @@ def test_gpu_defaults_differ() -> None:
     assert (config.verify_rows, config.chunk) == (64, 512)
     assert "--disable-cuda-graph" not in rest
     assert rest[rest.index("--cuda-graph-backend-prefill") + 1] == "disabled"
+    # Left to itself SGLang takes another attention back end on Hopper, which the gate would then refuse.
+    assert rest[rest.index("--attention-backend") + 1] == "flashinfer"
+
+
+def test_a_given_attention_backend_is_left_alone() -> None:
+    from sglang_margingate.serving.frontdoor import parse
+
+    gpu = ["--device", "cuda", "--model-path", "org/model"]
+    for given in (["--attention-backend", "triton"], ["--decode-attention-backend=triton"]):
+        assert "flashinfer" not in parse([*gpu, *given])[1]
+    assert "--attention-backend" not in parse([*gpu, "--margingate-policy", "log"])[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "path"),
+    [
+        ("cuda", [], "canonical"),
+        ("cuda", ["--margingate-fast-path", "stock"], "stock"),
+        ("cuda", ["--margingate-policy", "always"], "stock"),
+        ("cuda", ["--margingate-policy", "log"], "stock"),
+        ("cpu", [], "stock"),
+        ("cpu", ["--margingate-fast-path", "canonical"], "canonical"),
+    ],
+)
+def test_the_fast_path_that_was_not_chosen(device: str, given: list[str], path: str) -> None:
+    from sglang_margingate.serving.frontdoor import parse
+
+    config, _, _ = parse(["--device", device, "--model-path", "org/model", *given])
+    assert config.fast_path.value == path
 
 
 @pytest.mark.parametrize("flag", ["--radix-cache-backend=x", "--disable-radix-cache"])
@@ -147,6 +176,53 @@ def test_untested_configurations_are_refused_or_noted() -> None:
     assert check_server_args(two_gpus, MarginGateConfig(policy=Policy.LOG)) == []
     assert "stock" in check_server_args(plain, MarginGateConfig(radix=Radix.STOCK))[0]
     assert len({r.feature for r in RULES}) == len(RULES)
+
+
+def test_what_only_gpus_ask_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from sglang_margingate.serving.support import check_model, check_server_args
+
+    args = SimpleNamespace(
+        device="cuda", attention_backend="flashinfer", prefill_attention_backend=None, decode_attention_backend="fa3",
+        kv_cache_dtype="auto", chunked_prefill_size=2048,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--decode-attention-backend fa3"):
+        check_server_args(args, MarginGateConfig())
+    args.decode_attention_backend = None
+    assert check_server_args(args, MarginGateConfig()) == []
+    pool = type("MHATokenToKVPool", (), {})()
+    model = SimpleNamespace(
+        device="cuda", model_config=SimpleNamespace(hf_config=SimpleNamespace()), is_hybrid_swa=False,
+        token_to_kv_pool=pool,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ConfigError, match=r"compute capability 7\.5.*8\.0"):
+        check_model(model, MarginGateConfig())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert check_model(model, MarginGateConfig()) == []
+
+
+@needs_sglang
+def test_a_layer_that_the_probe_does_not_know_leaves_everything_to_the_gate() -> None:
+    """In a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
+    code = """
+from sglang_margingate.serving.cpu import install_stand_ins
+install_stand_ins()
+import torch
+from sglang_margingate.gate.invariance import InvarianceMap, RowSizes
+from sglang_margingate.serving.fastpath import FastPath
+from sglang_margingate.serving.linear_probe import unknown_layers
+from sglang_margingate.serving.path_probe import try_fast_path
+plain = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4))
+assert unknown_layers(plain) == []
+odd = torch.nn.Sequential(plain, torch.nn.Conv1d(4, 4, 3))
+fast = FastPath(InvarianceMap([]), RowSizes((1, 2)), RowSizes((1, 2)), RowSizes((1, 2)), 2, unknown=unknown_layers(odd))
+try_fast_path(fast, None, 10)
+print(fast.decode_ok, fast.batched_prefill, fast.notes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False False ['the probe does not know 1 (Conv1d)"), done.stdout
 
 
 def test_rooms_do_not_shadow_packages() -> None:
