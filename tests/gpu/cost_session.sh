@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One GPU session on an offline host: what log, gate, always and SGLang's deterministic mode cost at the 8B shape.
-#   bash tests/gpu/cost_session.sh STAGE...    stages: stock identity log window column deterministic canonical canonical256 tiny kernels table
+#   bash tests/gpu/cost_session.sh STAGE...    stages: stock identity log window column deterministic canonical canonical256
+#                                              tiny tiny-gate bench kernels attention table
 # Needs .gpu/ (built by gpu/build_site.sh of the workplace) and $OUT. Weights are random (tests/gpu/random_model.py).
 set -u
 . .gpu/host.sh; site_up
@@ -45,6 +46,30 @@ for stage in "$@"; do
     tiny) MODULE=$ours up tiny --model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 \
         --cuda-graph-max-bs-decode 40 --margingate-fast-path canonical --margingate-trace off &&
       timeout 250 python3 tests/gpu/compare.py "http://127.0.0.1:$PORT" tiny 200 8,33 2>&1 | tee "$OUT/tiny.txt" ;;
+    tiny-gate)  # the gate alone: calibrated on arith, carried to code and story; check passes, and fails under log
+      tiny=(--model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 --cuda-graph-max-bs-decode 40
+        --margingate-fast-path stock --margingate-trace off)
+      limit=${LIMIT:-200} url=http://127.0.0.1:$PORT
+      MODULE=$ours up calibrate "${tiny[@]}" --margingate-audit-rate 1.0 &&
+        python3 -m sglang_margingate.cli calibrate --base-url $url --dataset arith --transfer code,story --limit "$limit" \
+          -o "$OUT/profile.json" 2>&1 | tee "$OUT/calibrate.txt" | tail -15
+      stop
+      MODULE=$ours up tiny-gate "${tiny[@]}" --margingate-profile "$OUT/profile.json" && {
+        python3 tests/gpu/compare.py $url gate "$limit" 8,33 gate 2>&1 | tee "$OUT/tiny-gate.txt"
+        python3 -m sglang_margingate.cli check --base-url $url --limit "$limit" --phases alone,together,staggered,traffic --repeats 1 \
+          --json "$OUT/check.json" 2>&1 | tee "$OUT/check.txt" | tail -12; }
+      stop
+      MODULE=$ours up tiny-log --model-path sglang_margingate/demo/model --context-length 2048 --max-total-tokens 60000 \
+        --cuda-graph-max-bs-decode 40 --margingate-policy log --margingate-trace off &&
+        python3 -m sglang_margingate.cli check --base-url $url --limit 20 --phases alone,together --repeats 1 --expect-fail 2>&1 | tail -12 ;;
+    bench)  # margingate bench starts its own servers
+      timeout "${BENCH_SECONDS:-560}" python3 -m sglang_margingate.cli bench --dataset random:512:96 --limit 24 --concurrency 16 \
+        --repeats "${REPEATS:-2}" --share "${SHARE:-100}" --modes "${MODES:-stock,canonical}" --trace-dir "$OUT/traces" -o "$OUT/bench.json" \
+        --mode-flags 'stock,log=--disable-radix-cache' -- "${common[@]}" --attention-backend flashinfer --dtype bfloat16 \
+        --grammar-backend none --sampling-backend pytorch --cuda-graph-backend-prefill disabled --mem-fraction-static 0.75 \
+        >"$OUT/bench.txt" 2>&1; tail -60 "$OUT/bench.txt"; continue ;;
+    attention) timeout 200 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py -k decode_attention 2>&1 | tail -3
+      timeout 150 python3 kernels/benchmarks/bench_decode_attention.py >"$OUT/attention.txt" 2>&1; tail -12 "$OUT/attention.txt"; continue ;;
     deterministic) MODULE=sglang.launch_server up deterministic "${common[@]}" --enable-deterministic-inference &&
       measure deterministic --arms stock ;;
     kernels) timeout 200 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py 2>&1 | tail -3
