@@ -168,7 +168,10 @@ def prefill(to: Target, arms: list[str], repeats: int) -> dict[str, list[float]]
 
 
 def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: int) -> dict[str, Any]:
-    """Compare ``prompts`` sequences alone with the same ones inside batches of each size (fillers make it up)."""
+    """Compare ``prompts`` sequences alone with the same ones inside batches of each size (fillers make it up).
+
+    Each size runs on an empty prefix cache (cold), with the first half of every prompt cached, and with everything cached.
+    """
     lengths = [225 + 675 * i // max(1, prompts - 1) for i in range(prompts)]
     ids = [to.prompt(i, n) for i, n in enumerate(lengths)]
     out: dict[str, Any] = {}
@@ -176,9 +179,11 @@ def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: i
         custom = arm_params(arm)
         alone = [to.batch([p], new, custom)[0].tokens for p in ids]
         for size in sizes:
-            for state in ("cold", "warm"):
-                if state == "cold":
+            for state in ("half warm", "cold", "warm"):
+                if state != "warm":
                     to.flush_cache()
+                if state == "half warm":
+                    to.batch([p[: len(p) // 2] for p in ids], 1, custom)
                 same, first = _compare(to, ids, alone, size, new, custom)
                 out.setdefault(arm, {})[f"{size} {state}"] = {"same": same, "of": prompts, "first_difference": first}
                 print(f"{arm}: batch {size}, {state}: {same}/{prompts} identical", flush=True)

@@ -1,0 +1,146 @@
+"""The hooks that only run on a GPU, with SGLang's side played by hand: what is padded, what is left out, who attends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from margingate_kernels import decode_attention_reference
+
+from sglang_margingate.gate.invariance import InvarianceMap, RowSizes
+from sglang_margingate.serving import attention, fastpath
+from sglang_margingate.serving.fastpath import FastPath
+
+HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 40
+
+
+def mode(decode: bool) -> Any:
+    return SimpleNamespace(is_decode=lambda: decode, is_extend=lambda: not decode)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> FastPath:
+    sizes = RowSizes((8, 16))
+    made = FastPath(InvarianceMap([]), sizes, sizes, sizes, 8)
+    monkeypatch.setattr(fastpath, "_fast", made)
+    return made
+
+
+def loaded(rows: int, **more: Any) -> Any:
+    """The eager runner's copy of a batch, on a device without data."""
+    names = ("input_ids", "positions", "out_cache_loc")
+    return SimpleNamespace(**{n: torch.zeros(rows, dtype=torch.int64, device="meta") for n in names}, **more)
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(5, 8), (8, 8), (9, 16), (17, 17)])
+def test_a_prefill_is_padded_once_to_a_size_of_its_class(fast: FastPath, rows: int, padded: int) -> None:
+    fast.active = fast.prefill
+    one = loaded(rows)
+    fastpath.pad_forward(one, None, SimpleNamespace(forward_mode=mode(False)))
+    assert {len(one.input_ids), len(one.positions), len(one.out_cache_loc)} == {padded}
+
+
+def test_what_cannot_be_padded_as_a_whole_is_left_to_the_layers(fast: FastPath) -> None:
+    fast.active = fast.prefill
+    for one, batch in (
+        (loaded(5, mrope_positions=torch.zeros(3, 5)), SimpleNamespace(forward_mode=mode(False))),
+        (loaded(5), SimpleNamespace(forward_mode=mode(True))),
+    ):
+        fastpath.pad_forward(one, None, batch)
+        assert len(one.input_ids) == 5
+    fast.active = None  # not one of our forwards: a graph's warm-up
+    one = loaded(5)
+    fastpath.pad_forward(one, None, SimpleNamespace(forward_mode=mode(False)))
+    assert len(one.input_ids) == 5
+
+
+def test_prefill_attention_sees_the_real_rows_only() -> None:
+    seen = []
+
+    def original(_backend: Any, q: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen.append(len(q))
+        return q * 2
+
+    q = torch.ones(8, 6)
+    out = attention.extend(original, None, q, None, None, None, SimpleNamespace(extend_num_tokens=5))
+    assert seen == [5]
+    assert torch.equal(out, torch.cat([torch.full((5, 6), 2.0), torch.zeros(3, 6)]))
+    attention.extend(original, None, q, None, None, None, SimpleNamespace(extend_num_tokens=8))
+    assert seen == [5, 8], "nothing padded, nothing cut"
+
+
+def model_runner(**changes: Any) -> Any:
+    config = SimpleNamespace(num_attention_heads=HEADS, head_dim=DIM, get_num_kv_heads=lambda _tp: KV_HEADS)
+    pool = SimpleNamespace(store_dtype=torch.bfloat16, dtype=torch.bfloat16)
+    runner = {
+        "model_config": config, "token_to_kv_pool": pool, "sliding_window_size": None, "dtype": torch.bfloat16,
+        "device": "cpu", "model": None, "server_args": SimpleNamespace(tp_size=1), **changes,
+    }  # fmt: skip
+    return SimpleNamespace(**runner)
+
+
+def layer(**changes: Any) -> Any:
+    plain = {
+        "head_dim": DIM, "v_head_dim": DIM, "logit_cap": 0.0, "sliding_window_size": -1, "is_cross_attention": False,
+        "k_scale": None, "v_scale": None, "xai_temperature_len": -1, "tp_q_head_num": HEADS, "layer_id": 0,
+        "scaling": DIM**-0.5, **changes,
+    }  # fmt: skip
+    return SimpleNamespace(**plain)
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    monkeypatch.setattr(attention, "_decode", None)
+    found = [layer()]
+    monkeypatch.setattr(attention, "_attention_layers", lambda _model: found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window_size": 4096},
+        {"server_args": SimpleNamespace(tp_size=2)},
+        {"dtype": torch.float32},
+        {"token_to_kv_pool": SimpleNamespace(store_dtype=torch.uint8, dtype=torch.float8_e4m3fn)},
+    ],
+)
+def test_models_that_the_kernel_does_not_fit_decode_with_flashinfer(layers: list[Any], changes: dict[str, Any]) -> None:
+    assert attention.prepare(model_runner(**changes), 8) == "flashinfer without K/V split"
+    assert attention._decode is None
+
+
+@pytest.mark.parametrize("changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}])
+def test_so_do_models_with_one_odd_layer(layers: list[Any], changes: dict[str, Any]) -> None:
+    layers.append(layer(**changes))
+    assert attention.prepare(model_runner(), 8) == "flashinfer without K/V split"
+
+
+def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
+    assert attention.prepare(model_runner(), 8) == "margingate"
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).bfloat16()
+
+    keys, values = draw(SLOTS, KV_HEADS, DIM), draw(SLOTS, KV_HEADS, DIM)
+    indptr = torch.tensor([0, 3, 10, 11, 0, 0], dtype=torch.int32)  # the buffer is longer than the batch
+    indices = torch.randperm(SLOTS, generator=generator).int()
+    backend = SimpleNamespace(
+        forward_metadata=SimpleNamespace(decode_wrappers=[SimpleNamespace(is_cuda_graph_enabled=True)]),
+        token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda _layer: (keys, values), start_layer=0),
+        kv_indptr=[indptr], cuda_graph_kv_indices=[indices],
+    )  # fmt: skip
+    q = draw(3, 2 * HEADS * DIM)[:, : HEADS * DIM]  # a slice of a projection, as in SGLang
+
+    def original(*_: Any) -> torch.Tensor:
+        raise AssertionError("FlashInfer was asked")
+
+    out = attention.decode(original, backend, q, None, None, layers[0], None)
+    want = decode_attention_reference(q.reshape(3, HEADS, DIM), keys, values, indptr[:4], indices, DIM**-0.5)
+    assert torch.equal(out, want.view(3, -1))
+    backend.forward_metadata.decode_wrappers[0].is_cuda_graph_enabled = False
+    with pytest.raises(AssertionError, match="FlashInfer was asked"):
+        attention.decode(original, backend, q, None, None, layers[0], None)
