@@ -14,7 +14,8 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
                                           torch; its two operators are declared
 ``Req`` attribute ``margingate_state``    per-request state that dies with the request          SGLang offers a place
 ``ForwardBatch`` attributes               reqs and start time travel with the batch, so that    ForwardBatch keeps reqs
-``margingate_reqs``, ``margingate_start`` delayed sampling (grammar, overlap) finds them
+``margingate_reqs``, ``margingate_start`` delayed sampling (grammar, overlap) finds them; and whether it
+``margingate_in_class``                   ran inside the canonical class
 ========================================  ====================================================  =======================
 """
 
