@@ -53,6 +53,7 @@ def _plain(layer: Any) -> bool:
         layer.v_head_dim == layer.head_dim
         and not layer.logit_cap
         and layer.sliding_window_size == -1
+        and layer.pos_encoding_mode == "NONE"
         and not layer.is_cross_attention
         and layer.k_scale is None
         and layer.v_scale is None

@@ -84,7 +84,7 @@ def model_runner(**changes: Any) -> Any:
 def layer(**changes: Any) -> Any:
     plain = {
         "head_dim": DIM, "v_head_dim": DIM, "logit_cap": 0.0, "sliding_window_size": -1, "is_cross_attention": False,
-        "k_scale": None, "v_scale": None, "xai_temperature_len": -1, "tp_q_head_num": HEADS, "layer_id": 0,
+        "k_scale": None, "v_scale": None, "xai_temperature_len": -1, "pos_encoding_mode": "NONE", "tp_q_head_num": HEADS, "layer_id": 0,
         "scaling": DIM**-0.5, **changes,
     }  # fmt: skip
     return SimpleNamespace(**plain)
@@ -112,7 +112,9 @@ def test_models_that_the_kernel_does_not_fit_decode_with_flashinfer(layers: list
     assert attention._decode is None
 
 
-@pytest.mark.parametrize("changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}, {"pos_encoding_mode": "ALIBI"}]
+)
 def test_so_do_models_with_one_odd_layer(layers: list[Any], changes: dict[str, Any]) -> None:
     layers.append(layer(**changes))
     assert attention.prepare(model_runner(), 8) == "flashinfer without K/V split"
