@@ -3,6 +3,8 @@
 #   bash tests/gpu/cost_session.sh STAGE...    stages: stock identity log window column deterministic canonical canonical256
 #                                              tiny tiny-gate bench kernels attention table
 # Needs .gpu/ (built by gpu/build_site.sh of the workplace) and $OUT. Weights are random (tests/gpu/random_model.py).
+# Where only 64 MiB travel, tree included, the site must shrink: without cudnn, llguidance and torchao/_C*.so, packed by xz -9e, it has 44 MB.
+# One session of 30 minutes holds: attention stock canonical canonical256 tiny table, then tiny-gate, then bench.
 set -u
 . .gpu/host.sh; site_up
 export PYTHONPATH=$PWD:$PWD/kernels:$PYTHONPATH
