@@ -2,8 +2,8 @@
 
 What it changes in SGLang, all through hooks (table in hooks.py) and only with ``--margingate-fast-path canonical``:
 
-* decode graphs are captured only at sizes of one class, and verify passes get a size of it too; smaller batches are
-  padded up to them;
+* decode graphs are captured at sizes of one class, and verify passes get a size of it too; smaller batches are padded
+  up to them;
 * on a GPU attention looks at each row's own context only (attention.py);
 * forwards without a graph (prefill; decode on a CPU) are padded to a probed number of rows: a prefill on a GPU as a whole,
   others linear layer by linear layer.
@@ -48,7 +48,7 @@ class FastPath:
     verify_rows: int
     """The M of verify passes: the wanted one, or the next that shares the decode class."""
     graphs: RowSizes = field(default_factory=RowSizes)
-    """Captured decode sizes; empty without CUDA graphs."""
+    """Captured decode sizes, those beyond the class too; empty without CUDA graphs."""
     batched_prefill: bool = False
     """Prefill is invariant to companions, chunking and prefix hits (found by path_probe.py)."""
     unknown: list[str] = field(default_factory=list)
@@ -63,6 +63,10 @@ class FastPath:
     """Where the running forward's rows go; None outside forwards and inside graphs."""
     escaped: bool = False
     """A layer of the running forward had a shape that is never padded, so it is outside the class."""
+
+    def graphs_inside(self) -> list[int]:
+        """Return the captured decode sizes inside the class."""
+        return [size for size in self.graphs.sizes if size in self.decode.sizes]
 
     def decode_in_class(self, rows: int, batch: Any) -> bool:
         """Return whether a decode forward of ``rows`` requests ran inside the class."""
@@ -131,15 +135,20 @@ def _wanted_sizes(model_runner: Any) -> list[int]:
 
 
 def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
-    """Probe the loaded model, and let SGLang capture its decode graphs at sizes of one class only."""
+    """Probe the loaded model, and let SGLang capture its decode graphs at sizes of one class.
+
+    Batches too large for the class keep their graphs: they are gated by margin, and without a graph slow as well.
+    """
     config = _config()
     if config is None or model_runner.is_draft_worker:
         return
     fast, wanted = probed(model_runner, config), _wanted_sizes(model_runner)
     most = model_runner.req_to_token_pool.size
-    targets = {fast.decode.target(size) for size in wanted}
-    sizes = sorted(size for size in targets if size is not None and size <= most)
-    if sizes:
+    targets = {size: fast.decode.target(size) for size in wanted}
+    inside = {target for target in targets.values() if target is not None and target <= most}
+    if inside:
+        beyond = {size for size, target in targets.items() if target is None or target > most}
+        sizes = sorted(inside | {size for size in beyond if size > max(inside)})
         model_runner.server_args.cuda_graph_config.decode.bs = sizes
         fast.decode_attention = attention.prepare(model_runner, max(*sizes, fast.verify_rows))
     elif wanted:

@@ -22,6 +22,7 @@ TOKENS_GPU, TOKENS_CPU = 1200, 120
 """Length of the made-up prompts; on a GPU several chunks of decode attention."""
 COMPANIONS = 3
 MOST_REQUESTS = 128
+"""Requests of a trial where no decode graph asks for more."""
 DECODE_TRIALS = 4
 
 
@@ -43,16 +44,18 @@ class PathProbe:
         The verifier of this process; its M is the reference.
     vocab_size
         Tokens are drawn below it.
+    most_rows
+        Largest number of requests to try.
     """
 
-    def __init__(self, verifier: EagerVerifier, vocab_size: int) -> None:
+    def __init__(self, verifier: EagerVerifier, vocab_size: int, most_rows: int = MOST_REQUESTS) -> None:
         self.verifier = verifier
         self.mr = verifier.model_runner
         self.cpu = self.mr.device == "cpu"
         table = self.mr.req_to_token_pool.req_to_token
         pool = self.mr.max_total_num_tokens - 1
         self.length = min(TOKENS_CPU if self.cpu else TOKENS_GPU, table.shape[1] - 1, pool // (COMPANIONS + 2))
-        self.table_rows = min(table.shape[0], 1 + max(verifier.rows, MOST_REQUESTS))
+        self.table_rows = min(table.shape[0], 1 + max(verifier.rows, most_rows))
         generator = torch.Generator().manual_seed(4)
         self.tokens = torch.randint(0, vocab_size, (COMPANIONS + 1, self.length + 1), generator=generator)
         self.random = torch.Generator().manual_seed(5)
@@ -189,7 +192,7 @@ def try_fast_path(fast: FastPath, verifier: EagerVerifier, vocab_size: int) -> f
         more = f" and {len(fast.unknown) - 1} more" if len(fast.unknown) > 1 else ""
         fast.notes.append(f"the probe does not know {fast.unknown[0]}{more}: everything is gated by its margin")
         return time.perf_counter() - start
-    probe = PathProbe(verifier, vocab_size)
+    probe = PathProbe(verifier, vocab_size, max([MOST_REQUESTS, *fast.graphs_inside()]))
     broken = probe.prefill_holds() if fast.prefill.sizes else "no class of its linear layers was found"
     fast.batched_prefill = broken is None
     if broken is not None:
@@ -205,7 +208,7 @@ def try_fast_path(fast: FastPath, verifier: EagerVerifier, vocab_size: int) -> f
 def _decode_sizes(fast: FastPath, probe: PathProbe) -> list[int]:
     """Numbers of requests to try: each graph full and one above the last, or a spread without graphs."""
     if fast.graphs.sizes:
-        inside = [size for size in fast.graphs.sizes if size in fast.decode.sizes]
+        inside = fast.graphs_inside()
         wanted = sorted({1, *inside, *(size + 1 for size in inside[:-1])})
     else:
         wanted = [1, 2, 3, 7, 16, 17, 33, 64]

@@ -71,8 +71,9 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
         log.warning("margingate: fast path: %s", note)
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", seconds,
              "in class" if fast.decode_ok else "GATED", "batched" if fast.batched_prefill else "one at a time")  # fmt: skip
-    if fast.decode_ok and fast.graphs.sizes:
-        first, last = fast.graphs.sizes[0], fast.graphs.sizes[-1]
+    inside = fast.graphs_inside()
+    if fast.decode_ok and inside:
+        first, last = inside[0], inside[-1]
         log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %d rows "
                  "(at most about %.0f%% of a step), one of more than %d is gated by margin; --cuda-graph-max-bs-decode sets "
                  "what the class must hold: smaller means less padding", first, 100 * ROW_COST * (first - 1), last)  # fmt: skip

@@ -56,6 +56,38 @@ def test_what_cannot_be_padded_as_a_whole_is_left_to_the_layers(fast: FastPath) 
     assert len(one.input_ids) == 5
 
 
+@pytest.mark.parametrize(
+    ("wanted", "most", "captured"),
+    [
+        ([1, 2, 4, 8, 12, 16], 100, [8, 16]),
+        ([1, 8, 16, 24, 32], 100, [8, 16, 24, 32]),  # beyond the class a graph is still faster than none
+        ([1, 8, 12], 14, [8, 12]),  # 16 rows do not fit the table of requests, 12 do
+        ([20, 40], 100, [20, 40]),  # nothing inside: left as it was
+    ],
+)
+def test_decode_graphs_are_captured_inside_the_class_and_beyond_it(
+    fast: FastPath, monkeypatch: pytest.MonkeyPatch, wanted: list[int], most: int, captured: list[int]
+) -> None:
+    made_for: list[int] = []
+    monkeypatch.setattr(fastpath, "_config", object)
+    monkeypatch.setattr(fastpath, "probed", lambda *_: fast)
+    monkeypatch.setattr(attention, "prepare", lambda _runner, rows: made_for.append(rows) or "ours")
+    decode = SimpleNamespace(backend="full", bs=wanted)
+    runner = SimpleNamespace(
+        is_draft_worker=False, server_args=SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=decode)),
+        req_to_token_pool=SimpleNamespace(size=most),
+    )  # fmt: skip
+    fastpath.choose_shapes(runner)
+    assert decode.bs == captured
+    inside = min(wanted) <= max(fast.decode.sizes)
+    assert made_for == ([max(captured)] if inside else []), "the kernel holds every graph's rows"
+    assert bool(fast.notes) is not inside
+    fast.graphs, fast.decode_ok = RowSizes(tuple(captured)), True
+    batch = SimpleNamespace()
+    assert fast.decode_in_class(5, batch) is inside
+    assert not fast.decode_in_class(17, batch)
+
+
 def test_prefill_attention_sees_the_real_rows_only() -> None:
     seen = []
 
