@@ -10,6 +10,7 @@ import pytest
 from sglang_margingate.bench.client import Client, Prompt
 from sglang_margingate.bench.datasets import load
 from sglang_margingate.bench.fake import VOCABULARY, FakeServer
+from sglang_margingate.bench.gauges import SAMPLE_SECONDS
 from sglang_margingate.bench.random_ids import Lengths, ModelFacts, RandomError, digest, draw, model_facts, parse
 from sglang_margingate.bench.random_ids import vocabulary_of as vocabulary
 from sglang_margingate.cli import main
@@ -153,7 +154,8 @@ def test_text_and_ids_together_need_a_tokenizer_only(model: str) -> None:
 
 def test_openai_servers(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["check", "--dataset", "random:8:8", "--limit", "4", "--phases", "alone,together", "--concurrency", "4"]
-    with FakeServer(native=False, gauge="metrics", seconds=0.05) as fake:
+    # Every batch lasts ten times the pause between two samples of the gauge that must see it.
+    with FakeServer(native=False, gauge="metrics", seconds=10 * SAMPLE_SECONDS) as fake:
         assert main([*words, "--vocab", "30", "--base-url", fake.base_url]) == 0
         assert {(len(b["prompt"]), b["max_tokens"], b["ignore_eos"]) for b in fake.seen} == {(8, 8, True)}
         capsys.readouterr()
