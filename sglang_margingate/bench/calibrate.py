@@ -19,8 +19,12 @@ from typing import Any
 
 from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError, run_together
 from sglang_margingate.bench.samples import SampleStore, covering
+from sglang_margingate.bench.server import GATE_ALONE
 from sglang_margingate.gate.calibration import Calibration, threshold_for
 from sglang_margingate.gate.stats import Rate
+
+SERVER_FLAGS = (*GATE_ALONE, "--margingate-audit-rate", "1.0")
+"""What a server needs to be calibrated: every step is verified, those that do not trigger for the record only."""
 
 MAX_PASSES = 4
 
@@ -120,7 +124,7 @@ def check_server(client: Client) -> dict[str, Any]:
     ServerError
         Unreachable, not margingate's, or started with other flags than calibration needs.
     """
-    need = "start it with --margingate-policy gate --margingate-fast-path stock --margingate-audit-rate 1.0"
+    need = f"start it with {' '.join(SERVER_FLAGS)}"
     try:
         status = client.status()
     except ServerError as error:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from sglang_margingate.bench.client import Client, Prompt
 
 EPILOG = """\
-The server verifies every step for the record (--margingate-policy gate --margingate-audit-rate 1.0; a server that is
-started gets these flags). The first pass runs at the server's threshold, the next ones at the chosen threshold, so the
-final numbers are measured, not extrapolated. Samples are kept beside the profile: Ctrl-C loses nothing, the same
-command goes on. exit status: 0 every target met and confirmed; 1 not; 2 wrong input or no server.
+The server verifies every step for the record (--margingate-policy gate --margingate-fast-path stock
+--margingate-audit-rate 1.0; a server that is started gets these flags). The first pass runs at the server's threshold,
+the next ones at the chosen threshold, so the final numbers are measured, not extrapolated. Samples are kept beside the
+profile: Ctrl-C loses nothing, the same command goes on.
+
+exit status: 0 every target met and confirmed; 1 not; 2 wrong input or no server.
 """
 
 
@@ -80,7 +82,7 @@ def _levels(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Calibrate, print the evidence, write the profile; return the exit status."""
     from sglang_margingate.bench.binding import read_binding
-    from sglang_margingate.bench.calibrate import Goal, check_server
+    from sglang_margingate.bench.calibrate import SERVER_FLAGS, Goal, check_server
     from sglang_margingate.bench.chosen import prompts_of
     from sglang_margingate.bench.client import Client, ServerError
     from sglang_margingate.bench.console import make_console
@@ -102,8 +104,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     plain = prompts_of(args)
     calibrated += [d for d in dict.fromkeys(p.dataset for p in plain) if d not in args.dataset]
     console = make_console()
-    flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-audit-rate", "1.0"]
-    with options.server(args, console, flags) as client:
+    with options.server(args, console, [*SERVER_FLAGS]) as client:
         if not isinstance(client, Client):
             raise ServerError(f"{client.base_url} is no margingate server; calibration needs one")
         status = check_server(client)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from sglang_margingate.bench.client import Client, Completion, Prompt, ServerError, run_together
 from sglang_margingate.bench.gauges import BatchProof, Gauge
+from sglang_margingate.bench.server import GATE_ALONE
 from sglang_margingate.bench.timing import Arrivals, Job, run_workload, stream, summarize
 from sglang_margingate.gate.stats import Rate
 
@@ -28,7 +29,7 @@ class Mode(NamedTuple):
 MODES: Mapping[str, Mode] = {
     "stock": Mode((), stock=True),
     "log": Mode(("--margingate-policy", "log")),
-    "gate": Mode(("--margingate-policy", "gate", "--margingate-fast-path", "stock"), gated=True),
+    "gate": Mode(GATE_ALONE, gated=True),
     "canonical": Mode(("--margingate-policy", "gate", "--margingate-fast-path", "canonical"), gated=True),
     "always": Mode(("--margingate-policy", "always"), gated=True),
     "deterministic": Mode(("--enable-deterministic-inference",), stock=True),

@@ -29,6 +29,9 @@ QUIET = ("warning", "error", "critical")
 
 OURS, STOCK = "sglang_margingate.launch_server", "sglang.launch_server"
 
+GATE_ALONE = ("--margingate-policy", "gate", "--margingate-fast-path", "stock")
+"""Flags of a server whose gate does all the work: what looks at the gate itself asks for it, whatever the default is."""
+
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.1
 _CAUSE = re.compile(r"margingate: error:|^\S*(Error|Exception|Interrupt)\b.*:|: error: |\b\w+Error: ")

@@ -21,7 +21,7 @@ from typing import Any
 import requests
 
 from sglang_margingate.bench.prefix import shared_prompts
-from sglang_margingate.bench.server import Server, serve
+from sglang_margingate.bench.server import GATE_ALONE, Server, serve
 
 SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0},
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.log.parent.mkdir(parents=True, exist_ok=True)
     texts = [p.text for p in shared_prompts(60)]
-    flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
+    flags = [*GATE_ALONE, "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
              "--max-total-tokens", str(args.pool), "--schedule-conservativeness", "0.3", "--margingate-trace", "off"]  # fmt: skip
     with serve(flags, log=args.log) as server:
         with ThreadPoolExecutor(16) as pool:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from sglang_margingate.bench.alone_vs_batch import demo_prompts
 from sglang_margingate.bench.client import run_alone, run_together
-from sglang_margingate.bench.server import serve
+from sglang_margingate.bench.server import GATE_ALONE, serve
 from sglang_margingate.trace import read_run
 
-FLAGS = ("--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
+FLAGS = (*GATE_ALONE, "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
          "--margingate-trace-text", "on")  # fmt: skip
 
 

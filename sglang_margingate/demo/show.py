@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sglang_margingate.bench.alone_vs_batch import CONCURRENCY, demo_prompts
 from sglang_margingate.bench.client import Client, Completion, ServerError, run_alone, run_together
-from sglang_margingate.bench.server import serve
+from sglang_margingate.bench.server import GATE_ALONE, serve
 
 THRESHOLD = 0.0625
 """Calibrated for the embedded model on a CPU (docs/benchmarks.md)."""
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trace-dir", type=Path, default=Path("traces"))
     args = parser.parse_args(argv)
     console = Console()
-    flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
+    flags = [*GATE_ALONE, "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
              "--margingate-trace-dir", str(args.trace_dir), "--enable-metrics"]  # fmt: skip
     dashboard = None
     try:

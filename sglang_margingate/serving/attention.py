@@ -10,13 +10,10 @@ Both are only settings until path_probe.py has tried them end to end.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from margingate_kernels import DecodeAttention
-
-log = logging.getLogger(__name__)
 
 _decode: DecodeAttention | None = None
 """The kernel of this process. Decode graphs and the verify graph share it: they run one after another."""

@@ -144,11 +144,10 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
         return
     fast, wanted = probed(model_runner, config), _wanted_sizes(model_runner)
     most = model_runner.req_to_token_pool.size
-    targets = {size: fast.decode.target(size) for size in wanted}
-    inside = {target for target in targets.values() if target is not None and target <= most}
+    targets = {fast.decode.target(size) for size in wanted}
+    inside = {target for target in targets if target is not None and target <= most}
     if inside:
-        beyond = {size for size, target in targets.items() if target is None or target > most}
-        sizes = sorted(inside | {size for size in beyond if size > max(inside)})
+        sizes = sorted(inside | {size for size in wanted if size > max(inside)})
         model_runner.server_args.cuda_graph_config.decode.bs = sizes
         fast.decode_attention = attention.prepare(model_runner, max(*sizes, fast.verify_rows))
     elif wanted:
