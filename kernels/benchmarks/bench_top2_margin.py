@@ -20,16 +20,17 @@ from margingate_kernels import Top2Workspace, top2_margin, top2_margin_reference
 VOCAB = 128256
 # (block, unroll, warps) tried by --tune
 CANDIDATES = [
+    (128, 8, 1),
+    (128, 16, 1),
+    (128, 32, 1),
+    (256, 8, 2),
+    (256, 16, 2),
+    (256, 32, 2),
     (512, 8, 4),
     (512, 16, 4),
     (512, 32, 4),
-    (1024, 8, 4),
-    (1024, 16, 4),
-    (1024, 8, 8),
     (1024, 16, 8),
     (1024, 32, 8),
-    (2048, 4, 8),
-    (2048, 8, 8),
     (2048, 16, 8),
 ]
 
@@ -67,14 +68,44 @@ def tune(copy: float) -> Iterable[dict[str, object]]:
     module: Any = importlib.import_module("margingate_kernels.top2_margin")
     chosen = module._split
     for block, unroll, warps in CANDIDATES:
-        module._split = lambda vocab, b=block, u=unroll, w=warps: module._Split(b, u, w, -(-vocab // (b * u)))
+        module._split = lambda vocab, _rows, b=block, u=unroll, w=warps: module._Split(b, u, w, -(-vocab // (b * u)))
         row: dict[str, object] = {"block": block, "unroll": unroll, "warps": warps}
         for rows, dtype in ((64, torch.float32), (64, torch.bfloat16), (1, torch.float32)):
-            row[f"B={rows} {str(dtype).removeprefix('torch.')} us"] = measure(rows, VOCAB, dtype, copy, argmax=False)[
-                "us"
-            ]
+            name = f"B={rows} {str(dtype).removeprefix('torch.')} us"
+            row[name] = measure(rows, VOCAB, dtype, copy, argmax=False)["us"]
         yield row
     module._split = chosen
+
+
+def in_place(rows: int, vocab: int) -> dict[str, object]:
+    """Time what the kernel adds where a server calls it: right after the logits are written in fp32."""
+    narrow = [torch.randn(rows, vocab, device="cuda").bfloat16() for _ in range(common.input_sets(2 * rows * vocab))]
+    logits, thresholds = torch.empty(rows, vocab, device="cuda"), torch.full((rows,), 0.05, device="cuda")
+    workspace = Top2Workspace(rows, vocab, "cuda")
+    token = torch.empty(rows, dtype=torch.int64, device="cuda")
+
+    def top2() -> object:
+        return top2_margin(logits, thresholds, workspace=workspace)
+
+    def argmax() -> object:
+        return torch.argmax(logits, dim=-1, out=token)
+
+    def after(*work: common.Call) -> float:
+        def call(source: torch.Tensor) -> None:
+            logits.copy_(source)
+            for f in work:
+                f()
+
+        return common.time_calls([functools.partial(call, x) for x in narrow]).median
+
+    cast = after()
+    return {
+        "B": rows,
+        "V": vocab,
+        "cast us": cast,
+        "ours adds us": after(top2) - cast,
+        "argmax adds us": after(argmax) - cast,
+    }
 
 
 def main() -> None:
@@ -90,6 +121,9 @@ def main() -> None:
         shapes = [(b, VOCAB, d) for d in (torch.float32, torch.bfloat16) for b in (1, 8, 32, 64, 128)]
         rows = [measure(*shape, copy) for shape in [*shapes, (64, 151936, torch.float32), (64, 32000, torch.float32)]]
     common.finish(args.json, env, copy, rows)
+    if not args.tune:
+        print("\nRight after a cast to fp32 that writes the logits:")
+        print(common.table([in_place(b, VOCAB) for b in (1, 8, 32, 64)]))
 
 
 if __name__ == "__main__":

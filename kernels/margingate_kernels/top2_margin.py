@@ -28,7 +28,7 @@ class Top2(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """How a row is cut into programs: a function of V alone, never of the number of rows."""
+    """How a row is cut into programs. Comparisons are exact, so no cut changes a result: only the time depends on it."""
 
     block: int
     unroll: int
@@ -36,9 +36,11 @@ class _Split(NamedTuple):
     splits: int
 
 
-def _split(vocab: int) -> _Split:
-    """Return the launch constants for rows of ``vocab`` logits (chosen by ``bench_top2_margin.py --tune``)."""
+def _split(vocab: int, rows: int) -> _Split:
+    """Return the launch constants for ``rows`` rows of ``vocab`` logits (chosen by ``bench_top2_margin.py --tune``)."""
     block, unroll, warps = (512, 8, 4) if vocab > 8192 else (256, 4, 2)
+    if rows >= 64 and vocab > 65536:  # enough rows to fill a GPU with few programs each, so fewer results are combined
+        block, unroll, warps = 1024, 32, 8
     return _Split(block, unroll, warps, -(-vocab // (block * unroll)))
 
 
@@ -64,10 +66,9 @@ class Top2Workspace:
         self.max_rows = max_rows
         self.vocab = vocab
         self.device = torch.empty(0, device=device).device
-        self.split = _split(vocab)
-        shape = (max_rows, self.split.splits, 2)
-        self.values = torch.empty(shape, dtype=torch.float32, device=device)
-        self.indices = torch.empty(shape, dtype=torch.int32, device=device)
+        # Few rows are cut into most programs, and any cut of more rows needs no more room for each.
+        shape = (max_rows, _split(vocab, 1).splits, 2)
+        self.keys = torch.empty(shape, dtype=torch.int64, device=device)
         self.counters = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._out = empty_top2(max_rows, device)
         self._views: dict[int, Top2] = {}
@@ -221,7 +222,7 @@ def _check(logits: torch.Tensor, thresholds: torch.Tensor) -> None:
 def _launch(logits: torch.Tensor, thresholds: torch.Tensor, work: Top2Workspace, out: Top2) -> None:
     from margingate_kernels._triton_top2 import top2_kernel
 
-    block, unroll, warps, splits = work.split
+    block, unroll, warps, splits = _split(logits.shape[1], len(logits))
     with on_device(logits):
         top2_kernel[(len(logits) * splits,)](
             logits,
@@ -229,8 +230,7 @@ def _launch(logits: torch.Tensor, thresholds: torch.Tensor, work: Top2Workspace,
             thresholds,
             thresholds.stride(0),
             *out,
-            work.values,
-            work.indices,
+            work.keys,
             work.counters,
             V=logits.shape[1],
             BLOCK=block,

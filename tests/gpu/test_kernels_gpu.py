@@ -63,7 +63,7 @@ def loop_bounds(monkeypatch):
 def small_programs(request, monkeypatch):
     module = importlib.import_module("margingate_kernels.top2_margin")
     if INTERPRETED and "real_split" not in request.fixturenames:
-        monkeypatch.setattr(module, "_split", lambda vocab: module._Split(64, 4, 1, -(-vocab // 256)))
+        monkeypatch.setattr(module, "_split", lambda vocab, rows: module._Split(64, 4, 1, -(-vocab // 256)))
 
 
 @pytest.fixture
@@ -152,6 +152,16 @@ def test_top2_special_values(vocab, dtype):
     assert got.margin[7].isnan()
     assert got.trigger[7]
     check_top2(logits, torch.full((12,), NAN, device=DEVICE))
+
+
+@pytest.mark.parametrize("cut", [(64, 4, 1), (128, 8, 2), (256, 2, 4), (1024, 32, 8)])
+def test_top2_does_not_depend_on_how_a_row_is_cut(cut, monkeypatch):
+    """Few and many rows are cut in different ways, so this is what row-invariance rests on."""
+    module = importlib.import_module("margingate_kernels.top2_margin")
+    block, unroll, _ = cut
+    monkeypatch.setattr(module, "_split", lambda v, rows: module._Split(*cut, -(-v // (block * unroll))))
+    check_top2(normal(3, LONG, seed=5))
+    check_top2(torch.randint(-2, 3, (3, LONG), generator=generator(6), device=DEVICE).float())
 
 
 def test_top2_strided_rows():
