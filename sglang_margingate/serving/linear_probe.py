@@ -1,7 +1,8 @@
 """Probes the linear layers of the loaded model: which numbers of rows M give a row the same bits on this machine.
 
-Every kind of layer (shape, dtype, bias) is run once per M, with the probed row first and last among random companions,
-and only 64-bit digests of its output row come back. The map is kept (map_store.py), so at most starts only a few values
+Every kind of layer (shape, dtype, bias) is run twice per M: with the probed row first and last among random companions,
+and with the probed row in every place, since a kernel may sum some of its tiles in another order than others. Only 64-bit
+digests of output rows are compared. The map is kept (map_store.py), so at most starts only a few values
 of M are probed: those tell whether the kept map still holds.
 
 Random numbers make a blind probe: bf16 rounds away most differences between two orders of summation (with 256 inputs,
@@ -171,19 +172,21 @@ def _labels(kind: LayerKind, rows: list[int], seconds: float = float("inf")) -> 
         generator = torch.Generator(probe.device).manual_seed(6)
         companions = torch.randn(max(rows), len(probe), generator=generator, device=probe.device).to(probe.dtype)
         bias = None if kind.bias is None else torch.zeros_like(kind.bias)
-        digests = torch.zeros(len(rows), 2, dtype=torch.int64, device=probe.device)
+        digests = torch.zeros(len(rows), 4, dtype=torch.int64, device=probe.device)
         done: list[int] = []
         for m in rows:
             if len(done) >= 2 and time.perf_counter() > end:
                 break
             x = companions[:m].clone()
             x[0] = x[m - 1] = probe
-            digests[len(done)] = row_digest(kind.apply(x, bias)[[0, m - 1]])
+            digests[len(done), :2] = row_digest(kind.apply(x, bias)[[0, m - 1]])
+            everywhere = row_digest(kind.apply(probe.expand(m, -1).contiguous(), bias))
+            digests[len(done), 2:] = torch.stack([everywhere.min(), everywhere.max()])
             done.append(m)
     seen: dict[int, int] = {}
     return {
-        m: seen.setdefault(first, len(seen)) if first == last else None
-        for m, (first, last) in sorted(zip(done, digests.tolist()))
+        m: seen.setdefault(found[0], len(seen)) if len(set(found)) == 1 else None
+        for m, found in sorted(zip(done, digests.tolist()))
     }
 
 

@@ -23,7 +23,7 @@ from sglang_margingate.serving.linear_probe import LayerKind, layer_kinds, probe
 
 log = logging.getLogger(__name__)
 
-SCHEMA = "margingate-map/1"
+SCHEMA = "margingate-map/2"
 """Goes up when a field or what a probe sees changes, so that older maps are probed anew."""
 
 FLAG = "--margingate-map-dir"

@@ -11,8 +11,8 @@ from sglang_margingate.serving import linear_probe
 from sglang_margingate.serving.linear_probe import HEAD_LARGEST, LayerKind, _labels, probe_linear_layers, spot_check
 
 
-def kind(apply_rows: int | None, bias: bool = False, place: bool = False) -> LayerKind:
-    """Return a layer of 256 inputs; with ``apply_rows`` it sums in two parts up to that many rows."""
+def kind(apply_rows: int | None, bias: bool = False, place: int | None = None) -> LayerKind:
+    """Return a layer of 256 inputs that sums in two parts: up to ``apply_rows`` rows, or in the row ``place``."""
     weight = torch.nn.Parameter(torch.randn(64, 256).bfloat16(), requires_grad=False)
 
     def apply(x: torch.Tensor, bias_: torch.Tensor | None) -> torch.Tensor:
@@ -25,8 +25,8 @@ def kind(apply_rows: int | None, bias: bool = False, place: bool = False) -> Lay
             ]
         )
         out = parts if apply_rows is not None and len(x) <= apply_rows else whole
-        if place:
-            out = torch.cat([parts[:1], whole[1:]])
+        if place is not None:
+            out = torch.cat([whole[:place], parts[place : place + 1], whole[place + 1 :]])
         return (out if bias_ is None else out + bias_.float()).bfloat16()
 
     return LayerKind("x", weight, torch.randn(64) if bias else None, apply, False, "Plain", 2)
@@ -44,8 +44,11 @@ def test_an_invariant_layer_has_one_class() -> None:
     assert set(_labels(kind(None), list(range(1, 9))).values()) == {0}
 
 
-def test_a_row_whose_place_matters_has_no_class() -> None:
-    labels = _labels(kind(None, place=True), [1, 2, 3])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_row_whose_place_matters_has_no_class(place: int) -> None:
+    """Also a place in the middle: some kernels sum some tiles of a product in another order than the others."""
+    labels = _labels(kind(None, place=place), [1, 2, 3])
+    assert labels[1] is not None
     assert labels[2] is None
     assert labels[3] is None
 
@@ -90,7 +93,7 @@ def test_large_sizes_are_probed_first_and_classes_numbered_from_small_ones() -> 
         return one.apply(x, bias)
 
     found = probe_linear_layers([LayerKind("x", one.weight, None, counted, False)], list(range(1, 9)), {})
-    assert calls == list(range(8, 0, -1))
+    assert calls == [m for m in range(8, 0, -1) for _ in range(2)]
     assert found.layers[0].runs() == [(1, 5, 0), (6, 8, 1)]
 
 
@@ -117,4 +120,4 @@ def test_a_spot_check_stops_when_its_time_is_up_and_still_compares(monkeypatch: 
     monkeypatch.setattr(linear_probe, "SPOT_SECONDS", 0.0)
     found = InvarianceMap([LayerClasses("x", (64, 256), 1, dict.fromkeys(range(1, 65), 0))])
     assert spot_check([LayerKind("x", one.weight, None, counted, False)], found) == {}
-    assert calls == [1, 64]
+    assert calls == [1, 1, 64, 64]
