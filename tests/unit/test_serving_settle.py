@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from sglang_margingate.config import MarginGateConfig, Policy
 from sglang_margingate.gate.ledger import RequestLedger
@@ -11,19 +14,73 @@ from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.runtime import SETTLE_ROWS, Runtime
 from sglang_margingate.serving.state import RequestState, StepRow
-from sglang_margingate.serving.step import StepHook
+from sglang_margingate.serving.step import StepHook, _Late
 from sglang_margingate.trace.schema import STEP_COLUMNS
+
+
+def a_hook(policy: Policy = Policy.LOG) -> tuple[StepHook, list[tuple]]:
+    """Return a step hook without a model, and the trace rows that its runtime hands out."""
+    rows: list[tuple] = []
+    writer: Any = SimpleNamespace(add_steps=rows.extend, add_request=lambda row: None)
+    scheduler: Any = SimpleNamespace(tokenizer=None)
+    return StepHook(Runtime(MarginGateConfig(policy=policy), scheduler, None, None, writer, Metrics(False, "m"))), rows
+
+
+def a_state(hook: StepHook, policy: Policy = Policy.LOG) -> RequestState:
+    return RequestState(
+        RequestLedger("r", RequestParams(policy, 0.5, "arith", False), hook.runtime.config.repair, True)
+    )
+
+
+def on_its_way(state: RequestState, token: int, margin: float, waited: list[str]) -> _Late:
+    """Return a prefill step whose numbers are still on the GPU; reading them is noted in ``waited``."""
+    bits = torch.tensor([margin]).view(torch.int32).long()
+    host = torch.stack([torch.tensor([token]), torch.tensor([token + 1]), bits, torch.tensor([token])])
+    batch = SimpleNamespace(margingate_start=time.perf_counter())
+    req = SimpleNamespace(margingate_state=state)
+    arrived: Any = SimpleNamespace(synchronize=lambda: waited.append("arrived"))
+    return _Late([StepRow(0, 0, state, 9, False, 0.5)], host, arrived, batch, [req], False)
+
+
+def test_a_prefill_is_read_late_and_waits_only_for_requests_that_come_back() -> None:
+    """A wait after each prefill would stop the overlap; a retracted request's last step is recorded before it starts over."""
+    hook, _ = a_hook()
+    first, second = a_state(hook), a_state(hook)
+    waited: list[str] = []
+    hook._late.append(on_its_way(first, 7, 0.25, waited))
+
+    def open_prefill(state: RequestState, done: list[int]) -> None:
+        req = SimpleNamespace(
+            margingate_state=state, origin_input_ids=[1, 2, 3], output_ids=done, req_pool_idx=0, rid="r"
+        )
+        batch = SimpleNamespace(
+            seq_lens_cpu=torch.tensor([3 + len(done)]), extend_seq_lens_cpu=[3], extend_prefix_lens_cpu=[0]
+        )
+        hook._open_prefill([req], batch)
+
+    open_prefill(second, [])
+    assert waited == [], "another request's prefill waits for nothing"
+    open_prefill(first, [7])
+    assert waited == ["arrived"]
+    assert first.prefill_ms > 0
+    assert (first.pending, first.next_step) == (None, 1), "its step was output already: committed, not dropped"
+    assert hook.runtime.totals.steps + len(hook.runtime._committed) == 1
+
+
+def test_only_a_resumed_prefill_waits_for_its_margin() -> None:
+    hook, _ = a_hook()
+    gated, free = a_state(hook, Policy.GATE), a_state(hook, Policy.LOG)
+    assert hook._waits(StepRow(0, 0, gated, 9, True, 0.5), decode=False)
+    assert not hook._waits(StepRow(0, 0, gated, 9, False, 0.5), decode=False)
+    assert not hook._waits(StepRow(0, 0, free, 9, True, 0.5), decode=False)
+    assert hook._waits(StepRow(0, 0, gated, 9, False, 0.5), decode=True), "outside the class the margin decides"
 
 
 def test_committed_steps_are_settled_together() -> None:
     """Counting and tracing wait for many steps, but not for long, and never beyond the end of a request."""
-    rows: list[tuple] = []
-    writer = SimpleNamespace(add_steps=rows.extend, add_request=lambda row: None)
-    config = MarginGateConfig(policy=Policy.LOG)
-    runtime = Runtime(config, SimpleNamespace(tokenizer=None), None, None, writer, Metrics(False, "m"))
-    hook = StepHook(runtime)
-    ledger = RequestLedger("r", RequestParams(Policy.LOG, 0.5, "arith", False), config.repair, True)
-    state = RequestState(ledger)
+    hook, rows = a_hook()
+    runtime, state = hook.runtime, a_state(hook)
+    ledger = state.ledger
 
     def step(margin: float) -> None:
         row = StepRow(0, 0, state, 10 + state.next_step, False, 0.5, fast_token=7, second_token=8, margin=margin)
