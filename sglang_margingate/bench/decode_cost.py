@@ -171,37 +171,45 @@ def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: i
     """Compare ``prompts`` sequences alone with the same ones inside batches of each size (fillers make it up).
 
     Each size runs on an empty prefix cache (cold), with the first half of every prompt cached, and with everything cached.
+    Of sequences that differ everything is kept, margins of each step included: rare ones do not come back when asked to.
     """
     lengths = [225 + 675 * i // max(1, prompts - 1) for i in range(prompts)]
     ids = [to.prompt(i, n) for i, n in enumerate(lengths)]
     out: dict[str, Any] = {}
     for arm in arms:
         custom = arm_params(arm)
-        alone = [to.batch([p], new, custom)[0].tokens for p in ids]
+        if custom:
+            custom["margingate_return_steps"] = True
+        alone = [to.batch([p], new, custom)[0] for p in ids]
         for size in sizes:
             for state in ("half warm", "cold", "warm"):
                 if state != "warm":
                     to.flush_cache()
                 if state == "half warm":
                     to.batch([p[: len(p) // 2] for p in ids], 1, custom)
-                same, first = _compare(to, ids, alone, size, new, custom)
-                out.setdefault(arm, {})[f"{size} {state}"] = {"same": same, "of": prompts, "first_difference": first}
+                parted = _compare(to, ids, alone, size, new, custom)
+                first, same = sorted(p["first_difference"] for p in parted), prompts - len(parted)
+                out.setdefault(arm, {})[f"{size} {state}"] = {
+                    "same": same, "of": prompts, "first_difference": first, "parted": parted if custom else [],
+                }  # fmt: skip
                 print(f"{arm}: batch {size}, {state}: {same}/{prompts} identical", flush=True)
     return out
 
 
 def _compare(
-    to: Target, ids: list[list[int]], alone: list[list[int]], size: int, new: int, custom: dict[str, Any]
-) -> tuple[int, list[int]]:
-    """Return how many sequences equal the run alone, and where the others part from it."""
+    to: Target, ids: list[list[int]], alone: list[Stream], size: int, new: int, custom: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the sequences that differ from the run alone: which, where, and both runs."""
     group, parted = min(size, len(ids)), []
     for at in range(0, len(ids), group):
         mine = ids[at : at + group]
         fill = [to.prompt(5000 + i, 300 + 9 * i) for i in range(size - len(mine))]
-        for want, got in zip(alone[at : at + group], to.batch(mine + fill, new, custom)):
-            at_token = first_difference(want, got.tokens)
-            parted += [] if at_token is None else [at_token]
-    return len(ids) - len(parted), sorted(parted)
+        for k, (want, got) in enumerate(zip(alone[at : at + group], to.batch(mine + fill, new, custom))):
+            at_token = first_difference(want.tokens, got.tokens)
+            if at_token is not None:
+                runs = {"alone": {"tokens": want.tokens, **want.meta}, "together": {"tokens": got.tokens, **got.meta}}
+                parted.append({"prompt": at + k, "first_difference": at_token, **runs})
+    return parted
 
 
 def table(files: list[Path]) -> str:
