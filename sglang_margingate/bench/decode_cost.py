@@ -167,11 +167,23 @@ def prefill(to: Target, arms: list[str], repeats: int) -> dict[str, list[float]]
     return out
 
 
-def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: int) -> dict[str, Any]:
+STATES = ("half warm", "cold", "warm")
+
+
+def identity(
+    to: Target,
+    arms: list[str],
+    sizes: list[int],
+    prompts: int,
+    new: int,
+    states: tuple[str, ...] = STATES,
+    rounds: int = 1,
+) -> dict[str, Any]:
     """Compare ``prompts`` sequences alone with the same ones inside batches of each size (fillers make it up).
 
-    Each size runs on an empty prefix cache (cold), with the first half of every prompt cached, and with everything cached.
-    Of sequences that differ everything is kept, margins of each step included: rare ones do not come back when asked to.
+    Each size runs on an empty prefix cache (cold), with the first half of every prompt cached, and with everything cached
+    (warm, which finds what the state before it left). More rounds look for what happens seldom. Of sequences that differ
+    everything is kept, margins of each step included: rare ones do not come back when asked to.
     """
     lengths = [225 + 675 * i // max(1, prompts - 1) for i in range(prompts)]
     ids = [to.prompt(i, n) for i, n in enumerate(lengths)]
@@ -182,17 +194,23 @@ def identity(to: Target, arms: list[str], sizes: list[int], prompts: int, new: i
             custom["margingate_return_steps"] = True
         alone = [to.batch([p], new, custom)[0] for p in ids]
         for size in sizes:
-            for state in ("half warm", "cold", "warm"):
+            for state in states * rounds:
                 if state != "warm":
                     to.flush_cache()
                 if state == "half warm":
                     to.batch([p[: len(p) // 2] for p in ids], 1, custom)
                 parted = _compare(to, ids, alone, size, new, custom)
-                first, same = sorted(p["first_difference"] for p in parted), prompts - len(parted)
-                out.setdefault(arm, {})[f"{size} {state}"] = {
-                    "same": same, "of": prompts, "first_difference": first, "parted": parted if custom else [],
-                }  # fmt: skip
-                print(f"{arm}: batch {size}, {state}: {same}/{prompts} identical", flush=True)
+                found = out.setdefault(arm, {}).setdefault(
+                    f"{size} {state}", {"same": 0, "of": 0, "first_difference": []}
+                )
+                found["same"] += prompts - len(parted)
+                found["of"] += prompts
+                found["first_difference"] = sorted(
+                    [*found["first_difference"], *(p["first_difference"] for p in parted)]
+                )
+                if custom:  # of a server of ours, which says more than tokens
+                    found.setdefault("parted", []).extend(parted)
+                print(f"{arm}: batch {size}, {state}: {prompts - len(parted)}/{prompts} identical", flush=True)
     return out
 
 
@@ -248,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--identity-arms", type=options.names, default="", help="arms to compare alone with in a batch")
     add("--identity-sizes", type=options.names, default="2,8,20,33,64")
     add("--identity-prompts", type=int, default=24)
+    add("--identity-states", type=options.names, default=",".join(STATES), help="of the prefix cache; comma-separated")
+    add("--identity-rounds", type=int, default=1, help="how often each size runs in each state")
+    add("--identity-new", type=int, default=96, help="generated tokens there")
     add("--vocab", type=int, default=128_256, help="of the served model (Llama 3.1's)")
     add("--out", type=Path, default=None)
     add("--table", type=Path, nargs="+", default=None, metavar="FILE", help="print the table of measured files")
@@ -267,9 +288,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.tag}, {arm}: prefill {statistics.median(rates):.0f} tokens/s ({min(rates):.0f} to {max(rates):.0f})"
             )
     if args.identity_arms:
+        if unknown := set(args.identity_states) - set(STATES):
+            parser.error(f"--identity-states: {', '.join(sorted(unknown))}: use {', '.join(STATES)}")
         document["identity"] = identity(
-            to, args.identity_arms, [int(b) for b in args.identity_sizes], args.identity_prompts, 96
-        )
+            to, args.identity_arms, [int(b) for b in args.identity_sizes], args.identity_prompts, args.identity_new,
+            tuple(args.identity_states), args.identity_rounds,
+        )  # fmt: skip
     if args.out is not None:
         options.write(args.out, json.dumps(document, indent=1) + "\n")
     return 0

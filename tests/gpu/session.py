@@ -124,6 +124,18 @@ STAGES: dict[str, Stage] = {
         (),
         (identity("canonical256", "gate", "--identity-sizes 8,64"),),
     ),
+    "stress": Stage(  # looks for what differed once in 1,416 sequences (docs/benchmarks.md): many short ones
+        OURS,
+        f"{ALL_8B} --margingate-trace off",
+        (),
+        (
+            identity(
+                "stress",
+                "gate",
+                "--identity-sizes 2,3,1 --identity-states 'half warm,cold' --identity-rounds 15 --identity-new 16",
+            ),
+        ),
+    ),
     "default": Stage(  # SGLang's own sizes for decode graphs and running requests, our own attention backend
         OURS,
         f"{OFFLINE} {SHAPE} --mem-fraction-static 0.75 --margingate-trace off",
