@@ -8,8 +8,9 @@ A stage is one server and what is asked of it. Commands that are *timed* have th
 So device time goes into measurements, not into waiting for weights; a start takes 75 s with saved compile caches.
 
 Needs .gpu/ in the working directory (gpu/build_site.sh of the workplace; where only 64 MiB travel, repacked without cudnn,
-llguidance and torchao/_C*.so by xz -9e). Weights of the 8B shape are random (random_model.py). Every command's output is in
-DIR/STAGE.txt, a server's log in DIR/STAGE.log, and what happened when in DIR/session.txt.
+llguidance and torchao/_C*.so by xz -9e), unpacks it, and makes random weights of the 8B shape (random_model.py). Start lanes
+once /tmp/site/.ok is there. Every command's output is in DIR/STAGE.txt, a server's log in DIR/STAGE.log, and what happened
+when in DIR/session.txt.
 """
 
 from __future__ import annotations
@@ -190,6 +191,14 @@ class Session:
         self.env |= {"HF_HUB_OFFLINE": "1", "CUDA_HOME": "/usr/local/cuda", "MAX_JOBS": "16"}
         self.env |= {"FLASHINFER_WORKSPACE_BASE": "/tmp/fi"}
 
+    def prepare(self, stages: list[str]) -> None:
+        """Unpack SGLang, and make the weights that the stages need."""
+        subprocess.run(["bash", "-c", ". .gpu/host.sh; site_up"], check=True)
+        if any(BIG in str(STAGES[name]) for name in stages) and not Path(BIG, "model.safetensors.index.json").exists():
+            command = [sys.executable, "tests/gpu/random_model.py", ".gpu/shapes/llama-3.1-8b", BIG]
+            subprocess.run(command, env=self.env, check=True)
+        self.say("prepared")
+
     def say(self, text: str) -> None:
         line = f"{time.monotonic() - self.began:6.0f} s  {text}"
         with (self.out / "session.txt").open("a") as file:
@@ -288,7 +297,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    Session(args.out.resolve(), args.port).run(args.stages)
+    session = Session(args.out.resolve(), args.port)
+    session.prepare(args.stages)
+    session.run(args.stages)
 
 
 if __name__ == "__main__":
