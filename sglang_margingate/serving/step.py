@@ -55,8 +55,6 @@ class _Late(NamedTuple):
     """int64 [4, B]: token, runner-up, bits of the margin, chosen token."""
     arrived: torch.cuda.Event
     batch: Any
-    reqs: list[Any]
-    decode: bool
 
 
 class StepHook:
@@ -89,7 +87,7 @@ class StepHook:
         logits, info = logits_output.next_token_logits, batch.sampling_info
         self._inject_faults(rows, logits, batch, decode)
         if logits.is_cuda and not any(self._waits(r, decode) for r in rows):
-            return self._observe(rows, original, model_runner, logits_output, batch, reqs, decode)
+            return self._observe(rows, original, model_runner, logits_output, batch)
         self.drain()  # steps that are still on their way come before this one
         best = self._measure(rows, self._processed(logits, info))
         verify_ms = self._verify(rows, logits, info, decode) if self.runtime.verifier is not None else 0.0
@@ -318,10 +316,7 @@ class StepHook:
 
     # ---- observed without a wait ----------------------------------------------------------------------------------
 
-    def _observe(
-        self, rows: list[StepRow], original: Any, model_runner: Any, logits_output: Any, batch: Any, reqs: list[Any],
-        decode: bool,
-    ) -> Any:  # fmt: skip
+    def _observe(self, rows: list[StepRow], original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
         """Measure a step that waits for no verdict (ungated, structural, a prefill) on a GPU without waiting for it.
 
         A wait after each prefill would keep SGLang from preparing the next one meanwhile: 17 ms of every 8,192 tokens.
@@ -333,12 +328,10 @@ class StepHook:
         else:
             tokens = original(model_runner, logits_output, batch)
             self._enforce_argmax(rows, top, tokens, batch.sampling_info)
-        self._read_later(rows, top, tokens, batch, reqs, decode)
+        self._read_later(rows, top, tokens, batch)
         return tokens
 
-    def _read_later(
-        self, rows: list[StepRow], top: Top2, tokens: torch.Tensor, batch: Any, reqs: list[Any], decode: bool
-    ) -> None:
+    def _read_later(self, rows: list[StepRow], top: Top2, tokens: torch.Tensor, batch: Any) -> None:
         """Copy a step's numbers off the GPU without waiting, and record the steps whose copies have arrived.
 
         Steps are read one forward late: by then the copy is done, so the scheduler never waits for our sake.
@@ -348,19 +341,20 @@ class StepHook:
         host.copy_(packed, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._late.append(_Late(rows, host, arrived, batch, reqs, decode))
+        self._late.append(_Late(rows, host, arrived, batch))
         while len(self._late) > 1:
             self._record_late()
 
     def _record_late(self) -> None:
-        late = self._late.popleft()
-        late.arrived.synchronize()
-        margins = late.host[2].int().view(torch.float32).tolist()
-        token, second, _, chosen = late.host.tolist()
-        for row in late.rows:
+        rows, host, arrived, batch = self._late.popleft()
+        arrived.synchronize()
+        margins = host[2].int().view(torch.float32).tolist()
+        token, second, _, chosen = host.tolist()
+        for row in rows:
             row.fast_token, row.second_token, row.margin = token[row.index], second[row.index], margins[row.index]
-        self._add_prefill_time(late.reqs, late.batch, late.decode)
-        self._record(late.rows, [chosen[r.index] for r in late.rows], len(late.reqs), late.decode, late.batch, 0.0)
+        reqs, decode = getattr(batch, BATCH_REQS), batch.forward_mode.is_decode()
+        self._add_prefill_time(reqs, batch, decode)
+        self._record(rows, [chosen[row.index] for row in rows], len(reqs), decode, batch, 0.0)
 
     def drain(self, state: RequestState | None = None, tokens: int = 0) -> None:
         """Record the steps that are still on their way, or only as many as the first ``tokens`` of one request need."""

@@ -36,10 +36,12 @@ def on_its_way(state: RequestState, token: int, margin: float, waited: list[str]
     """Return a prefill step whose numbers are still on the GPU; reading them is noted in ``waited``."""
     bits = torch.tensor([margin]).view(torch.int32).long()
     host = torch.stack([torch.tensor([token]), torch.tensor([token + 1]), bits, torch.tensor([token])])
-    batch = SimpleNamespace(margingate_start=time.perf_counter())
-    req = SimpleNamespace(margingate_state=state)
+    batch = SimpleNamespace(
+        margingate_start=time.perf_counter(), margingate_reqs=[SimpleNamespace(margingate_state=state)],
+        forward_mode=SimpleNamespace(is_decode=lambda: False),
+    )  # fmt: skip
     arrived: Any = SimpleNamespace(synchronize=lambda: waited.append("arrived"))
-    return _Late([StepRow(0, 0, state, 9, False, 0.5)], host, arrived, batch, [req], False)
+    return _Late([StepRow(0, 0, state, 9, False, 0.5)], host, arrived, batch)
 
 
 def test_a_prefill_is_read_late_and_waits_only_for_requests_that_come_back() -> None:
