@@ -171,6 +171,7 @@ def _labels(kind: LayerKind, rows: list[int], seconds: float = float("inf")) -> 
         # A generator of its own: the server's random numbers must not depend on what was probed.
         generator = torch.Generator(probe.device).manual_seed(6)
         companions = torch.randn(max(rows), len(probe), generator=generator, device=probe.device).to(probe.dtype)
+        everywhere = probe.expand(len(companions), -1).contiguous()
         bias = None if kind.bias is None else torch.zeros_like(kind.bias)
         digests = torch.zeros(len(rows), 4, dtype=torch.int64, device=probe.device)
         done: list[int] = []
@@ -180,13 +181,13 @@ def _labels(kind: LayerKind, rows: list[int], seconds: float = float("inf")) -> 
             x = companions[:m].clone()
             x[0] = x[m - 1] = probe
             digests[len(done), :2] = row_digest(kind.apply(x, bias)[[0, m - 1]])
-            everywhere = row_digest(kind.apply(probe.expand(m, -1).contiguous(), bias))
-            digests[len(done), 2:] = torch.stack([everywhere.min(), everywhere.max()])
+            found = row_digest(kind.apply(everywhere[:m], bias))
+            digests[len(done), 2:] = torch.stack([found.min(), found.max()])
             done.append(m)
     seen: dict[int, int] = {}
     return {
-        m: seen.setdefault(found[0], len(seen)) if len(set(found)) == 1 else None
-        for m, found in sorted(zip(done, digests.tolist()))
+        m: seen.setdefault(each[0], len(seen)) if len(set(each)) == 1 else None
+        for m, each in sorted(zip(done, digests.tolist()))
     }
 
 
