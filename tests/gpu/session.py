@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SITE, BIG, TINY = "/tmp/site", "/dev/shm/llama-8b", "sglang_margingate/demo/model"
+BIG, TINY = "/dev/shm/llama-8b", "sglang_margingate/demo/model"
 LANE = "MARGINGATE_SESSION_LANE"
 OFFLINE = "--dtype bfloat16 --grammar-backend none --sampling-backend pytorch --cuda-graph-backend-prefill disabled"
 FLASHINFER = f"{OFFLINE} --attention-backend flashinfer"
@@ -187,13 +187,14 @@ class Session:
 
     def __init__(self, out: Path, port: int) -> None:
         self.out, self.port, self.lane, self.began = out, port, LANE in os.environ, time.monotonic()
-        self.env = dict(os.environ, PYTHONPATH=f"{Path.cwd()}:{Path.cwd()}/kernels:{SITE}", PYTHONUNBUFFERED="1")
-        self.env |= {"HF_HUB_OFFLINE": "1", "CUDA_HOME": "/usr/local/cuda", "MAX_JOBS": "16"}
-        self.env |= {"FLASHINFER_WORKSPACE_BASE": "/tmp/fi"}
+        self.env: dict[str, str] = {}
 
     def prepare(self, stages: list[str]) -> None:
-        """Unpack SGLang, and make the weights that the stages need."""
-        subprocess.run(["bash", "-c", ". .gpu/host.sh; site_up"], check=True)
+        """Unpack SGLang, take over the environment that its host.sh sets, and make the weights that the stages need."""
+        command = ["bash", "-c", ". .gpu/host.sh; site_up >&2; env -0"]
+        shell = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        self.env = dict(line.split("=", 1) for line in shell.split("\0") if line)
+        self.env["PYTHONPATH"] = f"{Path.cwd()}/kernels:{self.env['PYTHONPATH']}"
         if any(BIG in str(STAGES[name]) for name in stages) and not Path(BIG, "model.safetensors.index.json").exists():
             command = [sys.executable, "tests/gpu/random_model.py", ".gpu/shapes/llama-3.1-8b", BIG]
             subprocess.run(command, env=self.env, check=True)
@@ -292,9 +293,6 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=sorted(STAGES), metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--port", type=int, default=30000)
-    parser.add_argument(
-        "--lane", action="store_true", help="this is a lane: it is stopped while another session measures"
-    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     session = Session(args.out.resolve(), args.port)
