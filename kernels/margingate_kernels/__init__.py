@@ -10,16 +10,19 @@ from margingate_kernels.kv_column import (
     restore_reference,
     save_reference,
 )
+from margingate_kernels.prefill_attention import PrefillAttention, prefill_attention_reference
 from margingate_kernels.row_digest import row_digest, row_digest_reference
 from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top2_margin_reference
 
 __all__ = [
     "DecodeAttention",
     "KVColumns",
+    "PrefillAttention",
     "Top2",
     "Top2Workspace",
     "decode_attention_reference",
     "max_abs_change_reference",
+    "prefill_attention_reference",
     "restore_reference",
     "row_digest",
     "row_digest_reference",

@@ -1,11 +1,12 @@
-"""Attention of the canonical fast path on a GPU: a row's bits depend on that row's own context alone.
+"""Attention on a GPU whose bits depend on a row's own context alone: of the canonical fast path, and of every verify.
 
-Prefill: FlashInfer's Hopper kernels (fa3) over pages, one kernel with and without a prefix. Decode: our own kernel
-(:mod:`margingate_kernels.decode_attention`), which cuts a context into chunks by its own length, so that few rows over
-long contexts still fill the GPU. Where it does not fit the model, FlashInfer decodes with tensor cores and without a
-K/V split: the same promise, slow for long contexts.
+Prefill: :mod:`margingate_kernels.prefill_attention`, one kernel with and without a prefix, since FlashInfer's fa3 is not
+repeatable (see there). Decode: :mod:`margingate_kernels.decode_attention`, which cuts a context into chunks by its own
+length, so that few rows over long contexts still fill the GPU. Where they do not fit the model, FlashInfer prefills over
+pages with fa3 and decodes with tensor cores and without a K/V split: the same promise but for that race, and slow for
+long contexts.
 
-Both are only settings until path_probe.py has tried them end to end.
+Both are only settings until path_probe.py (and, for the verify, selftest.py) has tried them end to end.
 """
 
 from __future__ import annotations
@@ -15,27 +16,52 @@ from typing import Any
 import torch
 from margingate_kernels import DecodeAttention
 
+from sglang_margingate.serving.paged_prefill import PagedPrefill, prefill_works
+
 _decode: DecodeAttention | None = None
-"""The kernel of this process. Decode graphs and the verify graph share it: they run one after another."""
+"""The kernel of all of this process's graphs on the canonical fast path, the verify's too: they run one after another."""
+
+VERIFY = "margingate_verify_attention"
+"""Attribute of the verify graph's attention backend: its own kernel, where decode graphs are SGLang's."""
 
 
 def prepare(model_runner: Any, rows: int) -> str:
     """Make the decode kernel for batches of up to ``rows`` before graphs are captured; return what will decode."""
     global _decode
-    config, pool = model_runner.model_config, model_runner.token_to_kv_pool
-    heads, kv_heads, dim = config.num_attention_heads, config.get_num_kv_heads(1), config.head_dim
-    fits = (
-        DecodeAttention.supports(heads, kv_heads, dim)
-        and model_runner.server_args.tp_size == 1
-        and model_runner.sliding_window_size is None
+    _decode = _kernel(model_runner, rows)
+    return "flashinfer without K/V split" if _decode is None else "margingate"
+
+
+def prepare_verify(model_runner: Any, backend: Any, rows: int) -> bool:
+    """Let the verify graph's ``backend`` attend with the kernel, before it is captured; return whether it will."""
+    kernel = _decode or _kernel(model_runner, rows)
+    setattr(backend, VERIFY, kernel)
+    return kernel is not None
+
+
+def _kernel(model_runner: Any, rows: int) -> DecodeAttention | None:
+    """Return the decode kernel for this model, or None where it does not fit."""
+    shape = _shape(model_runner)
+    return None if shape is None else DecodeAttention(rows, *shape, model_runner.device)
+
+
+def _shape(model_runner: Any) -> tuple[int, int, int] | None:
+    """Return the model's query heads, K/V heads and their size, or None where our kernels do not fit it."""
+    config = model_runner.model_config
+    shape = config.num_attention_heads, config.get_num_kv_heads(1), config.head_dim
+    fits = DecodeAttention.supports(*shape) and model_runner.server_args.tp_size == 1 and _is_plain(model_runner)
+    return shape if fits else None
+
+
+def _is_plain(model_runner: Any) -> bool:
+    """Return whether all of a model's attention is causal softmax over the whole context, of 16-bit floats."""
+    pool = model_runner.token_to_kv_pool
+    return (
+        model_runner.sliding_window_size is None
         and pool.store_dtype == pool.dtype == model_runner.dtype
         and model_runner.dtype in (torch.bfloat16, torch.float16)
         and all(_plain(layer) for layer in _attention_layers(model_runner.model))
     )
-    if not fits:
-        return "flashinfer without K/V split"
-    _decode = DecodeAttention(rows, heads, kv_heads, dim, model_runner.device)
-    return "margingate"
 
 
 def _attention_layers(model: Any) -> list[Any]:
@@ -55,6 +81,7 @@ def _plain(layer: Any) -> bool:
         and layer.k_scale is None
         and layer.v_scale is None
         and layer.xai_temperature_len == -1
+        and getattr(layer.attn_type, "value", layer.attn_type) == "decoder"
     )
 
 
@@ -62,20 +89,32 @@ def _plain(layer: Any) -> bool:
 
 
 def set_up(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
-    """Choose FlashInfer's batch-invariant settings on a new attention backend."""
+    """Choose batch-invariant decode and prefill on a new attention backend of the canonical fast path."""
     backend.decode_use_tensor_cores = True
     backend.disable_cuda_graph_kv_split = True
-    if backend.skip_prefill or torch.cuda.get_device_capability()[0] != 9:
+    set_up_prefill(_result, backend, model_runner)
+    if backend.skip_prefill or backend.use_paged or torch.cuda.get_device_capability()[0] != 9:
         return
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-    # One paged kernel for all of a prefill: the ragged one merges two partial results when there is a prefix.
+    # One kernel for all of a prefill: SGLang's ragged way merges two partial results when there is a prefix.
     backend.use_paged = True
     backend.prefill_backend = "fa3"
     backend.prefill_wrappers_paged = [
         BatchPrefillWithPagedKVCacheWrapper(backend.workspace_buffer, "NHD", backend="fa3")
         for _ in backend.prefill_wrappers_paged
     ]
+
+
+def set_up_prefill(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    """Let a new attention backend prefill with our kernel, where it fits the model."""
+    shape = _shape(model_runner)
+    if backend.skip_prefill or backend.enable_mis or shape is None:
+        return
+    if not prefill_works(shape, model_runner.dtype, model_runner.device):
+        return  # SGLang prefills as it would
+    backend.use_paged = True
+    backend.prefill_wrappers_paged = [PagedPrefill(*shape, model_runner.device)]
 
 
 def decode(
@@ -92,7 +131,7 @@ def decode(
 
     FlashInfer's plan is made all the same: it fills the index buffers that the kernel reads.
     """
-    attend = _decode
+    attend = getattr(backend, VERIFY, None) or _decode
     if attend is None or not backend.forward_metadata.decode_wrappers[0].is_cuda_graph_enabled:
         return original(backend, q, k, v, layer, batch, save_kv_cache)
     pool = backend.token_to_kv_pool

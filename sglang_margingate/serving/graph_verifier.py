@@ -1,8 +1,9 @@
-"""The verify on a GPU: one CUDA graph of exactly M rows with attention wrappers and a logits buffer of its own.
+"""The verify on a GPU: one CUDA graph of exactly M rows with attention and a logits buffer of its own.
 
 FlashInfer's decode splits long contexts over thread blocks by a plan that looks at the whole batch; that is where the
-batch leaks in. With tensor cores and without the split a row's bits depend on the row alone at no cost measured
-(reference numbers in docs/benchmarks.md). cuBLAS is row-invariant at a fixed M. The start-up self-test checks both.
+batch leaks in. Our own kernel cuts a context by its own length (attention.py); where it does not fit the model,
+FlashInfer attends with tensor cores and without the split. cuBLAS is row-invariant at a fixed M. The start-up self-test
+checks both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sglang_margingate.serving.attention import prepare_verify
 from sglang_margingate.serving.verifier import EagerVerifier
 
 
@@ -22,19 +24,20 @@ class GraphVerifier(EagerVerifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.attention, self.runner = _capture(self.model_runner, self.rows)
+        self.attention, self.runner, self.planned = _capture(self.model_runner, self.rows)
 
     def _run(self, batch: Any) -> Any:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        # A plan for the next pass may overwrite the pinned buffer that the last one still copies from.
-        torch.cuda.current_stream().synchronize()
+        if self.planned:
+            # A plan for the next pass may overwrite the pinned buffer that the last one still copies from.
+            torch.cuda.current_stream().synchronize()
         with torch.no_grad(), forward_context(ForwardContext(attn_backend=self.attention)):
             return self.runner.execute(batch)
 
 
-def _capture(model_runner: Any, rows: int) -> tuple[Any, Any]:
-    """Return the verify graph's attention backend and runner."""
+def _capture(model_runner: Any, rows: int) -> tuple[Any, Any, bool]:
+    """Return the verify graph's attention backend, its runner, and whether FlashInfer plans each pass."""
     from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
     from sglang.srt.model_executor.runner import decode_cuda_graph_runner as module
 
@@ -42,8 +45,18 @@ def _capture(model_runner: Any, rows: int) -> tuple[Any, Any]:
     # fast_decode_plan without tensor cores ignores disable_split_kv, so both are needed.
     attention.decode_use_tensor_cores = True
     attention.disable_cuda_graph_kv_split = True
+    ours = prepare_verify(model_runner, attention, rows)
     with _one_size(module, rows), _own_logits(model_runner, rows):
-        return attention, module.DecodeCudaGraphRunner(model_runner, attn_backend=attention)
+        runner = module.DecodeCudaGraphRunner(model_runner, attn_backend=attention)
+    if ours:
+        # SGLang fills the index buffers that our kernel reads before it asks for FlashInfer's plan, which nobody reads.
+        for wrapper in attention.decode_cuda_graph_metadata[rows]:
+            wrapper.begin_forward = _no_plan
+    return attention, runner, not ours
+
+
+def _no_plan(*_args: Any, **_kwargs: Any) -> None:
+    """Stand in for a wrapper's ``begin_forward``."""
 
 
 @contextmanager

@@ -167,18 +167,31 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
     ),
 )  # fmt: skip
 
+VERIFY_GPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
+        "after", attention.set_up_prefill, (SCHEDULER,),
+        "FlashInfer's Hopper prefill is not repeatable, and canonical prompt columns must be",
+        "FlashInfer's fa3 epilogue waits for all of its warps",
+    ),
+)  # fmt: skip
+
+DECODE_GPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
+        "around", attention.decode, (SCHEDULER,),
+        "the verify graph, and decode graphs of the canonical fast path, attend with a kernel that cuts a context by its "
+        "own length",
+        "FlashInfer has a fixed K/V chunk that is safe in CUDA graphs",
+    ),
+)  # fmt: skip
+
 FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
         "after", attention.set_up, (SCHEDULER,),
-        "FlashInfer's batch-invariant settings: tensor-core decode without K/V split, paged fa3 prefill",
+        "batch-invariant attention: our prefill, FlashInfer's tensor-core decode without K/V split where ours does not fit",
         "SGLang has a flag for each, outside its deterministic mode",
-    ),
-    Hook(
-        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
-        "around", attention.decode, (SCHEDULER,),
-        "decode graphs attend with a kernel that cuts a context by its own length",
-        "FlashInfer has a fixed K/V chunk that is safe in CUDA graphs",
     ),
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend",
@@ -233,11 +246,15 @@ def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
     hooks = list(REQUEST_HOOKS)
     if config.policy is not Policy.OFF:
         hooks += GATE_HOOKS
-    if config.fast_path is FastPathMode.CANONICAL:
+    canonical = config.fast_path is FastPathMode.CANONICAL
+    if canonical:
         hooks += FAST_PATH_HOOKS
-        hooks += () if cpu.is_cpu_host() else FAST_PATH_GPU_HOOKS
     if cpu.is_cpu_host():
         hooks += CPU_HOOKS
+    else:
+        verifies = config.policy.verifies
+        hooks += FAST_PATH_GPU_HOOKS if canonical else VERIFY_GPU_HOOKS if verifies else ()
+        hooks += DECODE_GPU_HOOKS if canonical or verifies else ()
     return [h for h in hooks if process_role in h.roles]
 
 

@@ -9,8 +9,10 @@ sees the recomputed earlier columns, exactly as if they had been decoded one by 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -141,16 +143,22 @@ class EagerVerifier:
 
     def forward(self, pool_indices: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         """Run one pass of at most M rows; return their logits, [len(rows), V] float32."""
-        n = len(tokens)
-        pad = self.rows - n
+        return self._pass(self._padded(list(zip(pool_indices, positions, tokens))), len(tokens))
+
+    def _padded(self, rows: list[tuple[int, int, int]]) -> Any:
+        """Return the batch of one pass: (request, position, token) rows and as much padding as M needs."""
+        pad = self.rows - len(rows)
         if pad < 0:
-            raise ValueError(f"{n} rows do not fit a pass of {self.rows}")
-        batch = self.forward_batch(pool_indices + [0] * pad, positions + [0] * pad, tokens + [0] * pad, n)
-        output = self._run(batch)
+            raise ValueError(f"{len(rows)} rows do not fit a pass of {self.rows}")
+        pools, positions, tokens = map(list, zip(*rows))
+        return self.forward_batch(pools + [0] * pad, positions + [0] * pad, tokens + [0] * pad, len(rows))
+
+    def _pass(self, batch: Any, rows: int) -> torch.Tensor:
+        logits: torch.Tensor = self._run(batch).next_token_logits
         self.counters.passes += 1
-        self.counters.rows += n
-        self.counters.padded_rows += pad
-        return output.next_token_logits[:n]
+        self.counters.rows += rows
+        self.counters.padded_rows += self.rows - rows
+        return logits[:rows]
 
     def forward_batch(self, pool_indices: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
         """Return SGLang's ``ForwardBatch`` of a decode of these rows; those from ``real`` on are padding."""
@@ -194,34 +202,41 @@ class EagerVerifier:
     def verify(self, jobs: list[VerifyJob]) -> VerifyResult:
         """Run all jobs' rows, oldest first, in as few passes of M rows as they need."""
         start = time.perf_counter()
-        newest = self._slots_of([(j.pool_index, j.rows[-1][0]) for j in jobs])
-        before = self.kv.ends.staging(len(newest))
-        self.kv.ends.save(newest, before)
-        kept = [(j.pool_index, position) for j in jobs if j.shadow for position, _ in j.rows]
+        flat = [(job.pool_index, position, token) for job in jobs for position, token in job.rows]
+        ends = list(accumulate(len(job.rows) for job in jobs))  # a job's newest row is the one before its end
+        kept = [(job.pool_index, position) for job in jobs if job.shadow for position, _ in job.rows]
         if kept:
             kept_slots = self._slots_of(kept)
             staging = self.kv.columns.staging(len(kept_slots))
             self.kv.columns.save(kept_slots, staging)
-        flat = [
-            (j.pool_index, p, t, i, k == len(j.rows) - 1) for i, j in enumerate(jobs) for k, (p, t) in enumerate(j.rows)
-        ]
+        before = self.kv.ends.staging(len(jobs))
+        newest: list[torch.Tensor] = []
         answers: torch.Tensor | None = None
-        passes = 0
+        done = passes = 0
         for at in range(0, len(flat), self.rows):
             part = flat[at : at + self.rows]
-            logits = self.forward([r[0] for r in part], [r[1] for r in part], [r[2] for r in part])
+            batch = self._padded(part)
+            first, done = done, bisect_right(ends, at + len(part))
+            index = self._index([end - 1 - at for end in ends[first:done]])
+            # A pass writes the newest columns of these jobs and of no others.
+            newest.append(batch.out_cache_loc[index])
+            self.kv.ends.save(newest[-1], before[:, :, first:done])
+            logits = self._pass(batch, len(part))
             passes += 1
             if answers is None:
                 answers = logits.new_empty(len(jobs), logits.shape[1])
-            newest_rows = [(row[3], k) for k, row in enumerate(part) if row[4]]
-            if newest_rows:
-                # A copy: the next pass may overwrite the logits buffer.
-                into, source = torch.tensor(newest_rows, dtype=torch.int64).to(logits.device).unbind(1)
-                answers[into] = logits[source]
-        first, last = self.kv.ends.max_abs_change(newest, before).tolist()
+            answers[first:done] = logits[index]  # a copy: the next pass may overwrite the logits buffer
+        first_layer, last_layer = self.kv.ends.max_abs_change(torch.cat(newest), before).tolist()
         if kept:
             self.kv.columns.restore(kept_slots, staging)
         assert answers is not None
         seconds = time.perf_counter() - start
         self.counters.seconds += seconds
-        return VerifyResult(answers, [KvDelta(*d) for d in zip(first, last)], seconds, passes, len(flat))
+        deltas = [KvDelta(*pair) for pair in zip(first_layer, last_layer)]
+        return VerifyResult(answers, deltas, seconds, passes, len(flat))
+
+    def _index(self, rows: list[int]) -> torch.Tensor | slice:
+        """Return what picks ``rows`` of a pass; a slice, which costs no copy, where they are its first."""
+        if rows == list(range(len(rows))):
+            return slice(len(rows))
+        return torch.tensor(rows, dtype=torch.int64).to(self.model_runner.device)

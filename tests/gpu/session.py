@@ -84,6 +84,7 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "kernel-tests": Stage(untimed=("python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py",)),
+    "repeat": Stage(untimed=("python3 tests/gpu/repeat_kernels.py --seconds 3 --json {out}/repeat.json",)),
     "stock": Stage(
         STOCK,
         f"{ALL_8B} --disable-radix-cache",

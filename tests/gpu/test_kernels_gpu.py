@@ -17,10 +17,12 @@ import torch
 from margingate_kernels import (
     DecodeAttention,
     KVColumns,
+    PrefillAttention,
     Top2,
     Top2Workspace,
     decode_attention_reference,
     max_abs_change_reference,
+    prefill_attention_reference,
     restore_reference,
     row_digest,
     row_digest_reference,
@@ -505,3 +507,110 @@ def test_decode_attention_graph_capture():
         q.copy_(q2), indptr.copy_(indptr2), indices[: len(indices2)].copy_(indices2)
         graph.replay()
         assert torch.equal(out, want)
+
+
+# ---- prefill_attention -----------------------------------------------------------------------------------------------
+
+# Cached columns and new tokens of each request.
+PROMPTS = (
+    [(0, 1), (0, 40), (17, 5), (3, 70), (64, 1)]
+    if INTERPRETED
+    else [(0, 1), (0, 425), (63, 1), (64, 64), (0, 900), (700, 3), (5, 620), (8000, 1), (3000, 2000)]
+)
+
+
+@pytest.fixture
+def prefill_module(monkeypatch):
+    """In the interpreter tiles and blocks are small, so that short prompts still have several, and products are exact in
+    what they promise here: NumPy's BLAS rounds a row by its place in the matrix, tensor cores do not.
+    """
+    module = importlib.import_module("margingate_kernels.prefill_attention")
+    if INTERPRETED:
+        numpy = importlib.import_module("numpy")
+        monkeypatch.setattr(
+            numpy, "matmul", lambda a, b, dtype: numpy.einsum("ij,jk->ik", a.astype(dtype), b.astype(dtype))
+        )
+        for name, value in (("ROWS", 32), ("BLOCK", 16), ("PLAN", 2)):
+            monkeypatch.setattr(module, name, value)
+    return module
+
+
+class Prompts:
+    """A pool of K/V and whole prompts in it, of which any part may be asked for."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype = ATTENTION_DTYPES[0]) -> None:
+        q_heads, kv_heads, dim = shape
+        lengths = [cached + new for cached, new in PROMPTS]
+        slots = sum(lengths) + 7
+        self.q = list(normal(sum(lengths), q_heads, dim, seed=1, dtype=dtype).split(lengths))
+        self.k, self.v = (normal(slots, kv_heads, dim, seed=seed, dtype=dtype) for seed in (2, 3))
+        self.slots = list(
+            torch.randperm(slots, generator=generator(7), device=DEVICE).int()[: sum(lengths)].split(lengths)
+        )
+        self.scale = dim**-0.5
+
+    def arguments(self, parts: list[tuple[int, int, int]]) -> tuple:
+        """Return the arguments for positions [first, last) of prompts; SGLang's indices are longer than needed."""
+        new = torch.tensor([0, *(last - first for _, first, last in parts)], device=DEVICE).cumsum(0).int()
+        columns = torch.tensor([0, *(last for *_, last in parts)], device=DEVICE).cumsum(0).int()
+        q = torch.cat([self.q[r][first:last] for r, first, last in parts])
+        indices = torch.cat([*(self.slots[r][:last] for r, _, last in parts), self.slots[0].new_zeros(5)])
+        return q, self.k, self.v, new, columns, indices, self.scale
+
+
+def prefilled(attend: PrefillAttention, q, k, v, queries, columns, indices, scale) -> torch.Tensor:
+    attend.plan(queries, columns, len(indices))
+    return attend(q, k, v, indices, scale)
+
+
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+def test_prefill_attention(shape, dtype, prefill_module):
+    arguments = Prompts(shape, dtype).arguments([(r, c, c + n) for r, (c, n) in enumerate(PROMPTS)])
+    got = prefilled(PrefillAttention(*shape, DEVICE), *arguments)
+    # Weights are rounded to the values' dtype before the product, as in any flash attention.
+    torch.testing.assert_close(got, prefill_attention_reference(*arguments), rtol=2e-2, atol=6e-3)
+
+
+def test_prefill_attention_does_not_depend_on_companions_chunks_or_cache(prefill_module, monkeypatch):
+    shape = ATTENTION_SHAPES[0]
+    to, attend = Prompts(shape), PrefillAttention(*shape, DEVICE)
+    lengths = [cached + new for cached, new in PROMPTS]
+    alone = [prefilled(attend, *to.arguments([(r, 0, n)])) for r, n in enumerate(lengths)]
+    for seed in range(2 if INTERPRETED else 20):
+        draw = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(lengths), generator=draw).tolist()[: 2 + seed]
+        cuts = [sorted(torch.randint(0, lengths[r] + 1, (2,), generator=draw).tolist()) for r in order]
+        parts = [(r, a, b) if a < b else (r, 0, lengths[r]) for r, (a, b) in zip(order, cuts)]
+        got = prefilled(attend, *to.arguments(parts)).split([b - a for _, a, b in parts])
+        for (r, a, b), rows in zip(parts, got):
+            assert torch.equal(rows, alone[r][a:b]), f"positions {a} to {b} of prompt {r} among {len(parts)}"
+    # Could this fail? Blocks of another size are another order of summation, and show.
+    monkeypatch.setattr(prefill_module, "BLOCK", prefill_module.BLOCK * 2)
+    assert not all(torch.equal(prefilled(attend, *to.arguments([(r, 0, n)])), alone[r]) for r, n in enumerate(lengths))
+
+
+def test_prefill_attention_of_a_slice(prefill_module):
+    shape = ATTENTION_SHAPES[0]
+    q, *rest = Prompts(shape).arguments([(1, 0, 40), (3, 2, 9)])
+    wide = torch.cat([q.flatten(1), q.flatten(1)], dim=1)[:, : q[0].numel()].view(q.shape)
+    assert not wide.is_contiguous()
+    attend = PrefillAttention(*shape, DEVICE)
+    assert torch.equal(prefilled(attend, wide, *rest), prefilled(attend, q, *rest))
+
+
+def test_prefill_attention_bad_input():
+    shape = ATTENTION_SHAPES[0]
+    attend = PrefillAttention(*shape, DEVICE)
+    q, k, v, queries, columns, indices, scale = Prompts(shape).arguments([(1, 0, 40), (3, 2, 9)])
+    for bad, message in (
+        ((q.float(), k, v, queries, columns, indices), "q must be"),
+        ((q, k[:, :1], v, queries, columns, indices), "k must be"),
+        ((q, k, v, queries.long(), columns, indices), "queries must be"),
+        ((q, k, v, queries, columns[:2], indices), "columns must be"),
+        ((q, k, v, queries, columns, indices.repeat(2)[::2]), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prefilled(attend, *bad, scale)
+    with pytest.raises(ValueError, match="not supported"):
+        PrefillAttention(4, 4, 80, DEVICE)

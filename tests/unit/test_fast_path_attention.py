@@ -117,7 +117,7 @@ def layer(**changes: Any) -> Any:
     plain = {
         "head_dim": DIM, "v_head_dim": DIM, "logit_cap": 0.0, "sliding_window_size": -1, "is_cross_attention": False,
         "k_scale": None, "v_scale": None, "xai_temperature_len": -1, "pos_encoding_mode": "NONE", "tp_q_head_num": HEADS, "layer_id": 0,
-        "scaling": DIM**-0.5, **changes,
+        "scaling": DIM**-0.5, "attn_type": SimpleNamespace(value="decoder"), **changes,
     }  # fmt: skip
     return SimpleNamespace(**plain)
 
@@ -145,8 +145,9 @@ def test_models_that_the_kernel_does_not_fit_decode_with_flashinfer(layers: list
 
 
 @pytest.mark.parametrize(
-    "changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}, {"pos_encoding_mode": "ALIBI"}]
-)
+    "changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}, {"pos_encoding_mode": "ALIBI"},
+     {"attn_type": SimpleNamespace(value="encoder_only")}],
+)  # fmt: skip
 def test_so_do_models_with_one_odd_layer(layers: list[Any], changes: dict[str, Any]) -> None:
     layers.append(layer(**changes))
     assert attention.prepare(model_runner(), 8) == "flashinfer without K/V split"
@@ -178,3 +179,24 @@ def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
     backend.forward_metadata.decode_wrappers[0].is_cuda_graph_enabled = False
     with pytest.raises(AssertionError, match="FlashInfer was asked"):
         attention.decode(original, backend, q, None, None, layers[0], None)
+
+
+def test_on_the_stock_fast_path_only_the_verify_attends_with_our_kernel(layers: list[Any]) -> None:
+    graph = [SimpleNamespace(is_cuda_graph_enabled=True)]
+    metadata = SimpleNamespace(decode_wrappers=graph)
+    served, verify = SimpleNamespace(forward_metadata=metadata), SimpleNamespace(forward_metadata=metadata)
+    assert attention.prepare_verify(model_runner(), verify, 8)
+    assert attention._decode is None
+    assert attention.decode(lambda *_: "SGLang's", served, None, None, None, layers[0], None) == "SGLang's"
+    with pytest.raises(AttributeError):  # ours: it asks the backend for its pool
+        attention.decode(lambda *_: "SGLang's", verify, None, None, None, layers[0], None)
+    layers.append(layer(logit_cap=30.0))
+    assert not attention.prepare_verify(model_runner(), verify, 8)
+    assert attention.decode(lambda *_: "SGLang's", verify, None, None, None, layers[0], None) == "SGLang's"
+
+
+def test_on_the_canonical_fast_path_the_verify_shares_the_decode_graphs_kernel(layers: list[Any]) -> None:
+    attention.prepare(model_runner(), 8)
+    verify = SimpleNamespace()
+    assert attention.prepare_verify(model_runner(), verify, 8)
+    assert getattr(verify, attention.VERIFY) is attention._decode

@@ -29,7 +29,7 @@ def python_with_triton() -> str:
     return PYTHON
 
 
-@pytest.mark.parametrize("kernel", ["top2", "kv_column", "digest", "decode_attention"])
+@pytest.mark.parametrize("kernel", ["top2", "kv_column", "digest", "decode_attention", "prefill_attention"])
 def test_kernel_in_the_interpreter(kernel, python_with_triton):
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), env.get("PYTHONPATH")]))

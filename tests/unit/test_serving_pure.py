@@ -131,8 +131,9 @@ def test_every_hook_says_why_and_until_when() -> None:
         *hooks.CPU_HOOKS,
         *hooks.FAST_PATH_HOOKS,
         *hooks.FAST_PATH_GPU_HOOKS,
+        *hooks.DECODE_GPU_HOOKS,
     )
-    assert all(h.why and h.until and h.roles for h in every)
+    assert all(h.why and h.until and h.roles for h in (*every, *hooks.VERIFY_GPU_HOOKS))
     assert len({h.target for h in every}) == len(every)
 
 

@@ -1,0 +1,189 @@
+"""Causal prefill attention over paged K/V in which a token's bits depend on its own context alone.
+
+Whatever shares the forward, however a prompt is cut into chunks and however much of it was cached: a token's context is
+read from its first column in blocks of one size, and nothing else enters. No plan on the host, so no wait for the GPU.
+
+It exists because FlashInfer's Hopper prefill (fa3, to 0.6.15 at least) is not repeatable: docs/fast-path.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from margingate_kernels._backend import on_device, use_triton
+
+ROWS = 128
+"""Rows of a tile: tokens times the query heads of a K/V head (rounded up to a power of 2)."""
+
+BLOCK = 32
+"""Columns of K/V that a program reads at once."""
+
+WARPS, STAGES, FEW_STAGES = 4, 5, 3
+STAGES_BYTES = 160 * 1024
+"""Shared memory of a multiprocessor from which on there are ``STAGES`` loads in flight, for heads of up to 128; else ``FEW_STAGES``."""
+
+PLAN = 128
+"""Tiles that the plan writes at once."""
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class PrefillAttention:
+    """Attention of the new tokens of several requests over their paged contexts, grouped-query, causal.
+
+    First :meth:`plan` with the batch's requests, then one call for every layer.
+
+    Parameters
+    ----------
+    q_heads, kv_heads, head_dim
+        Shape of the model's attention; see :meth:`supports`.
+    device
+        Where everything lives.
+
+    Raises
+    ------
+    ValueError
+        The shape is not supported.
+    """
+
+    def __init__(self, q_heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+        if not self.supports(q_heads, kv_heads, head_dim):
+            raise ValueError(f"{q_heads} / {kv_heads} heads of {head_dim}: not supported")
+        self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, head_dim
+        self.device = torch.device(device)
+        self._count = torch.zeros(1, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(0, 4, dtype=torch.int32, device=device)
+        self._queries = self._columns = torch.zeros(1, dtype=torch.int32, device=device)
+        shared = 0
+        if self.device.type == "cuda":
+            shared = torch.cuda.get_device_properties(self.device).shared_memory_per_multiprocessor
+        self._stages = STAGES if shared >= STAGES_BYTES and head_dim <= 128 else FEW_STAGES
+
+    @staticmethod
+    def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
+        """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
+        fits = head_dim in (16, 32, 64, 128, 256)
+        return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= 64
+
+    def plan(self, queries: torch.Tensor, columns: torch.Tensor, most_tokens: int) -> None:
+        """Cut the requests of the next calls into tiles.
+
+        Parameters
+        ----------
+        queries
+            int32 [requests + 1]: request r's new tokens are rows ``queries[r]`` to ``queries[r + 1]`` of ``q``.
+        columns
+            int32 [requests + 1]: its context, the new tokens last, lies in ``indices[columns[r]:columns[r + 1]]``. Values
+            are not checked: that needs a sync.
+        most_tokens
+            At least ``queries[-1]``; more costs a little memory.
+
+        Raises
+        ------
+        ValueError
+            A shape, dtype or device is wrong.
+        """
+        for name, ends in (("queries", queries), ("columns", columns)):
+            if ends.dim() != 1 or ends.shape != queries.shape or len(ends) < 2 or ends.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32 [requests + 1], got {ends.dtype} {tuple(ends.shape)}")
+            if not ends.is_contiguous() or ends.device != self._count.device:
+                raise ValueError(f"{name} must be contiguous and on {self._count.device}, got {ends.device}")
+        self._queries, self._columns = queries, columns
+        if not use_triton(queries):
+            return
+        from margingate_kernels._triton_prefill_attention import plan_kernel
+
+        requests, tokens = len(queries) - 1, self._tile_tokens()
+        self._tiles = torch.empty(most_tokens // tokens + requests, 4, dtype=torch.int32, device=queries.device)
+        with on_device(queries):
+            plan_kernel[(requests,)](
+                queries, columns, self._tiles, self._count, requests,
+                TOKENS=tokens, REQUESTS=_power_of_2(requests), WIDE=PLAN, num_warps=1,
+            )  # fmt: skip
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Return the attention's output: of ``q``'s shape, contiguous.
+
+        Parameters
+        ----------
+        q
+            [tokens, q_heads, head_dim], bfloat16 or float16, each token contiguous; as many tokens as were planned.
+        k, v
+            The pool: [slots, kv_heads, head_dim] of the same dtype, contiguous. Finite in every slot of a context.
+        indices
+            int32: slots in the order of their positions.
+        scale
+            Of the logits, above 0; mostly 1 / sqrt(head_dim).
+
+        Raises
+        ------
+        ValueError
+            A shape, dtype or device is wrong.
+        """
+        self._check(q, k, v, indices)
+        if not use_triton(q):
+            return prefill_attention_reference(q, k, v, self._queries, self._columns, indices, scale)
+        from margingate_kernels._triton_prefill_attention import prefill_kernel
+
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        group = self.q_heads // self.kv_heads
+        tiles = min(len(self._tiles), len(q) // self._tile_tokens() + len(self._queries) - 1)
+        with on_device(q):
+            prefill_kernel[(tiles * self.kv_heads,)](
+                q, k, v, indices, self._tiles, self._count, out, scale * math.log2(math.e), q.stride(0),
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=_power_of_2(group), ROWS=ROWS, DIM=self.head_dim,
+                BLOCK=BLOCK, STAGES=self._stages, num_warps=WARPS,
+            )  # fmt: skip
+        return out
+
+    def _tile_tokens(self) -> int:
+        return ROWS // _power_of_2(self.q_heads // self.kv_heads)
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> None:
+        if q.dim() != 3 or q.shape[1:] != (self.q_heads, self.head_dim) or q.dtype not in _DTYPES or not len(q):
+            raise ValueError(
+                f"q must be bfloat16 or float16 [tokens, {self.q_heads}, {self.head_dim}], got {q.dtype} {tuple(q.shape)}"
+            )
+        for name, pool in (("k", k), ("v", v)):
+            if pool.shape != (len(k), self.kv_heads, self.head_dim) or pool.dtype != q.dtype:
+                raise ValueError(
+                    f"{name} must be {q.dtype} [slots, {self.kv_heads}, {self.head_dim}], got {pool.dtype} {tuple(pool.shape)}"
+                )
+        if indices.dim() != 1 or indices.dtype != torch.int32:
+            raise ValueError(f"indices must be int32 of one dimension, got {indices.dtype} {tuple(indices.shape)}")
+        tensors = (q, k, v, indices)
+        dense = q[0].is_contiguous() and all(t.is_contiguous() for t in tensors[1:])
+        if not dense or {t.device for t in tensors} != {self._count.device}:
+            raise ValueError(f"each token of q, and k, v and indices must be contiguous, all on {self._count.device}")
+
+
+def prefill_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    columns: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Compute the same in float32 with plain PyTorch."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    pairs = zip(itertools.pairwise(queries.tolist()), itertools.pairwise(columns.tolist()))
+    for (first, last), (begin, end) in pairs:
+        slots = indices[begin:end].long()
+        keys, values = (pool[slots].float().repeat_interleave(group, dim=1) for pool in (k, v))
+        logits = torch.einsum("qhd,thd->hqt", q[first:last].float(), keys).mul_(scale)
+        position = torch.arange(end - begin - (last - first), end - begin, device=q.device)
+        logits.masked_fill_(torch.arange(end - begin, device=q.device)[None] > position[:, None], float("-inf"))
+        out[first:last] = torch.einsum("hqt,thd->qhd", logits.softmax(dim=-1), values).to(q.dtype)
+    return out
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
