@@ -7,6 +7,7 @@ One server with the gate runs the same prompts four times: alone and in a batch,
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dashboard-port", type=int, default=8501)
     parser.add_argument("--trace-dir", type=Path, default=Path("traces"))
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the server is stopped
     console = Console()
     flags = [*GATE_ALONE, "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
              "--margingate-trace-dir", str(args.trace_dir), "--enable-metrics"]  # fmt: skip

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sglang_margingate.bench.client import ServerError
@@ -70,3 +73,28 @@ def test_more_verify_rows_than_the_pool_holds_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ServerError), serve(flags, log=log):
         pass
     assert "--margingate-verify-rows" in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_stopped_takes_its_server_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    """Its server runs in a session of its own, which the signal does not reach."""
+    command = [sys.executable, "-m", "sglang_margingate.demo.show", "--trace-dir", str(tmp_path / "traces"), "--once"]
+    demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children: list[psutil.Process] = []
+    try:
+        started = psutil.Process(demo.pid)
+        deadline = time.monotonic() + 120
+        while not (children := started.children(recursive=True)) or not any(
+            (tmp_path / "traces").glob("*/manifest.json")
+        ):
+            assert time.monotonic() < deadline
+            assert demo.poll() is None, demo.stdout and demo.stdout.read()
+            time.sleep(0.2)
+        demo.send_signal(number)
+        assert demo.wait(60) == 0
+        gone, alive = psutil.wait_procs(children, timeout=10)
+        assert gone
+        assert not alive
+    finally:
+        for process in (demo, *(child for child in children if child.is_running())):
+            process.kill()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
+from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig, Policy, Radix
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,6 +135,30 @@ def test_every_hook_says_why_and_until_when() -> None:
     )
     assert all(h.why and h.until and h.roles for h in (*every, *hooks.VERIFY_GPU_HOOKS))
     assert len({h.target for h in every}) == len(every)
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("policy", "fast_path", "names"),
+    [
+        ("gate", "canonical", ["FAST_PATH_GPU_HOOKS", "DECODE_GPU_HOOKS"]),
+        ("gate", "stock", ["VERIFY_GPU_HOOKS", "DECODE_GPU_HOOKS"]),
+        ("always", "stock", ["VERIFY_GPU_HOOKS", "DECODE_GPU_HOOKS"]),
+        ("log", "stock", []),
+        ("off", "stock", []),
+    ],
+)
+def test_attention_on_a_gpu_is_touched_where_something_is_promised(
+    monkeypatch: pytest.MonkeyPatch, policy: str, fast_path: str, names: list[str]
+) -> None:
+    from sglang_margingate.serving import hooks
+
+    monkeypatch.setattr(hooks.cpu, "is_cpu_host", lambda: False)
+    config = MarginGateConfig(policy=Policy(policy), fast_path=FastPathMode(fast_path))
+    touched = [h for h in hooks.wanted(config, hooks.SCHEDULER) if ".attention." in h.target]
+    expected = [h for name in names for h in getattr(hooks, name) if ".attention." in h.target]
+    assert touched == expected
+    assert len({h.target for h in touched}) == len(touched), "two hooks on one place"
 
 
 @needs_sglang
