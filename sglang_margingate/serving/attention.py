@@ -11,12 +11,15 @@ Both are only settings until path_probe.py (and, for the verify, selftest.py) ha
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from margingate_kernels import DecodeAttention
 
 from sglang_margingate.serving.paged_prefill import PagedPrefill, prefill_works
+
+log = logging.getLogger(__name__)
 
 _decode: DecodeAttention | None = None
 """The kernel of all of this process's graphs on the canonical fast path, the verify's too: they run one after another."""
@@ -108,11 +111,16 @@ def set_up(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) ->
 
 def set_up_prefill(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     """Let a new attention backend prefill with our kernel, where it fits the model."""
-    shape = _shape(model_runner)
-    if backend.skip_prefill or backend.enable_mis or shape is None:
+    if backend.skip_prefill:
         return
-    if not prefill_works(shape, model_runner.dtype, model_runner.device):
-        return  # SGLang prefills as it would
+    shape = None if backend.enable_mis else _shape(model_runner)
+    if shape is None or not prefill_works(shape, model_runner.dtype, model_runner.device):
+        if torch.cuda.get_device_capability()[0] == 9:
+            log.warning(
+                "margingate: FlashInfer's fa3 prefills this model. It is not repeatable: about one attention tile in 20 million "
+                "comes out wrong where the GPU is shared (docs/fast-path.md), which no verify sees"
+            )
+        return
     backend.use_paged = True
     backend.prefill_wrappers_paged = [PagedPrefill(*shape, model_runner.device)]
 

@@ -13,7 +13,11 @@ results differed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -174,15 +178,36 @@ def keep_busy() -> None:
         torch.cuda.synchronize()
 
 
+def repair_flashinfer(folder: Path) -> None:
+    """Use a copy of FlashInfer whose Hopper epilogue waits for all of its warps (docs/fast-path.md); compiles for minutes."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or spec.origin is None:
+        raise ImportError("flashinfer is not installed")
+    shutil.copytree(Path(spec.origin).parent, folder / "flashinfer", dirs_exist_ok=True)
+    header = folder / "flashinfer/data/include/flashinfer/attention/hopper/epilogue.cuh"
+    arrive = r" *cutlass::arch::NamedBarrier::arrive\(NUM_MMA_THREADS,\s*cutlass::arch::ReservedNamedBarriers::EpilogueBarrier\);\n"
+    text, found = re.subn(arrive, "", header.read_text())
+    if found != 1:
+        raise ValueError(
+            f"{header}: the barrier was arrived at {found} times, not once: another version of FlashInfer?"
+        )
+    header.write_text(text)
+    sys.path.insert(0, str(folder))
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(folder)  # compiled kernels of its own
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each kernel in each way")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--repair", type=Path, metavar="FOLDER", help="try FlashInfer repaired, in a copy there")
     parser.add_argument("--busy", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.busy:
         keep_busy()
+    if args.repair:
+        repair_flashinfer(args.repair)
     torch.manual_seed(0)
     k, v = draw(SLOTS, KV_HEADS, DIM), draw(SLOTS, KV_HEADS, DIM)
     side, (load, _kept) = torch.cuda.Stream(), busy()

@@ -72,7 +72,9 @@ def test_what_it_is_not_is_refused(prefill: PagedPrefill, odd: dict[str, Any], s
 
 @pytest.mark.parametrize(("fits", "mis"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("hopper", [True, False])
-def test_who_prefills(monkeypatch: pytest.MonkeyPatch, fits: bool, mis: bool, hopper: bool) -> None:
+def test_who_prefills(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fits: bool, mis: bool, hopper: bool
+) -> None:
     module = ModuleType("flashinfer")
     module.BatchPrefillWithPagedKVCacheWrapper = lambda *_, **how: how["backend"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", module)
@@ -91,6 +93,7 @@ def test_who_prefills(monkeypatch: pytest.MonkeyPatch, fits: bool, mis: bool, ho
 
     assert prefills_with(attention.set_up_prefill) == ("ours" if ours else "SGLang's")
     assert prefills_with(attention.set_up) == ("ours" if ours else "fa3" if hopper else "SGLang's")
+    assert ("not repeatable" in caplog.text) is (hopper and not ours)
 
 
 @pytest.mark.parametrize("how", ["right", "wrong", "broken"])
@@ -110,6 +113,7 @@ def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
     assert prefill_works((HEADS, KV_HEADS, DIM), torch.bfloat16, "cpu") is (how == "right")
     assert ("does not work here" in caplog.text) is (how != "right")
     monkeypatch.setattr(attention, "_shape", lambda _runner: (HEADS, KV_HEADS, DIM))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     backend = SimpleNamespace(
         skip_prefill=False, enable_mis=False, use_paged=False, prefill_wrappers_paged=["SGLang's"]
     )
