@@ -86,23 +86,11 @@ TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, most chunk
 CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS_PER_SM", "CHUNK", "MOST_CHUNKS", "WIDE")
 
 
-def tune() -> None:
-    """Print the time of every shape under many launch constants, microseconds."""
-    data = {shape: sets_of(*shape) for shape in SHAPES}
-    print(*CONSTANTS, *(f"{r}x{c}" for r, c in data), flush=True)
-    for values in TRIALS:
-        for name, value in zip(CONSTANTS, values):
-            setattr(decode_attention, name, value)
-        try:
-            attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
-            times = []
-            for xs in data.values():
-                attend.plan(xs[0].indptr)
-                times.append(common.time_calls([functools.partial(ours, attend, x) for x in xs], replays=8).median)
-        except Exception as error:  # too much shared memory
-            print(*values, str(error).splitlines()[0][:100], flush=True)
-            continue
-        print(*values, *(f"{t:.1f}" for t in times), flush=True)
+def planned(xs: list[Inputs]) -> list[functools.partial[torch.Tensor]]:
+    """Return calls of a kernel made and planned for these inputs."""
+    attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
+    attend.plan(xs[0].indptr)
+    return [functools.partial(ours, attend, x) for x in xs]
 
 
 def main() -> None:
@@ -113,7 +101,8 @@ def main() -> None:
     env, copy = common.start()
     torch.manual_seed(0)
     if args.tune:
-        tune()
+        data = {f"{rows}x{context}": sets_of(rows, context) for rows, context in SHAPES}
+        common.tune(decode_attention, CONSTANTS, TRIALS, {name: lambda xs=xs: planned(xs) for name, xs in data.items()})
         return
     attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
     rows: list[dict[str, object]] = []

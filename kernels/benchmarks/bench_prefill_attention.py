@@ -88,20 +88,6 @@ TRIALS = [  # rows, block, warps, stages
 """Launch constants that --tune tries."""
 
 
-def tune(data: dict[str, Inputs]) -> None:
-    """Print the time of every batch under many launch constants, microseconds."""
-    print("ROWS BLOCK WARPS STAGES", *(name.replace(" ", "_") for name in data), flush=True)
-    for values in TRIALS:
-        for name, value in zip(("ROWS", "BLOCK", "WARPS", "STAGES"), values):
-            setattr(prefill_attention, name, value)
-        try:
-            times = [common.time_calls([ours(x)], rounds=4, replays=12).median for x in data.values()]
-        except Exception as error:  # too much shared memory
-            print(*values, str(error).splitlines()[0][:100], flush=True)
-            continue
-        print(*values, *(f"{t:.1f}" for t in times), flush=True)
-
-
 def main() -> None:
     """Run the benchmark."""
     arguments = common.parser(__doc__)
@@ -111,7 +97,8 @@ def main() -> None:
     torch.manual_seed(0)
     data = {name: Inputs.of(requests) for name, requests in BATCHES.items()}
     if args.tune:
-        tune(data)
+        calls = {name.replace(" ", "_"): lambda x=x: [ours(x)] for name, x in data.items()}
+        common.tune(prefill_attention, ("ROWS", "BLOCK", "WARPS", "STAGES"), TRIALS, calls)
         return
     rows: list[dict[str, object]] = []
     for name, x in data.items():

@@ -128,6 +128,22 @@ def start() -> tuple[dict[str, str], float]:
     return env, copy
 
 
+def tune(
+    module: object, names: Sequence[str], trials: Sequence[Sequence[int]], data: dict[str, Callable[[], Sequence[Call]]]
+) -> None:
+    """Print the time in microseconds of each named set of calls, made anew under each trial of a module's constants."""
+    print(*names, *data, flush=True)
+    for values in trials:
+        for name, value in zip(names, values):
+            setattr(module, name, value)
+        try:
+            times = [time_calls(calls(), replays=10).median for calls in data.values()]
+        except Exception as error:  # too much shared memory
+            print(*values, str(error).splitlines()[0][:100], flush=True)
+            continue
+        print(*values, *(f"{t:.1f}" for t in times), flush=True)
+
+
 def table(rows: Sequence[dict[str, object]]) -> str:
     """Format rows of equal keys as a Markdown table."""
     head = list(rows[0])

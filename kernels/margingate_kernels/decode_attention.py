@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from margingate_kernels._attention import check_attention, check_indptr, power_of_2, supports
 from margingate_kernels._backend import on_device, use_triton
 
 CHUNK = 128
@@ -28,8 +29,6 @@ PROGRAMS_PER_SM = 4
 WARPS, STAGES = 2, 3
 WIDE = 8
 """Stored chunks that are loaded before they are joined."""
-
-_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def chunk_tokens(length: int) -> int:
@@ -78,8 +77,7 @@ class DecodeAttention:
     @staticmethod
     def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
         """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
-        fits = head_dim in (16, 32, 64, 128, 256)
-        return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= 64
+        return supports(q_heads, kv_heads, head_dim)
 
     def plan(self, indptr: torch.Tensor) -> None:
         """Cut the contexts of the next calls' rows into chunks.
@@ -95,13 +93,10 @@ class DecodeAttention:
         ValueError
             Its shape, dtype or device is wrong.
         """
+        check_indptr("indptr", indptr, self._parts.device)
         rows = len(indptr) - 1
-        if indptr.dim() != 1 or not 0 < rows <= self.max_rows or indptr.dtype != torch.int32:
-            raise ValueError(
-                f"indptr must be int32 [2 to {self.max_rows + 1}], got {indptr.dtype} {tuple(indptr.shape)}"
-            )
-        if not indptr.is_contiguous() or indptr.device != self._parts.device:
-            raise ValueError(f"indptr must be contiguous and on {self._parts.device}, got {indptr.device}")
+        if rows > self.max_rows:
+            raise ValueError(f"indptr is of {rows} rows, more than {self.max_rows}")
         self._indptr = indptr
         if not use_triton(indptr):
             return
@@ -110,7 +105,7 @@ class DecodeAttention:
         with on_device(indptr):
             plan_kernel[(rows,)](
                 indptr, self._items, self._count, rows, self._programs,
-                KV_HEADS=self.kv_heads, CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=_power_of_2(self.max_rows), num_warps=1,
+                KV_HEADS=self.kv_heads, CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=power_of_2(self.max_rows), num_warps=1,
             )  # fmt: skip
 
     def __call__(
@@ -134,7 +129,9 @@ class DecodeAttention:
         ValueError
             A shape, dtype or device is wrong.
         """
-        self._check(q, k, v, indices)
+        if len(q) != len(self._indptr) - 1:
+            raise ValueError(f"q must have {len(self._indptr) - 1} rows as planned, got {len(q)}")
+        check_attention(q, k, v, indices, (self.q_heads, self.kv_heads, self.head_dim), self._parts.device)
         if not use_triton(q):
             return decode_attention_reference(q, k, v, self._indptr, indices, scale)
         return self._launch(q, k, v, indices, scale)
@@ -150,30 +147,10 @@ class DecodeAttention:
             decode_kernel[(self._programs,)](
                 q, k, v, indices, self._items, self._count, out, self._parts, self._sums, self._counters,
                 scale * math.log2(math.e), q.stride(0),
-                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=_power_of_2(group), DOT_ROWS=max(16, _power_of_2(group)),
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), DOT_ROWS=max(16, power_of_2(group)),
                 DIM=self.head_dim, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=STAGES, WIDE=WIDE, num_warps=WARPS,
             )  # fmt: skip
         return out
-
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> None:
-        rows = len(self._indptr) - 1
-        if q.shape != (rows, self.q_heads, self.head_dim) or q.dtype not in _DTYPES:
-            raise ValueError(
-                f"q must be bfloat16 or float16 [{rows} as planned, {self.q_heads}, {self.head_dim}], "
-                f"got {q.dtype} {tuple(q.shape)}"
-            )
-        for name, pool in (("k", k), ("v", v)):
-            if pool.shape != (len(k), self.kv_heads, self.head_dim) or pool.dtype != q.dtype:
-                raise ValueError(
-                    f"{name} must be {q.dtype} [slots, {self.kv_heads}, {self.head_dim}], got {pool.dtype} {tuple(pool.shape)}"
-                )
-        if indices.dim() != 1 or indices.dtype != torch.int32:
-            raise ValueError(f"indices must be int32 of one dimension, got {indices.dtype} {tuple(indices.shape)}")
-        tensors = (q, k, v, indices)
-        # Queries mostly are a slice of what one layer makes of queries, keys and values together.
-        dense = q[0].is_contiguous() and all(t.is_contiguous() for t in tensors[1:])
-        if not dense or {t.device for t in tensors} != {self._parts.device}:
-            raise ValueError(f"each row of q, and k, v and indices must be contiguous, all on {self._parts.device}")
 
 
 def decode_attention_reference(
@@ -191,7 +168,3 @@ def decode_attention_reference(
         weights = torch.einsum("hd,thd->ht", q[row].float(), keys).mul_(scale).softmax(dim=-1)
         out[row] = torch.einsum("ht,thd->hd", weights, values).to(q.dtype)
     return out
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

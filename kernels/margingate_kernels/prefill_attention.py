@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from margingate_kernels._attention import check_attention, check_indptr, power_of_2, supports
 from margingate_kernels._backend import on_device, use_triton
 
 ROWS = 128
@@ -27,8 +28,6 @@ STAGES_BYTES = 160 * 1024
 
 PLAN = 128
 """Tiles that the plan writes at once."""
-
-_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class PrefillAttention:
@@ -65,8 +64,7 @@ class PrefillAttention:
     @staticmethod
     def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
         """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
-        fits = head_dim in (16, 32, 64, 128, 256)
-        return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= 64
+        return supports(q_heads, kv_heads, head_dim)
 
     def plan(self, queries: torch.Tensor, columns: torch.Tensor, most_tokens: int) -> None:
         """Cut the requests of the next calls into tiles.
@@ -86,11 +84,10 @@ class PrefillAttention:
         ValueError
             A shape, dtype or device is wrong.
         """
-        for name, ends in (("queries", queries), ("columns", columns)):
-            if ends.dim() != 1 or ends.shape != queries.shape or len(ends) < 2 or ends.dtype != torch.int32:
-                raise ValueError(f"{name} must be int32 [requests + 1], got {ends.dtype} {tuple(ends.shape)}")
-            if not ends.is_contiguous() or ends.device != self._count.device:
-                raise ValueError(f"{name} must be contiguous and on {self._count.device}, got {ends.device}")
+        check_indptr("queries", queries, self._count.device)
+        check_indptr("columns", columns, self._count.device)
+        if len(columns) != len(queries):
+            raise ValueError(f"columns must be as long as queries, {len(queries)}, got {len(columns)}")
         self._queries, self._columns = queries, columns
         if not use_triton(queries):
             return
@@ -101,7 +98,7 @@ class PrefillAttention:
         with on_device(queries):
             plan_kernel[(requests,)](
                 queries, columns, self._tiles, self._count, requests,
-                TOKENS=tokens, REQUESTS=_power_of_2(requests), WIDE=PLAN, num_warps=1,
+                TOKENS=tokens, REQUESTS=power_of_2(requests), WIDE=PLAN, num_warps=1,
             )  # fmt: skip
 
     def __call__(
@@ -125,7 +122,7 @@ class PrefillAttention:
         ValueError
             A shape, dtype or device is wrong.
         """
-        self._check(q, k, v, indices)
+        check_attention(q, k, v, indices, (self.q_heads, self.kv_heads, self.head_dim), self._count.device)
         if not use_triton(q):
             return prefill_attention_reference(q, k, v, self._queries, self._columns, indices, scale)
         from margingate_kernels._triton_prefill_attention import prefill_kernel
@@ -136,30 +133,13 @@ class PrefillAttention:
         with on_device(q):
             prefill_kernel[(tiles * self.kv_heads,)](
                 q, k, v, indices, self._tiles, self._count, out, scale * math.log2(math.e), q.stride(0),
-                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=_power_of_2(group), ROWS=ROWS, DIM=self.head_dim,
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), ROWS=ROWS, DIM=self.head_dim,
                 BLOCK=BLOCK, STAGES=self._stages, num_warps=WARPS,
             )  # fmt: skip
         return out
 
     def _tile_tokens(self) -> int:
-        return ROWS // _power_of_2(self.q_heads // self.kv_heads)
-
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> None:
-        if q.dim() != 3 or q.shape[1:] != (self.q_heads, self.head_dim) or q.dtype not in _DTYPES or not len(q):
-            raise ValueError(
-                f"q must be bfloat16 or float16 [tokens, {self.q_heads}, {self.head_dim}], got {q.dtype} {tuple(q.shape)}"
-            )
-        for name, pool in (("k", k), ("v", v)):
-            if pool.shape != (len(k), self.kv_heads, self.head_dim) or pool.dtype != q.dtype:
-                raise ValueError(
-                    f"{name} must be {q.dtype} [slots, {self.kv_heads}, {self.head_dim}], got {pool.dtype} {tuple(pool.shape)}"
-                )
-        if indices.dim() != 1 or indices.dtype != torch.int32:
-            raise ValueError(f"indices must be int32 of one dimension, got {indices.dtype} {tuple(indices.shape)}")
-        tensors = (q, k, v, indices)
-        dense = q[0].is_contiguous() and all(t.is_contiguous() for t in tensors[1:])
-        if not dense or {t.device for t in tensors} != {self._count.device}:
-            raise ValueError(f"each token of q, and k, v and indices must be contiguous, all on {self._count.device}")
+        return ROWS // power_of_2(self.q_heads // self.kv_heads)
 
 
 def prefill_attention_reference(
@@ -183,7 +163,3 @@ def prefill_attention_reference(
         logits.masked_fill_(torch.arange(end - begin, device=q.device)[None] > position[:, None], float("-inf"))
         out[first:last] = torch.einsum("hqt,thd->qhd", logits.softmax(dim=-1), values).to(q.dtype)
     return out
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -470,7 +470,7 @@ def test_decode_attention_bad_input():
     q, k, v, indptr, indices, scale = to.arguments([0, 1])
     for bad, message in (
         ((q.float(), k, v, indptr, indices), "q must be"),
-        ((q.repeat(2, 1, 1), k, v, indptr, indices), "2 as planned"),
+        ((q.repeat(2, 1, 1), k, v, indptr, indices), "2 rows as planned"),
         ((q, k[:, :2], v, indptr, indices), "k must be"),
         ((q, k, v, indptr.long(), indices), "indptr must be"),
         ((q, k, v, indptr, indices.cpu().repeat(2)[::2]), "contiguous"),
