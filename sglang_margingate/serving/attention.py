@@ -118,7 +118,7 @@ def set_up_prefill(_result: Any, backend: Any, model_runner: Any, *_: Any, **__:
         if torch.cuda.get_device_capability()[0] == 9:
             log.warning(
                 "margingate: FlashInfer's fa3 prefills this model. It is not repeatable: about one attention tile in 20 million "
-                "comes out wrong where the GPU is shared (docs/fast-path.md), which no verify sees"
+                "comes out with other bits where the GPU is shared (docs/fast-path.md), which no verify sees"
             )
         return
     backend.use_paged = True

@@ -74,6 +74,7 @@ def identity(tag: str, arm: str, more: str = "") -> str:
     return f"{COST} --tag {tag} --repeats 0 --identity-arms {arm} {more} --out {{out}}/{tag}-identity.json"
 
 
+REPEAT = "python3 tests/gpu/repeat_kernels.py"
 COMPARE = "python3 tests/gpu/compare.py {url}"
 CHECK = f"{CLI} check --base-url {{url}} --repeats 1"
 STAGES: dict[str, Stage] = {
@@ -84,7 +85,13 @@ STAGES: dict[str, Stage] = {
         )
     ),
     "kernel-tests": Stage(untimed=("python3 -m pytest -q -p no:cacheprovider tests/gpu/test_kernels_gpu.py",)),
-    "repeat": Stage(untimed=("python3 tests/gpu/repeat_kernels.py --seconds 3 --json {out}/repeat.json",)),
+    "repeat": Stage(  # races: every kernel, then what was found, then the same repaired
+        untimed=(
+            f"{REPEAT} --seconds 3 --json {{out}}/repeat.json",
+            f"{REPEAT} --seconds 25 --only eight --json {{out}}/repeat-eight.json",
+            f"{REPEAT} --seconds 25 --only 'fa3 paged, eight' --repair /tmp/repaired --json {{out}}/repeat-repaired.json",
+        )
+    ),
     "stock": Stage(
         STOCK,
         f"{ALL_8B} --disable-radix-cache",
