@@ -95,8 +95,7 @@ def set_up(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) ->
     """Choose batch-invariant decode and prefill on a new attention backend of the canonical fast path."""
     backend.decode_use_tensor_cores = True
     backend.disable_cuda_graph_kv_split = True
-    set_up_prefill(_result, backend, model_runner)
-    if backend.skip_prefill or backend.use_paged or torch.cuda.get_device_capability()[0] != 9:
+    if backend.skip_prefill or _prefill_with_ours(backend, model_runner) or not _is_hopper():
         return
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
@@ -111,18 +110,27 @@ def set_up(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) ->
 
 def set_up_prefill(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     """Let a new attention backend prefill with our kernel, where it fits the model."""
-    if backend.skip_prefill:
-        return
+    if not backend.skip_prefill:
+        _prefill_with_ours(backend, model_runner)
+
+
+def _prefill_with_ours(backend: Any, model_runner: Any) -> bool:
+    """Put our prefill into ``backend``; return whether it fits this model and works on this machine."""
     shape = None if backend.enable_mis else _shape(model_runner)
-    if shape is None or not prefill_works(shape, model_runner.dtype, model_runner.device):
-        if torch.cuda.get_device_capability()[0] == 9:
-            log.warning(
-                "margingate: FlashInfer's fa3 prefills this model. It is not repeatable: about one attention tile in 20 million "
-                "comes out with other bits where the GPU is shared (docs/fast-path.md), which no verify sees"
-            )
-        return
-    backend.use_paged = True
-    backend.prefill_wrappers_paged = [PagedPrefill(*shape, model_runner.device)]
+    if shape is not None and prefill_works(shape, model_runner.dtype, model_runner.device):
+        backend.use_paged = True
+        backend.prefill_wrappers_paged = [PagedPrefill(*shape, model_runner.device)]
+        return True
+    if _is_hopper():
+        log.warning(
+            "margingate: FlashInfer's fa3 prefills this model. It is not repeatable: about one attention tile in 20 million "
+            "comes out with other bits where the GPU is shared (docs/fast-path.md), which no verify sees"
+        )
+    return False
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 def decode(

@@ -96,6 +96,22 @@ def test_who_prefills(
     assert ("not repeatable" in caplog.text) is (hopper and not ours)
 
 
+def test_a_backend_that_pages_by_itself_still_gets_one_kernel_for_all_of_a_prefill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``SGLANG_FLASHINFER_USE_PAGED=1`` sets what our prefill sets too, and says nothing about who prefills."""
+    module = ModuleType("flashinfer")
+    module.BatchPrefillWithPagedKVCacheWrapper = lambda *_, **how: how["backend"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "_shape", lambda _runner: None)
+    backend = SimpleNamespace(
+        skip_prefill=False, enable_mis=False, use_paged=True, workspace_buffer=None, prefill_wrappers_paged=["SGLang's"]
+    )  # fmt: skip
+    attention.set_up(None, backend, SimpleNamespace(device="cpu", dtype=torch.bfloat16))
+    assert backend.prefill_wrappers_paged == ["fa3"]
+
+
 @pytest.mark.parametrize("how", ["right", "wrong", "broken"])
 def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
