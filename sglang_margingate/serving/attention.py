@@ -145,10 +145,11 @@ def decode(
 ) -> torch.Tensor:
     """Run one layer's decode attention with our kernel, inside CUDA graphs; elsewhere FlashInfer does.
 
-    FlashInfer's plan is made all the same: it fills the index buffers that the kernel reads.
+    This runs while a graph is captured. Before each replay SGLang fills the index buffers that the kernel reads, then asks
+    FlashInfer for a plan; nobody reads that one, so it is left out.
     """
-    attend = getattr(backend, VERIFY, None) or _decode
-    if attend is None or not backend.forward_metadata.decode_wrappers[0].is_cuda_graph_enabled:
+    attend, wrappers = getattr(backend, VERIFY, None) or _decode, backend.forward_metadata.decode_wrappers
+    if attend is None or not wrappers[0].is_cuda_graph_enabled:
         return original(backend, q, k, v, layer, batch, save_kv_cache)
     pool = backend.token_to_kv_pool
     if k is not None and save_kv_cache:
@@ -159,6 +160,8 @@ def decode(
     rows = len(q)
     if layer.layer_id == pool.start_layer:
         attend.plan(backend.kv_indptr[0][: rows + 1])  # for all layers of this forward
+        for wrapper in wrappers:
+            wrapper.begin_forward = _no_plan
     queries = q.view(rows, layer.tp_q_head_num, layer.head_dim)
     return attend(queries, keys, values, backend.cuda_graph_kv_indices[0], layer.scaling).view(rows, -1)
 
@@ -179,3 +182,7 @@ def extend(
         return original(backend, q, k, v, layer, batch, save_kv_cache)
     out = original(backend, q[:real], k, v, layer, batch, save_kv_cache)
     return torch.nn.functional.pad(out, (0, 0, 0, len(q) - real))
+
+
+def _no_plan(*_args: Any, **_kwargs: Any) -> None:
+    """Stand in for ``begin_forward`` of a FlashInfer wrapper that does not attend."""

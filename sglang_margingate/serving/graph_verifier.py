@@ -48,15 +48,7 @@ def _capture(model_runner: Any, rows: int) -> tuple[Any, Any, bool]:
     ours = prepare_verify(model_runner, attention, rows)
     with _one_size(module, rows), _own_logits(model_runner, rows):
         runner = module.DecodeCudaGraphRunner(model_runner, attn_backend=attention)
-    if ours:
-        # SGLang fills the index buffers that our kernel reads before it asks for FlashInfer's plan, which nobody reads.
-        for wrapper in attention.decode_cuda_graph_metadata[rows]:
-            wrapper.begin_forward = _no_plan
     return attention, runner, not ours
-
-
-def _no_plan(*_args: Any, **_kwargs: Any) -> None:
-    """Stand in for a wrapper's ``begin_forward``."""
 
 
 @contextmanager

@@ -13,11 +13,7 @@ results differed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +28,8 @@ Q_HEADS, KV_HEADS, DIM, HIDDEN, INNER = 32, 8, 128, 4096, 14336
 SLOTS = 40_000
 CALLS = 25
 """Calls in one CUDA graph."""
+TURN = 0.5
+"""Seconds of a kernel's turn."""
 PREFILLS = {  # of each request: cached tokens, new ones
     "half warm pair": ((210, 215), (64, 130)),
     "cold pair": ((0, 425), (0, 194)),
@@ -110,30 +108,36 @@ def norm_kernels() -> Iterator[tuple[str, Call]]:
     yield "fused_add_rmsnorm", fused
 
 
-def repeat(
-    call: Call, seconds: float, load: torch.cuda.CUDAGraph | None, side: torch.cuda.Stream
-) -> tuple[int, int, int]:
-    """Return how often ``call`` ran, how many of its results differed from the first, and in how many elements."""
-    first = call().clone()
-    bits = first.view(torch.int16) if first.dtype == torch.bfloat16 else first
-    differed, elements = torch.zeros(2, dtype=torch.int64, device="cuda").unbind()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            wrong = (call().view(bits.dtype) != bits).sum()
-            differed += wrong > 0
-            elements += wrong
-    calls, end = 0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for _ in range(20):
-            if load is not None:
-                with torch.cuda.stream(side):
-                    load.replay()
-            graph.replay()
-            calls += CALLS
+class Repeated:
+    """A kernel, its first result, and a CUDA graph of many calls that counts those with other bits."""
+
+    def __init__(self, name: str, call: Call) -> None:
+        self.name, first = name, call().clone()
+        bits = first.view(torch.int16) if first.dtype == torch.bfloat16 else first
+        self._differed, self._elements = torch.zeros(2, dtype=torch.int64, device="cuda").unbind()
         torch.cuda.synchronize()
-    return calls, int(differed), int(elements)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _ in range(CALLS):
+                wrong = (call().view(bits.dtype) != bits).sum()
+                self._differed += wrong > 0
+                self._elements += wrong
+
+    def run(self, seconds: float, load: torch.cuda.CUDAGraph | None, side: torch.cuda.Stream) -> list[int]:
+        """Return how often the kernel ran, how many of its results differed, and in how many elements."""
+        before, calls, end = self._counts(), 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(10):
+                if load is not None:
+                    with torch.cuda.stream(side):
+                        load.replay()
+                self._graph.replay()
+                calls += CALLS
+            torch.cuda.synchronize()
+        return [calls, *(now - then for now, then in zip(self._counts(), before))]
+
+    def _counts(self) -> list[int]:
+        return [int(self._differed), int(self._elements)]
 
 
 def busy() -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
@@ -178,57 +182,37 @@ def keep_busy() -> None:
         torch.cuda.synchronize()
 
 
-def repair_flashinfer(folder: Path) -> None:
-    """Use a copy of FlashInfer whose Hopper epilogue waits for all of its warps (docs/fast-path.md); compiles for minutes."""
-    spec = importlib.util.find_spec("flashinfer")
-    if spec is None or spec.origin is None:
-        raise ImportError("flashinfer is not installed")
-    shutil.copytree(Path(spec.origin).parent, folder / "flashinfer", dirs_exist_ok=True)
-    header = folder / "flashinfer/data/include/flashinfer/attention/hopper/epilogue.cuh"
-    arrive = r" *cutlass::arch::NamedBarrier::arrive\(NUM_MMA_THREADS,\s*cutlass::arch::ReservedNamedBarriers::EpilogueBarrier\);\n"
-    text, found = re.subn(arrive, "", header.read_text())
-    if found != 1:
-        raise ValueError(
-            f"{header}: the barrier was arrived at {found} times, not once: another version of FlashInfer?"
-        )
-    header.write_text(text)
-    sys.path.insert(0, str(folder))
-    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(folder)  # compiled kernels of its own
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each kernel in each way")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--repair", type=Path, metavar="FOLDER", help="try FlashInfer repaired, in a copy there")
     parser.add_argument("--busy", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.busy:
         keep_busy()
-    if args.repair:
-        repair_flashinfer(args.repair)
     torch.manual_seed(0)
     k, v = draw(SLOTS, KV_HEADS, DIM), draw(SLOTS, KV_HEADS, DIM)
     side, (load, _kept) = torch.cuda.Stream(), busy()
-    rows, total = [], 0
+    repeated = []
     for kernels in (prefill_kernels(k, v), decode_kernels(k, v), other_kernels(), norm_kernels()):
         try:
-            for name, call in kernels:
-                if args.only not in name:
-                    continue
-                for how in ("alone", "beside a stream", "beside a process"):
-                    with other_process(how == "beside a process"):
-                        beside = load if how == "beside a stream" else None
-                        calls, differed, elements = repeat(call, args.seconds, beside, side)
-                    total += differed
-                    rows.append(
-                        {"kernel": name, "how": how, "calls": calls, "differed": differed, "elements": elements}
-                    )  # fmt: skip
-                    where = f", in {elements / differed:.0f} elements each" if differed else ""
-                    print(f"{name:36} {how:16} {calls:9,} calls, {differed} differed{where}", flush=True)
+            repeated += [Repeated(name, call) for name, call in kernels if args.only in name]
         except ImportError as error:
             print(f"left out: {error}", flush=True)
+    rows, total = [], 0
+    for how in ("alone", "beside a stream", "beside a process"):
+        counts = {kernel.name: [0, 0, 0] for kernel in repeated}
+        with other_process(how == "beside a process"):
+            for _ in range(max(1, round(args.seconds / TURN))):  # in turns: what else runs meanwhile meets all alike
+                for kernel in repeated:
+                    found = kernel.run(TURN, load if how == "beside a stream" else None, side)
+                    counts[kernel.name] = [a + b for a, b in zip(counts[kernel.name], found)]
+        for name, (calls, differed, elements) in counts.items():
+            total += differed
+            rows.append({"kernel": name, "how": how, "calls": calls, "differed": differed, "elements": elements})
+            where = f", in {elements / differed:.0f} elements each" if differed else ""
+            print(f"{name:36} {how:16} {calls:9,} calls, {differed} differed{where}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1))
     print(f"{total} results differed, of {sum(int(row['calls']) for row in rows):,}")

@@ -153,6 +153,11 @@ def test_so_do_models_with_one_odd_layer(layers: list[Any], changes: dict[str, A
     assert attention.prepare(model_runner(), 8) == "flashinfer without K/V split"
 
 
+def planned(*_: Any) -> None:
+    """FlashInfer's plan."""
+    raise AssertionError("a plan was made that nobody reads")
+
+
 def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
     assert attention.prepare(model_runner(), 8) == "margingate"
     generator = torch.Generator().manual_seed(0)
@@ -163,8 +168,9 @@ def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
     keys, values = draw(SLOTS, KV_HEADS, DIM), draw(SLOTS, KV_HEADS, DIM)
     indptr = torch.tensor([0, 3, 10, 11, 0, 0], dtype=torch.int32)  # the buffer is longer than the batch
     indices = torch.randperm(SLOTS, generator=generator).int()
+    wrapper = SimpleNamespace(is_cuda_graph_enabled=True, begin_forward=planned)
     backend = SimpleNamespace(
-        forward_metadata=SimpleNamespace(decode_wrappers=[SimpleNamespace(is_cuda_graph_enabled=True)]),
+        forward_metadata=SimpleNamespace(decode_wrappers=[wrapper]),
         token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda _layer: (keys, values), start_layer=0),
         kv_indptr=[indptr], cuda_graph_kv_indices=[indices],
     )  # fmt: skip
@@ -176,18 +182,20 @@ def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
     out = attention.decode(original, backend, q, None, None, layers[0], None)
     want = decode_attention_reference(q.reshape(3, HEADS, DIM), keys, values, indptr[:4], indices, DIM**-0.5)
     assert torch.equal(out, want.view(3, -1))
-    backend.forward_metadata.decode_wrappers[0].is_cuda_graph_enabled = False
+    wrapper.begin_forward(indptr, indices)  # as SGLang does before it replays the graph
+    wrapper.is_cuda_graph_enabled = False
     with pytest.raises(AssertionError, match="FlashInfer was asked"):
         attention.decode(original, backend, q, None, None, layers[0], None)
 
 
 def test_on_the_stock_fast_path_only_the_verify_attends_with_our_kernel(layers: list[Any]) -> None:
-    graph = [SimpleNamespace(is_cuda_graph_enabled=True)]
+    graph = [SimpleNamespace(is_cuda_graph_enabled=True, begin_forward=planned)]
     metadata = SimpleNamespace(decode_wrappers=graph)
     served, verify = SimpleNamespace(forward_metadata=metadata), SimpleNamespace(forward_metadata=metadata)
     assert attention.prepare_verify(model_runner(), verify, 8)
     assert attention._decode is None
     assert attention.decode(lambda *_: "SGLang's", served, None, None, None, layers[0], None) == "SGLang's"
+    assert graph[0].begin_forward is planned, "SGLang's graphs keep their plan"
     with pytest.raises(AttributeError):  # ours: it asks the backend for its pool
         attention.decode(lambda *_: "SGLang's", verify, None, None, None, layers[0], None)
     layers.append(layer(logit_cap=30.0))
