@@ -109,11 +109,14 @@ def norm_kernels() -> Iterator[tuple[str, Call]]:
 
 
 class Repeated:
-    """A kernel, its first result, and a CUDA graph of many calls that counts those with other bits."""
+    """A kernel, its first result, and a CUDA graph of many calls that counts those with other bits.
+
+    The graph reads what the call and the first result hold, so both are kept.
+    """
 
     def __init__(self, name: str, call: Call) -> None:
-        self.name, first = name, call().clone()
-        bits = first.view(torch.int16) if first.dtype == torch.bfloat16 else first
+        self.name, self._call, first = name, call, call().clone()
+        self._bits = bits = first.view(torch.int16) if first.dtype == torch.bfloat16 else first
         self._differed, self._elements = torch.zeros(2, dtype=torch.int64, device="cuda").unbind()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()

@@ -22,7 +22,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,12 +225,9 @@ class Session:
             ready = server is None or self.wait(name, server)
             url = f"http://127.0.0.1:{port}"
             if ready and stage.timed:
-                self.lanes(signal.SIGSTOP)
-                try:
+                with self.quiet():
                     for command in stage.timed:
                         self.command(name, command, url)
-                finally:
-                    self.lanes(signal.SIGCONT)
             port += 1
             early = at + 1 < len(stages) and bool(stage.untimed) and not STAGES[stages[at + 1]].after
             if early:
@@ -273,6 +272,25 @@ class Session:
                 os.killpg(server.pid, sign)
                 server.wait(timeout=6)
         time.sleep(2)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keep the lanes stopped, those too that somebody starts meanwhile."""
+        self.lanes(signal.SIGSTOP)
+        over = threading.Event()
+
+        def hold() -> None:
+            while not over.wait(0.5):
+                self.lanes(signal.SIGSTOP)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        try:
+            yield
+        finally:
+            over.set()
+            holder.join()
+            self.lanes(signal.SIGCONT)
 
     def lanes(self, sign: signal.Signals) -> None:
         """Stop or continue every process of the lanes, twice: one may have been starting another."""
