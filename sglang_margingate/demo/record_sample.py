@@ -2,7 +2,8 @@
 
 ``python -m sglang_margingate.demo.record_sample --out traces/sample``
 
-Gated requests alone, in pairs and in a batch of 16, with an audit; some under ``log`` and ``always``; a few sampled ones.
+Gated requests alone, in pairs and in a batch of 16, with an audit; some under ``log``; a few sampled ones. Each prompt also
+under ``always``, alone, where this model's flips are: what the Tuning page chooses thresholds from.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             run_together(server.client, prompts, 16, background=prompts[:2])
             run_together(server.client, prompts[:12], 6, custom={"margingate_policy": "log"})
             run_together(server.client, prompts[:6], 6, custom={"margingate_policy": "always"})
+            run_alone(server.client, demo_prompts(48), custom={"margingate_policy": "always"})
         run = next(p for p in Path(folder).iterdir() if p.is_dir())
         if args.out.exists():
             shutil.rmtree(args.out)

@@ -108,6 +108,9 @@ def test_tuning_figures(steps: pd.DataFrame) -> None:
     table = trade_off(*sample)
     fig = tuning.trade_off({"a": table}, {"a": table.iloc[-1]})
     assert "chosen threshold" in names(fig)
+    axis = fig.layout.yaxis
+    assert [float(text) for text in axis.ticktext] == pytest.approx(list(axis.tickvals)), "0.2 must not read 2"
+    assert axis.tickvals[0] < 100 * table["miss_upper"].min() < axis.tickvals[-1]
     matrix = transfer_matrix({"a": sample, "b": sample})
     cells = tuning.transfer(matrix).data[0].text
     assert len(cells) == len(cells[0]) == 2
