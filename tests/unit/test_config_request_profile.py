@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from sglang_margingate.config import DEFAULT_THRESHOLD, ConfigError, MarginGateConfig, Policy
-from sglang_margingate.gate.profile import DatasetThreshold, Profile, load_profile, parse_profile
+from sglang_margingate.gate.profile import (
+    DatasetThreshold,
+    Profile,
+    enough_evidence,
+    load_profile,
+    parse_profile,
+    too_small,
+)
 from sglang_margingate.gate.request import RequestRules
 
 
@@ -125,3 +132,13 @@ def test_a_profile_without_a_field_or_file(tmp_path: Path) -> None:
 
 def test_profiles_are_plain_json() -> None:
     assert json.loads(json.dumps(profile()))["schema"] == "margingate-profile/1"
+
+
+@pytest.mark.parametrize(
+    ("steps", "flips", "enough"),
+    [(7, 0, False), (144, 1, False), (2_999, 500, False), (3_000, 9, False), (3_000, 10, True), (9_999, 0, False),
+     (10_000, 0, True)],
+)  # fmt: skip
+def test_a_threshold_needs_steps_and_flips(steps: int, flips: int, enough: bool) -> None:
+    assert enough_evidence(steps, flips) is enough
+    assert f"{steps:,} steps, {flips:,} flips" in too_small(steps, flips)
