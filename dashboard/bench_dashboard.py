@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # a source tree needs no installation
 
-from margingate_dashboard.synthetic import SyntheticSpec, write_run  # noqa: E402
+from synthetic_runs import SyntheticSpec, write_run  # noqa: E402
 
 PAGES = ("overview", "request", "margins", "flips", "latency", "tuning", "compare")
 CHARTS = {"runs": 1, "overview": 2, "request": 2, "margins": 2, "flips": 4, "latency": 6, "tuning": 2, "compare": 1}

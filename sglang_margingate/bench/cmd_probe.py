@@ -26,7 +26,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Print the map; the exit status is 0 when decode holds its class."""
-    from sglang_margingate.bench.client import Client, ServerError
+    from sglang_margingate.bench.servers.client import Client, ServerError
     from sglang_margingate.bench.console import make_console
 
     flags = ["--margingate-fast-path", "canonical", "--margingate-trace", "off"]

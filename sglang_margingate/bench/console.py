@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from sglang_margingate.bench.server import Progress as ServerProgress
+    from sglang_margingate.bench.servers.process import Progress as ServerProgress
 
 
 def make_console(quiet: bool = False) -> Console:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_margingate.bench.client import Client
-    from sglang_margingate.bench.openai_client import OpenAIClient
+    from sglang_margingate.bench.servers.client import Client
+    from sglang_margingate.bench.servers.openai_client import OpenAIClient
 
 API_KEY_ENV = "MARGINGATE_API_KEY"
 
@@ -101,7 +101,7 @@ def add_prompts(p: argparse.ArgumentParser, dataset: str | None, limit: int | No
 @contextmanager
 def server(args: argparse.Namespace, console: Console, flags: Sequence[str] = ()) -> Iterator[Client | OpenAIClient]:
     """Give a client of ``--base-url``, or of a server started with ``flags`` and the flags after ``--``."""
-    from sglang_margingate.bench.openai_client import connect
+    from sglang_margingate.bench.servers.openai_client import connect
 
     api, model = getattr(args, "api", "auto"), getattr(args, "model", None)
     if args.base_url:
@@ -112,7 +112,7 @@ def server(args: argparse.Namespace, console: Console, flags: Sequence[str] = ()
         yield connect(args.base_url, api, model, api_key=os.environ.get(API_KEY_ENV, ""))
         return
     from sglang_margingate.bench.console import starting
-    from sglang_margingate.bench.server import serve
+    from sglang_margingate.bench.servers.process import serve
 
     every = [*flags, *args.server_flags]
     with starting(console, "a server: python -m sglang_margingate.launch_server " + " ".join(every)) as tell:
@@ -126,9 +126,9 @@ def server(args: argparse.Namespace, console: Console, flags: Sequence[str] = ()
 
 def server_facts(client: Client | OpenAIClient) -> dict[str, str]:
     """Return what the server says of itself, for the head of a report."""
-    from sglang_margingate.bench.client import Client, ServerError
-    from sglang_margingate.bench.openai_client import served_model
-    from sglang_margingate.bench.template import EMBEDDED_MODEL, is_embedded
+    from sglang_margingate.bench.servers.client import Client, ServerError
+    from sglang_margingate.bench.servers.openai_client import served_model
+    from sglang_margingate.bench.prompts.template import EMBEDDED_MODEL, is_embedded
 
     model = served_model(client)
     facts = {"model": EMBEDDED_MODEL if is_embedded(model) else model, "url": client.base_url}
@@ -181,7 +181,7 @@ def write(path: Path, text: str) -> None:
 @contextmanager
 def started(args: argparse.Namespace, flags: Sequence[str], label: str, module: str) -> Iterator[Client]:
     """Give a client of a server started for one mode; its log is kept beside the results where it fails."""
-    from sglang_margingate.bench.server import serve
+    from sglang_margingate.bench.servers.process import serve
 
     log = args.out.with_name(f"{args.out.stem}-{label.replace(' ', '')}.log")
     with serve(flags, log=log, port=args.port, timeout=args.start_timeout, module=module) as running:

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sglang_margingate.bench.alone_vs_batch import demo_prompts
-from sglang_margingate.bench.client import run_alone, run_together
-from sglang_margingate.bench.server import GATE_ALONE, serve
+from sglang_margingate.bench.evidence.alone_vs_batch import demo_prompts
+from sglang_margingate.bench.servers.client import run_alone, run_together
+from sglang_margingate.bench.servers.process import GATE_ALONE, serve
 from sglang_margingate.trace import read_run
 
 FLAGS = (*GATE_ALONE, "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_margingate.bench.alone_vs_batch import CONCURRENCY, demo_prompts
-from sglang_margingate.bench.client import Client, Completion, ServerError, run_alone, run_together
-from sglang_margingate.bench.server import GATE_ALONE, serve
+from sglang_margingate.bench.evidence.alone_vs_batch import CONCURRENCY, demo_prompts
+from sglang_margingate.bench.servers.client import Client, Completion, ServerError, run_alone, run_together
+from sglang_margingate.bench.servers.process import GATE_ALONE, serve
 
 THRESHOLD = 0.0625
 """Calibrated for the embedded model on a CPU (docs/benchmarks.md)."""

@@ -40,7 +40,7 @@ ALL_TINY = (
 )
 OURS, STOCK = "sglang_margingate.launch_server", "sglang.launch_server"
 GATES = "gate@0.01,gate@0.05,gate@0.1505,gate@0.1856,gate@0.495"
-COST = "python3 -m sglang_margingate.bench.decode_cost --base-url {url}"
+COST = "python3 -m sglang_margingate.bench.evidence.decode_cost --base-url {url}"
 CLI = "python3 -m sglang_margingate.cli"
 
 

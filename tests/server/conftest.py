@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench.alone_vs_batch import demo_prompts
-from sglang_margingate.bench.client import Prompt
-from sglang_margingate.bench.server import Server, serve
+from sglang_margingate.bench.evidence.alone_vs_batch import demo_prompts
+from sglang_margingate.bench.servers.client import Prompt
+from sglang_margingate.bench.servers.process import Server, serve
 
 THRESHOLD = 0.0625
 

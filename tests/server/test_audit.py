@@ -6,8 +6,8 @@ from pathlib import Path
 
 import requests
 
-from sglang_margingate.bench.client import Prompt
-from sglang_margingate.bench.server import serve
+from sglang_margingate.bench.servers.client import Prompt
+from sglang_margingate.bench.servers.process import serve
 
 
 def test_a_bound_above_the_limit_costs_the_guarantee_and_is_said(tmp_path: Path, prompts: list[Prompt]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench.client import Client
-from sglang_margingate.bench.server import serve
+from sglang_margingate.bench.servers.client import Client
+from sglang_margingate.bench.servers.process import serve
 from sglang_margingate.cli import main
 from sglang_margingate.demo.paths import model_path
 from sglang_margingate.gate.profile import load_profile

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from sglang_margingate.bench.client import Prompt, run_alone, run_together
-from sglang_margingate.bench.server import Server, serve
+from sglang_margingate.bench.servers.client import Prompt, run_alone, run_together
+from sglang_margingate.bench.servers.process import Server, serve
 
 FLAGS = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 SPLIT_AT = 20
@@ -126,7 +126,7 @@ def test_attention_that_depends_on_the_batch_is_found_and_gated(tmp_path: Path, 
 
 
 def test_policies_without_a_gate_are_refused(tmp_path: Path) -> None:
-    from sglang_margingate.bench.client import ServerError
+    from sglang_margingate.bench.servers.client import ServerError
 
     flags = ["--margingate-policy", "log", "--margingate-fast-path", "canonical"]
     with pytest.raises(ServerError, match="--margingate-fast-path"), serve(flags, log=tmp_path / "server.log"):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench.client import Client, Completion, Prompt, run_alone, run_together
-from sglang_margingate.bench.server import Server, serve
+from sglang_margingate.bench.servers.client import Client, Completion, Prompt, run_alone, run_together
+from sglang_margingate.bench.servers.process import Server, serve
 
 CONCURRENCY = 16
 

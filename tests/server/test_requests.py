@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import requests
 
-from sglang_margingate.bench.client import Prompt, run_alone, run_together
-from sglang_margingate.bench.server import Server
+from sglang_margingate.bench.servers.client import Prompt, run_alone, run_together
+from sglang_margingate.bench.servers.process import Server
 
 BAD = [
     ({"margingate_policy": "sometimes"}, "margingate_policy"),

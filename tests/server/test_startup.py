@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_margingate.bench.client import ServerError
-from sglang_margingate.bench.server import serve
+from sglang_margingate.bench.servers.client import ServerError
+from sglang_margingate.bench.servers.process import serve
 
 REFUSED = [
     (["--margingate-threshold", "-1"], "--margingate-threshold"),

@@ -6,8 +6,8 @@ import time
 
 import requests
 
-from sglang_margingate.bench.client import Prompt
-from sglang_margingate.bench.server import Server
+from sglang_margingate.bench.servers.client import Prompt
+from sglang_margingate.bench.servers.process import Server
 from sglang_margingate.trace import read_run
 
 

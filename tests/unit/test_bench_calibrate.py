@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglang_margingate.bench.fake import FakeServer
-from sglang_margingate.bench.samples import SampleError, SampleStore, covering, exact
+from fake_server import FakeServer
+from sglang_margingate.bench.calibrate.samples import SampleError, SampleStore, covering, exact
 from sglang_margingate.cli import main
 from sglang_margingate.gate.profile import load_profile
 

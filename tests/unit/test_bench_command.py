@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from sglang_margingate.bench import options
-from sglang_margingate.bench.bench_modes import choose, command, parse_mode_flags
-from sglang_margingate.bench.client import Client, ServerError
-from sglang_margingate.bench.fake import FakeServer
-from sglang_margingate.bench.server import OURS, STOCK
+from sglang_margingate.bench.side_by_side.modes import choose, command, parse_mode_flags
+from sglang_margingate.bench.servers.client import Client, ServerError
+from fake_server import FakeServer
+from sglang_margingate.bench.servers.process import OURS, STOCK
 from sglang_margingate.cli import main
 
 FLAGS = ["--device", "cpu", "--skip-tokenizer-init"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench.datasets import EMBEDDED, DatasetError, load
-from sglang_margingate.bench.template import TemplateError, find_template
+from sglang_margingate.bench.prompts.datasets import EMBEDDED, DatasetError, load
+from sglang_margingate.bench.prompts.template import TemplateError, find_template
 from sglang_margingate.demo.paths import model_path
 
 

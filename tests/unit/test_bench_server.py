@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench import server as module
-from sglang_margingate.bench.client import ServerError
-from sglang_margingate.bench.server import cause, check_port, free_port, serve, stop
+from sglang_margingate.bench.servers import process as module
+from sglang_margingate.bench.servers.client import ServerError
+from sglang_margingate.bench.servers.process import cause, check_port, free_port, serve, stop
 
 FAMILY = """
 import signal, subprocess, sys, time

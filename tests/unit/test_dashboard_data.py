@@ -18,7 +18,7 @@ from margingate_dashboard.data import RunData, request_steps
 from margingate_dashboard.figures.flips import by_bucket, ranges
 from margingate_dashboard.figures.latency import quantiles
 from margingate_dashboard.figures.request import latency_parts
-from margingate_dashboard.synthetic import SyntheticSpec, make_frames, make_manifest, write_run
+from synthetic_runs import SyntheticSpec, make_frames, make_manifest, write_run
 
 from sglang_margingate.gate.policy import triggers
 from sglang_margingate.gate.profile import parse_profile

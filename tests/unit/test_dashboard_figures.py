@@ -14,7 +14,7 @@ from margingate_dashboard import states, theme
 from margingate_dashboard.bins import margin_bins
 from margingate_dashboard.figures import compare, flips, latency, margins, overview, request, runs, tuning
 from margingate_dashboard.figures.common import safe
-from margingate_dashboard.synthetic import SyntheticSpec, make_frames
+from synthetic_runs import SyntheticSpec, make_frames
 
 from sglang_margingate.gate.calibration import trade_off, transfer_matrix
 

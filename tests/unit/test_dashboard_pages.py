@@ -14,7 +14,7 @@ pytest.importorskip("streamlit", reason="the dashboard's extra is not installed"
 pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
-from margingate_dashboard.synthetic import SyntheticSpec, write_run
+from synthetic_runs import SyntheticSpec, write_run
 from margingate_dashboard.ui import PAGES
 from streamlit.testing.v1 import AppTest
 

@@ -11,7 +11,7 @@ import threading
 import streamlit as st
 from PIL import Image, ImageDraw
 
-from margingate_dashboard.synthetic import SyntheticSpec, make_frames
+from synthetic_runs import SyntheticSpec, make_frames
 from margingate_dashboard.ui import PAGES
 
 _LOOKS = {

@@ -1,0 +1,131 @@
+"""A calibration in words and numbers: the passes, each dataset's threshold with its reason, and how they carry over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+from sglang_margingate.bench.calibrate.binding import Binding
+from sglang_margingate.bench.calibrate.passes import Calibrator, DatasetResult
+from sglang_margingate.gate.calibration import transfer_matrix
+from sglang_margingate.gate.profile import DatasetThreshold, Profile
+from sglang_margingate.gate.stats import percent
+
+
+def default_threshold(results: Mapping[str, DatasetResult]) -> float:
+    """Return the threshold for traffic of no known dataset: the largest calibrated one."""
+    return max(r.threshold for r in results.values() if not r.transferred)
+
+
+def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Profile:
+    """Return the profile, bound to the server that it was made on."""
+    datasets = {
+        name: DatasetThreshold(
+            threshold=r.threshold,
+            steps=r.last.flips.denominator,
+            flips=r.last.flips.numerator,
+            trigger_rate=r.last.triggered.value,
+            missed=r.last.missed.numerator,
+            miss_upper_95=r.last.missed.upper(),
+        )
+        for name, r in results.items()
+    }
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return Profile(
+        **binding._asdict(), created=created, default_threshold=default_threshold(results), datasets=datasets
+    )
+
+
+def passes_table(results: Mapping[str, DatasetResult]) -> str:
+    """Return a line per dataset and pass."""
+    wide = max(12, *(len(name) + 2 for name in results))
+    lines = [
+        f"{'dataset':<{wide}}{'recorded at':>12}{'steps':>9}{'triggered':>20}{'flips':>7}{'missed':>8}{'needs':>9}"
+    ]
+    for name, result in results.items():
+        for p in result.passes:
+            share = f"{p.triggered.numerator:,} ({percent(p.triggered.value)})"
+            lines.append(
+                f"{name:<{wide}}{p.recorded_at:>12.5g}{p.triggered.denominator:>9,}{share:>20}"
+                f"{p.flips.numerator:>7,}{p.missed.numerator:>8,}{p.calibration.threshold:>9.4g}"
+            )
+    return "\n".join(lines)
+
+
+def conclusions(results: Mapping[str, DatasetResult]) -> str:
+    """Return a paragraph per dataset: its threshold, what the final pass showed, and what is only approximate."""
+    return "\n".join(f"{name}: {_conclusion(r)}" for name, r in results.items())
+
+
+def _conclusion(result: DatasetResult) -> str:
+    p = result.last
+    if result.transferred:
+        rate = p.missed.describe()
+        return (
+            f"carried over at {result.threshold:g}: misses {p.missed.numerator:,} of {p.flips.numerator:,} flips, "
+            f"{rate} of steps"
+        )
+    statement = p.calibration.statement()
+    if result.confirmed:
+        return (
+            f"threshold {result.threshold:g}, confirmed in a pass at it: triggers {p.triggered.numerator:,}/"
+            f"{p.triggered.denominator:,} steps ({percent(p.triggered.value)}), misses {p.missed.numerator:,} of "
+            f"{p.flips.numerator:,} flips, {p.missed.describe()} of steps. In that pass: {statement}"
+        )
+    if p.chosen <= p.recorded_at:
+        return (
+            f"threshold {p.chosen:g}, approximate: recorded at {p.recorded_at:g}, where more steps are repaired than at "
+            f"{p.chosen:g}, so a few more flips may occur there (leave out --no-refine to confirm). {statement}"
+        )
+    return (
+        f"threshold {p.chosen:g}, NOT CONFIRMED: the pass at {p.recorded_at:g} missed {p.missed.numerator:,} of "
+        f"{p.flips.numerator:,} flips, and no pass was made at {p.chosen:g}. {statement}"
+    )
+
+
+def transfer_table(calibrator: Calibrator) -> str:
+    """Return what each dataset's threshold would do to the others' steps.
+
+    Off the diagonal this is approximate: the steps were recorded at their own dataset's threshold.
+    """
+    results = calibrator.results
+    samples = {name: tuple(calibrator.sample(name)) for name in results}
+    thresholds = {name: r.threshold for name, r in results.items() if not r.transferred}
+    table = transfer_matrix(samples, thresholds)
+    wide = max(13, *(len(name) + 1 for name in results))
+    lines = [
+        f"{'threshold of':<{wide}}{'':>9} {'applied to':<{wide}}{'triggered':>20}{'missed flips':>15}{'at most (95%)':>15}"
+    ]
+    rows: Any = table.itertuples()
+    for row in rows:
+        share = f"{row.triggered:,} ({percent(row.trigger_rate)})"
+        missed = f"{row.missed:,}/{row.flips:,}"
+        bound = percent(row.miss_upper, up=True)
+        lines.append(
+            f"{row.calibrated_on!s:<{wide}}{row.threshold:>9.4g} {row.applied_to!s:<{wide}}{share:>20}{missed:>15}{bound:>15}"
+        )
+    return "\n".join(lines)
+
+
+def to_dict(calibrator: Calibrator, binding: Binding) -> dict[str, Any]:
+    """Return everything for scripts, in plain types."""
+    return {
+        "schema": "margingate-calibration/1",
+        "binding": binding._asdict(),
+        "goal": asdict(calibrator.goal),
+        "default_threshold": default_threshold(calibrator.results),
+        "flips_by_concurrency": {k: asdict(v) for k, v in calibrator.flips_by_level().items()},
+        "datasets": {
+            name: {
+                "threshold": r.threshold,
+                "confirmed": r.confirmed,
+                "transferred": r.transferred,
+                "prompts": r.prompts,
+                "passes": [asdict(p) for p in r.passes],
+                "conclusion": _conclusion(r),
+            }
+            for name, r in calibrator.results.items()
+        },
+    }

@@ -1,0 +1,276 @@
+"""Start a margingate server for a test or a benchmark, wait until it serves, and leave no process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from sglang_margingate.bench.servers.client import Client, ServerError
+from sglang_margingate.bench.options import flag_value
+
+READY = "The server is fired up"
+"""SGLang logs this after its warm-up request was answered."""
+
+QUIET = ("warning", "error", "critical")
+"""Log levels at which that line is missing."""
+
+OURS, STOCK = "sglang_margingate.launch_server", "sglang.launch_server"
+
+GATE_ALONE = ("--margingate-policy", "gate", "--margingate-fast-path", "stock")
+"""Flags of a server whose gate does all the work: what looks at the gate itself asks for it, whatever the default is."""
+
+STOP_SECONDS = 15.0
+POLL_SECONDS = 0.1
+_CAUSE = re.compile(r"margingate: error:|^\S*(Error|Exception|Interrupt)\b.*:|: error: |\b\w+Error: ")
+_HARMLESS = re.compile(r"OpenAI Responses API .* disabled: ")
+"""Said by every SGLang without openai_harmony, whatever it dies of."""
+_STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d [\d:.]+[^\]]*\]\s*")
+
+Progress = Callable[[float, str], None]
+"""Called with the seconds waited so far and the last line of the log."""
+
+
+@dataclass
+class Server:
+    """One running server."""
+
+    base_url: str
+    log_path: Path
+    process: subprocess.Popen[bytes] = field(repr=False)
+    flags: tuple[str, ...] = ()
+    _client: Client | None = field(default=None, repr=False)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launcher; it leads its own process group."""
+        return self.process.pid
+
+    @property
+    def client(self) -> Client:
+        """A client of this server."""
+        if self._client is None:
+            self._client = Client(self.base_url)
+            self._client.post_mortem = self._post_mortem
+        return self._client
+
+    def alive(self) -> bool:
+        """Return whether the launcher still runs."""
+        return self.process.poll() is None
+
+    def _post_mortem(self) -> str:
+        try:
+            self.process.wait(1.0)  # a connection breaks a moment before the process is gone
+        except subprocess.TimeoutExpired:
+            return ""
+        return f"; the server died (exit {self.process.returncode}): {self.last_error()} (log: {self.log_path})"
+
+    def last_error(self) -> str:
+        """Return the line of the log that says best why a server died: the last error, else the last line."""
+        return cause(self.log_path)
+
+
+@contextmanager
+def serve(
+    flags: Sequence[str],
+    *,
+    log: Path | None = None,
+    port: int | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 180,
+    progress: Progress | None = None,
+    module: str = OURS,
+) -> Iterator[Server]:
+    """Start ``python -m sglang_margingate.launch_server`` and give it once it serves.
+
+    Ready is a server whose own warm-up request was answered; SGLang sends token ids where it has no tokenizer.
+
+    Parameters
+    ----------
+    flags
+        Flags of ours and SGLang's, without ``--host`` and ``--port``.
+    log
+        File that gets the server's output; a temporary one by default, kept only where the server failed.
+    port
+        A free one by default.
+    env
+        Environment variables on top of this process's.
+    timeout
+        Seconds until the server must serve.
+    progress
+        Called about every second while waiting.
+    module
+        Another launcher to start, as :data:`STOCK`.
+
+    Raises
+    ------
+    ServerError
+        One line: the server died (with its last error), took too long, or the port is taken.
+    """
+    port = free_port() if port is None else check_port(port)
+    keep = log is not None
+    if log is None:
+        handle, name = tempfile.mkstemp(prefix="margingate-server-", suffix=".log")
+        os.close(handle)
+        log = Path(name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *flags,
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log, process, tuple(flags))
+    failed = True
+    try:
+        _wait(server, timeout, progress)
+        failed = False
+        yield server
+    finally:
+        stop(process)
+        if not keep and not failed:
+            log.unlink(missing_ok=True)
+
+
+def _wait(server: Server, timeout: float, progress: Progress | None) -> None:
+    start = time.monotonic()
+    reported = -1.0
+    quiet = flag_value(server.flags, "--log-level") in QUIET
+    while True:
+        alive = server.alive()  # before the log: what a dying server wrote last must be read
+        text = _read(server.log_path)
+        if alive and (READY in text or (quiet and _healthy(server))):
+            return
+        waited = time.monotonic() - start
+        if not alive:
+            code = server.process.returncode
+            raise ServerError(f"the server died (exit {code}): {cause(server.log_path)} (log: {server.log_path})")
+        if waited > timeout:
+            raise ServerError(
+                f"the server was not ready after {timeout:.0f} s: {cause(server.log_path)} (log: {server.log_path})"
+            )
+        if progress is not None and waited - reported >= 1:
+            reported = waited
+            progress(waited, _last_line(text))
+        time.sleep(POLL_SECONDS)
+
+
+def _healthy(server: Server) -> bool:
+    """Return whether ``/health`` says so: 503 until the warm-up is through. Each call costs the server one token."""
+    try:
+        return requests.get(server.base_url + "/health", timeout=30).ok
+    except requests.RequestException:
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server: SIGINT to its group, then SIGKILL to whatever is left, children in other groups included."""
+    children = _descendants(process.pid)
+    for number, patience in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+        if number is signal.SIGINT:
+            _wait_gone(children, 2.0)
+    process.poll()
+    for child in children:
+        try:
+            child.kill()
+        except Exception:  # psutil.Error: gone already
+            continue
+
+
+def _descendants(pid: int) -> list[Any]:
+    """Return the process's descendants; psutil (a dependency of SGLang) tells a reused id from the process."""
+    try:
+        import psutil
+    except ImportError:
+        return []
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _wait_gone(children: list[Any], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(c.is_running() and c.status() != "zombie" for c in _safe(children)):
+        time.sleep(POLL_SECONDS)
+
+
+def _safe(children: list[Any]) -> Iterator[Any]:
+    for child in children:
+        try:
+            child.status()
+        except Exception:  # psutil.NoSuchProcess
+            continue
+        yield child
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> int:
+    """Return the port, or raise :class:`ServerError` where something listens on it already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ServerError(f"port {port} cannot be used ({reason}); name another one") from None
+    return port
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return _STAMP.sub("", lines[-1].strip()) if lines else ""
+
+
+def cause(path: Path) -> str:
+    """Return the log's last line that names an error, else its last line, without the time stamp."""
+    text = _read(path)
+    lines = [line for line in text.splitlines() if not _HARMLESS.search(line)]
+    errors = [line for line in lines if _CAUSE.search(_STAMP.sub("", line.strip()))]
+    return (_last_line("\n".join(errors)) or _last_line("\n".join(lines)) or "nothing was logged")[:300]
