@@ -37,7 +37,7 @@ endif
 	@touch $@
 
 demo: install  ## serve the embedded model, show its flips, open the dashboard (DEMO_ONCE=1 ends by itself)
-	@$(BIN)/python -m sglang_margingate.demo.show $(if $(DEMO_ONCE),--once)
+	@$(BIN)/python -m sglang_margingate.bench.demo $(if $(DEMO_ONCE),--once)
 
 serve: install  ## serve the embedded model with the gate
 	@$(BIN)/python -m sglang_margingate.launch_server --margingate-trace-text on

@@ -25,7 +25,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # a source tree needs no installation
+sys.path[:0] = [
+    str(HERE),
+    str(HERE.parent),
+    str(HERE.parent / "tests" / "support"),
+]  # a source tree needs no installation
 
 from synthetic_runs import SyntheticSpec, write_run  # noqa: E402
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
@@ -23,14 +23,15 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("serve a model: stock SGLang with margingate's policy", ""),
-    "calibrate": Command("choose thresholds for a model, server and datasets", "cmd_calibrate"),
-    "check": Command("does a server give the same tokens whatever the batch?", "cmd_check"),
+    "calibrate": Command("choose thresholds for a model, server and datasets", "calibrate.command"),
+    "check": Command("does a server give the same tokens whatever the batch?", "check.command"),
     "probe": Command("at which shapes does a model give a row the same bits here?", "cmd_probe"),
-    "bench": Command("compare policies side by side: speed, identity, cost", "cmd_bench"),
+    "bench": Command("compare policies side by side: speed, identity, cost", "side_by_side.command"),
     "dashboard": Command("open the dashboard on a folder of runs", ""),
     "report": Command("write a run as one HTML file", "cmd_runs", "add_report", "report"),
     "export": Command("write a run as CSV or as a Chrome trace", "cmd_runs", "add_export", "export"),
     "runs": Command("list the recorded runs", "cmd_runs", "add_runs", "runs"),
+    "evidence": Command("run a script behind the numbers in the documentation", ""),
 }
 
 
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exec("sglang_margingate.launch_server", words[1:])
     if command == "dashboard":
         return _exec("sglang_margingate.dashboard", words[1:])
+    if command == "evidence":
+        return _guarded(lambda: _evidence(words[1:]), command)
     # Flags after `--` belong to a server that the command starts.
     cut = words.index("--") if "--" in words else len(words)
     parser = _parser(command)
@@ -100,10 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.command:
         parser.print_help()
         return 0
-    return _guarded(args, command)
+    return _guarded(lambda: args.call(args, args.parser), command)
 
 
-def _guarded(args: argparse.Namespace, command: str) -> int:
+def _evidence(words: list[str]) -> int:
+    from sglang_margingate.bench.evidence.command import main as evidence
+
+    return evidence(words)
+
+
+def _guarded(call: Callable[[], int], command: str) -> int:
     """Run the command; what a user can do something about is one line, not a traceback."""
     import signal
     import threading
@@ -111,7 +120,7 @@ def _guarded(args: argparse.Namespace, command: str) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a started server is stopped, and what was measured is kept
     try:
-        return int(args.call(args, args.parser))
+        return int(call())
     except KeyboardInterrupt:
         print(f"margingate {command}: interrupted", file=sys.stderr)
         return INTERRUPTED

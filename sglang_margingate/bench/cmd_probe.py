@@ -26,8 +26,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Print the map; the exit status is 0 when decode holds its class."""
-    from sglang_margingate.bench.servers.client import Client, ServerError
     from sglang_margingate.bench.console import make_console
+    from sglang_margingate.bench.servers.client import Client, ServerError
 
     flags = ["--margingate-fast-path", "canonical", "--margingate-trace", "off"]
     with options.server(args, make_console(), flags) as client:

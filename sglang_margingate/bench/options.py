@@ -126,9 +126,9 @@ def server(args: argparse.Namespace, console: Console, flags: Sequence[str] = ()
 
 def server_facts(client: Client | OpenAIClient) -> dict[str, str]:
     """Return what the server says of itself, for the head of a report."""
+    from sglang_margingate.bench.prompts.template import EMBEDDED_MODEL, is_embedded
     from sglang_margingate.bench.servers.client import Client, ServerError
     from sglang_margingate.bench.servers.openai_client import served_model
-    from sglang_margingate.bench.prompts.template import EMBEDDED_MODEL, is_embedded
 
     model = served_model(client)
     facts = {"model": EMBEDDED_MODEL if is_embedded(model) else model, "url": client.base_url}
@@ -187,12 +187,3 @@ def started(args: argparse.Namespace, flags: Sequence[str], label: str, module: 
     with serve(flags, log=log, port=args.port, timeout=args.start_timeout, module=module) as running:
         yield running.client
     log.unlink(missing_ok=True)
-
-
-def flag_value(flags: Sequence[str], *names: str) -> str | None:
-    """Return the value of a flag in a server's command line, in either of its two forms."""
-    for i, word in enumerate(flags):
-        name, equals, value = word.partition("=")
-        if name in names:
-            return value if equals else flags[i + 1] if i + 1 < len(flags) else None
-    return None

@@ -40,7 +40,8 @@ def free_port() -> int:
 def trace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The committed sample run (a made-up one where it is missing), a second run to compare, and a hostile one."""
     pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
-    synthetic = pytest.importorskip("synthetic_runs", reason="the package is not installed")
+    import synthetic_runs as synthetic
+
     folder = tmp_path_factory.mktemp("traces")
     if SAMPLE.is_dir():
         shutil.copytree(SAMPLE, folder / "sample")

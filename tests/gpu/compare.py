@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 import time
 
-from sglang_margingate.bench.evidence.alone_vs_batch import demo_prompts
-from sglang_margingate.bench.servers.client import Client, run_alone, run_together
 from sglang_margingate.bench.evidence.decode_cost import arm_params
+from sglang_margingate.bench.prompts.embedded import demo_prompts
+from sglang_margingate.bench.servers.client import Client, run_alone, run_together
 
 
 def main(url: str, tag: str, count: int, sizes: str = "2,8,20,33", arm: str = "stock") -> None:

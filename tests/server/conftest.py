@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench.evidence.alone_vs_batch import demo_prompts
+from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import Prompt
 from sglang_margingate.bench.servers.process import Server, serve
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sglang_margingate.bench.evidence.prefix import run_cold, talk
+from sglang_margingate.bench.prompts.embedded import shared_prompts
 from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
-from sglang_margingate.bench.evidence.prefix import run_cold, shared_prompts, talk
 from sglang_margingate.bench.servers.process import Server, serve
 
 

@@ -78,7 +78,7 @@ def test_more_verify_rows_than_the_pool_holds_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_demo_that_is_stopped_takes_its_server_with_it(tmp_path: Path, number: signal.Signals) -> None:
     """Its server runs in a session of its own, which the signal does not reach."""
-    command = [sys.executable, "-m", "sglang_margingate.demo.show", "--trace-dir", str(tmp_path / "traces"), "--once"]
+    command = [sys.executable, "-m", "sglang_margingate.bench.demo", "--trace-dir", str(tmp_path / "traces"), "--once"]
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     children: list[psutil.Process] = []
     try:

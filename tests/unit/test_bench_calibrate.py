@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fake_server import FakeServer
+
 from sglang_margingate.bench.calibrate.samples import SampleError, SampleStore, covering, exact
 from sglang_margingate.cli import main
 from sglang_margingate.gate.profile import load_profile

@@ -7,14 +7,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-
-from sglang_margingate.bench.check.phases import PHASES, Plan, run_check
-from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError
 from fake_server import FakeServer
-from sglang_margingate.bench.servers.gauges import Gauge
+
 from sglang_margingate.bench.check.identity import Runs, identity
-from sglang_margingate.bench.servers.openai_client import OpenAIClient, connect
+from sglang_margingate.bench.check.phases import PHASES, Plan, run_check
 from sglang_margingate.bench.check.verdict import WIDTH, judge, render
+from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError
+from sglang_margingate.bench.servers.gauges import Gauge
+from sglang_margingate.bench.servers.openai_client import OpenAIClient, connect
 from sglang_margingate.cli import main
 
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fake_server import FakeServer
 
 from sglang_margingate.bench import options
-from sglang_margingate.bench.side_by_side.modes import choose, command, parse_mode_flags
 from sglang_margingate.bench.servers.client import Client, ServerError
-from fake_server import FakeServer
 from sglang_margingate.bench.servers.process import OURS, STOCK
+from sglang_margingate.bench.side_by_side.modes import choose, command, parse_mode_flags
 from sglang_margingate.cli import main
 
 FLAGS = ["--device", "cpu", "--skip-tokenizer-init"]

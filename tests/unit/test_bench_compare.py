@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from sglang_margingate.bench.side_by_side import report as bench_report
-from sglang_margingate.bench.side_by_side.join import JoinError, join
-from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
-from sglang_margingate.bench.side_by_side.compare import MODES, Cell, Comparison, Workload, compare
 from fake_server import FakeServer
+
+from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
 from sglang_margingate.bench.servers.timing import Arrivals
+from sglang_margingate.bench.side_by_side import report as bench_report
+from sglang_margingate.bench.side_by_side.compare import MODES, Cell, Comparison, Workload, compare
+from sglang_margingate.bench.side_by_side.join import JoinError, join
 from sglang_margingate.gate.stats import Rate
 
 PROMPTS = tuple(Prompt(f"p-{i}", f"prompt {i}", "fake") for i in range(20))

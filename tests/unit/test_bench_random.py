@@ -6,13 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-
-from sglang_margingate.bench.servers.client import Client, Prompt
-from sglang_margingate.bench.prompts.datasets import load
 from fake_server import VOCABULARY, FakeServer
-from sglang_margingate.bench.servers.gauges import SAMPLE_SECONDS
-from sglang_margingate.bench.prompts.random_ids import Lengths, ModelFacts, RandomError, digest, draw, model_facts, parse
+
+from sglang_margingate.bench.prompts.datasets import load
+from sglang_margingate.bench.prompts.random_ids import (
+    Lengths,
+    ModelFacts,
+    RandomError,
+    digest,
+    draw,
+    model_facts,
+    parse,
+)
 from sglang_margingate.bench.prompts.random_ids import vocabulary_of as vocabulary
+from sglang_margingate.bench.servers.client import Client, Prompt
+from sglang_margingate.bench.servers.gauges import SAMPLE_SECONDS
 from sglang_margingate.cli import main
 from sglang_margingate.gate.profile import load_profile
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ def test_help_shows_each_command_in_a_line(capsys: pytest.CaptureFixture[str]) -
         assert len(line) <= 80
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"serve", "dashboard"}))
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"serve", "dashboard", "evidence"}))
 def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
@@ -34,7 +36,7 @@ def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from sglang_margingate.cli import main; main([]); "
-        "assert not {'numpy', 'pandas', 'rich', 'requests', 'torch', 'sglang'} & set(sys.modules), sys.modules.keys()"
+        "assert not {'numpy', 'pandas', 'rich', 'httpx', 'torch', 'sglang'} & set(sys.modules), sys.modules.keys()"
     )
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -119,3 +121,40 @@ def test_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(cmd_runs, "runs", interrupted)
     assert main(["runs"]) == 130
     assert capsys.readouterr().err == "margingate runs: interrupted\n"
+
+
+def test_evidence_lists_its_scripts_and_runs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    from sglang_margingate.bench.evidence.command import SCRIPTS
+
+    folder = Path(cli.__file__).parent / "bench" / "evidence"
+    files = {f.stem.replace("_", "-") for f in folder.glob("*.py") if "def main(argv: list[str]" in f.read_text()}
+    assert files == set(SCRIPTS), "every script is in the list"
+    assert main(["evidence"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in SCRIPTS)
+    assert main(["evidence", "moon"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("margingate evidence: error: 'moon' is unknown; use alone-vs-batch, ")
+    assert len(error.splitlines()) == 1
+    with pytest.raises(SystemExit) as end:
+        main(["evidence", "soak", "--help"])
+    assert end.value.code == 0
+    assert "usage: margingate evidence soak" in capsys.readouterr().out
+
+
+def test_every_room_is_packed_and_no_test_double() -> None:
+    from setuptools import find_packages
+
+    root = Path(cli.__file__).parents[1]
+    found = re.search(r"include = (\[.*?\])", (root / "pyproject.toml").read_text(), re.DOTALL)
+    include = ast.literal_eval(found[1])
+    packed = {p for where in (".", "kernels", "dashboard") for p in find_packages(str(root / where), include=include)}
+    rooms = {
+        ".".join(f.parent.relative_to(root / where).parts)
+        for where in (".", "kernels", "dashboard")
+        for top in include
+        for f in (root / where / top.removesuffix(".*")).rglob("*.py")
+        if (root / where / top.removesuffix(".*")).is_dir()
+    }
+    assert packed == rooms, "a folder with code lacks its __init__.py, or a pattern is missing"
+    assert not [p for p in packed if p.split(".")[0] in ("tests", "kernels", "dashboard", "traces")]

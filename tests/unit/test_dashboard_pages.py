@@ -14,9 +14,9 @@ pytest.importorskip("streamlit", reason="the dashboard's extra is not installed"
 pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
-from synthetic_runs import SyntheticSpec, write_run
 from margingate_dashboard.ui import PAGES
 from streamlit.testing.v1 import AppTest
+from synthetic_runs import SyntheticSpec, write_run
 
 spec = find_spec("margingate_dashboard")
 assert spec is not None

@@ -11,7 +11,6 @@ import threading
 import streamlit as st
 from PIL import Image, ImageDraw
 
-from synthetic_runs import SyntheticSpec, make_frames
 from margingate_dashboard.ui import PAGES
 
 _LOOKS = {
@@ -50,25 +49,7 @@ def _icon() -> Image.Image:
 @st.cache_resource(show_spinner=False)
 def _warm_up() -> None:
     """Load what the other pages need while the reader looks at the first one; once per server."""
-
-    def load() -> None:
-        from margingate_dashboard import states, tokens
-        from margingate_dashboard.figures import compare, flips, latency, margins, overview, request, tuning
-        from sglang_margingate.gate import calibration
-
-        del compare, latency, margins, tuning, calibration
-        steps, requests = make_frames(SyntheticSpec(requests=3, tokens=12, policy="always", perturbation=1.0))
-        steps = steps.assign(state=states.classify(steps), triggered=states.triggered(steps), shown="")
-        # The first figure of a process is slow: Plotly loads its classes one by one, as they are used.
-        counted = flips.by_bucket(steps["step"].to_numpy() * 0, steps["state"].to_numpy(), ["all"])
-        for figure in (
-            overview.events(overview.over_time(steps)),
-            request.margins(steps, selected=1, log=True),
-            request.waterfall(requests.iloc[0]),
-            flips.bars(counted, "", ""),
-        ):
-            figure.to_json()
-        tokens.strip(steps)
+    from margingate_dashboard.warmup import load
 
     threading.Thread(target=load, daemon=True).start()
 

@@ -83,9 +83,9 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Calibrate, print the evidence, write the profile; return the exit status."""
     from sglang_margingate.bench.calibrate.binding import read_binding
     from sglang_margingate.bench.calibrate.passes import SERVER_FLAGS, Goal, check_server
+    from sglang_margingate.bench.console import make_console
     from sglang_margingate.bench.prompts.chosen import prompts_of
     from sglang_margingate.bench.servers.client import Client, ServerError
-    from sglang_margingate.bench.console import make_console
 
     both = sorted(set(args.dataset) & set(args.transfer))
     if both:
@@ -126,10 +126,10 @@ def _prepare(
     args: argparse.Namespace, client: Client, plain: list[Prompt], goal: Goal, binding: Binding, status: dict[str, Any]
 ) -> tuple[Calibrator, Any]:
     from sglang_margingate.bench.calibrate.passes import Calibrator
-    from sglang_margingate.bench.prompts.chosen import rendered
-    from sglang_margingate.bench.servers.openai_client import served_model
-    from sglang_margingate.bench.prompts.random_ids import digest
     from sglang_margingate.bench.calibrate.samples import SampleStore
+    from sglang_margingate.bench.prompts.chosen import rendered
+    from sglang_margingate.bench.prompts.random_ids import digest
+    from sglang_margingate.bench.servers.openai_client import served_model
 
     prompts, template = rendered(args, plain, served_model(client), client)
     bound = {

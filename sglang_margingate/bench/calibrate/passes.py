@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError, run_together
 from sglang_margingate.bench.calibrate.samples import SampleStore, covering
+from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError, run_together
 from sglang_margingate.bench.servers.process import GATE_ALONE
 from sglang_margingate.gate.calibration import Calibration, threshold_for
 from sglang_margingate.gate.stats import Rate

@@ -57,11 +57,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the check, print the verdict, return the exit status."""
     from sglang_margingate.bench.check.phases import PHASES, Plan, run_check
-    from sglang_margingate.bench.prompts.chosen import prompts_of, rendered
+    from sglang_margingate.bench.check.verdict import judge, render, to_dict, to_junit
     from sglang_margingate.bench.console import bar, make_console
+    from sglang_margingate.bench.prompts.chosen import prompts_of, rendered
     from sglang_margingate.bench.servers.gauges import Gauge
     from sglang_margingate.bench.servers.openai_client import served_model
-    from sglang_margingate.bench.check.verdict import judge, render, to_dict, to_junit
 
     phases = tuple(args.phases or PHASES)
     unknown = [name for name in phases if name not in PHASES]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sglang_margingate.bench.check.identity import Runs
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError, run_alone, run_together
 from sglang_margingate.bench.servers.gauges import BatchProof, Gauge
-from sglang_margingate.bench.check.identity import Runs
 from sglang_margingate.bench.servers.openai_client import OpenAIClient
 
 PHASES = {

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as xml
 
-from sglang_margingate.bench.check.phases import LOADED, CheckResult
 from sglang_margingate.bench.check.identity import Difference
+from sglang_margingate.bench.check.phases import LOADED, CheckResult
 from sglang_margingate.gate.stats import Rate, percent
 
 WIDTH = 80

@@ -1,6 +1,6 @@
 """Are sequences the same alone and in a batch? One table over policies, repairs and thresholds.
 
-``python -m sglang_margingate.bench.evidence.alone_vs_batch --prompts 200 --variants log,gate@0.0625,always --out FILE.json``
+``margingate evidence alone-vs-batch --prompts 200 --variants log,gate@0.0625,always --out FILE.json``
 
 Each variant gets a server of its own. Every prompt is completed alone, then with 16 requests in flight that arrive
 together, staggered, and among non-greedy neighbours; tokens and finish reason must equal the run alone.
@@ -9,20 +9,17 @@ together, staggered, and among non-greedy neighbours; tokens and finish reason m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from sglang_margingate.bench.evidence.record import measure_all
+from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import serve
-
-T = TypeVar("T")
 
 CONCURRENCY = 16
 ARRIVALS = ("together", "staggered", "mixed")
@@ -77,15 +74,6 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     differences: dict[str, int] = field(default_factory=dict)
     """Why sequences differ from the run alone."""
-
-
-def demo_prompts(count: int) -> list[Prompt]:
-    """Return ``count`` held-out prompts of the embedded model, spread evenly over its datasets."""
-    from sglang_margingate.demo.chat import render_prompt
-    from sglang_margingate.demo.prompts import interleaved_prompts
-
-    prompts = interleaved_prompts("arith", "code", "story")[:count]
-    return [Prompt(p.id, render_prompt(p.prompt), p.dataset) for p in prompts]
 
 
 def why_different(alone: Completion, other: Completion) -> str:
@@ -172,7 +160,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.evidence.alone_vs_batch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="margingate evidence alone-vs-batch", description=__doc__)
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of the embedded model")
     parser.add_argument(
         "--variants", default="log,gate@0.0625,always", help="policy[-repair][+fastpath][@threshold], comma-separated"
@@ -192,31 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(table(outcomes))
     return 0
-
-
-def measure_all(run: Callable[[T], Any], items: Sequence[T], jobs: int, out: Path | None) -> list[Any]:
-    """Return ``run``'s outcome for every item, ``jobs`` at a time; each is on disk before the next is awaited."""
-    outcomes = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(run, items):
-            outcomes.append(outcome)
-            if out is not None:
-                write_record(out, outcomes)  # Ctrl-C keeps what was measured
-    return outcomes
-
-
-def write_record(path: Path, outcomes: list[Any]) -> None:
-    """Write outcomes with what they were measured on."""
-    from sglang_margingate.serving.versions import device_name, versions
-
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device_name("cpu"),
-        "versions": versions(),
-        "command": " ".join(["python -m", __name__, *sys.argv[1:]]),
-        "outcomes": [asdict(o) for o in outcomes],
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a decode step costs on a running server, by batch size and policy; and whether sequences stay the same.
 
-``python -m sglang_margingate.bench.evidence.decode_cost --base-url URL --arms stock --batches 1,8,32,64 --out FILE.json``
+``margingate evidence decode-cost --base-url URL --arms stock --batches 1,8,32,64 --out FILE.json``
 
 Requests carry token ids (no tokenizer needed) and end at a fixed length. An arm is what the requests ask for:
 ``stock`` (nothing), ``log``, ``always`` or ``gate@X`` with the threshold X, so one server measures several arms, in
@@ -253,7 +253,7 @@ def table(files: list[Path]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, or put measured files side by side."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.evidence.decode_cost", description=__doc__)
+    parser = argparse.ArgumentParser(prog="margingate evidence decode-cost", description=__doc__)
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:30000")
     add("--tag", default="server", help="name of the server in the table")

@@ -1,6 +1,6 @@
 """What does observing or gating cost? Throughput of policies on one server, in paired rounds of one session.
 
-``python -m sglang_margingate.bench.evidence.overhead --policies off,log --pairs 10``
+``margingate evidence overhead --policies off,log --pairs 10``
 
 The server runs under ``--server-policy``; each request names its own policy, so both sides of a pair share the process,
 the weights and the machine's mood, and follow one another within seconds. Every request makes the same number of
@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from sglang_margingate.bench import options
+from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import Prompt, run_together
 from sglang_margingate.bench.servers.process import Server, serve
 
@@ -111,9 +112,7 @@ def table(rates: dict[str, list[float]], unit: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the table."""
-    from sglang_margingate.bench.evidence.alone_vs_batch import demo_prompts
-
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.evidence.overhead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="margingate evidence overhead", description=__doc__)
     add = parser.add_argument
     add(
         "--policies",

@@ -1,6 +1,6 @@
 """Does a prefix hit change the output, and what is left of the hit rate? One table over radix policies.
 
-``python -m sglang_margingate.bench.evidence.prefix --prompts 200 --radix canonical,stock,off --out prefix.json``
+``margingate evidence prefix --prompts 200 --radix canonical,stock,off --out prefix.json``
 
 Prompts of at least 300 tokens in groups that share 0 to 90% of them are completed cold (cache flushed before each),
 warm (again, everything cached), partly warm (after the other prompts of their group), interleaved in one batch, and
@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.bench.evidence.alone_vs_batch import measure_all
+from sglang_margingate.bench.evidence.record import measure_all
+from sglang_margingate.bench.prompts.embedded import conversations, shared_prompts
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import serve
+from sglang_margingate.demo.chat import ASSISTANT, EOS, USER
 
-SHARES = (0.0, 0.3, 0.5, 0.7, 0.9)
-GROUP = 10
-SHOTS = 4
 POOL_TOKENS = 160_000
 """Holds all prompts of the default run: a warm run is warm."""
 SMALL_POOL_TOKENS = 6000
@@ -41,51 +40,8 @@ class Outcome:
     guarantees: dict[str, int] = field(default_factory=dict)
 
 
-def shared_prompts(count: int) -> list[Prompt]:
-    """Return prompts of worked examples, in groups of :data:`GROUP` that share a fixed part of their text.
-
-    Group g shares the first ``SHARES[g % 5]`` of a body of :data:`SHOTS` worked examples; each prompt ends with a
-    question of its own.
-    """
-    import random
-
-    from sglang_margingate.demo.chat import ASSISTANT, EOS, USER, render_prompt
-    from sglang_margingate.demo.corpora import HELDOUT, generate
-    from sglang_margingate.demo.prompts import interleaved_prompts
-
-    rng = random.Random(7)
-    names = ("arith", "code", "story")
-    questions = interleaved_prompts(*names)
-
-    def body(dataset: str) -> str:
-        shots = [generate(dataset, rng, HELDOUT) for _ in range(SHOTS)]
-        return "".join(f"{USER}{d.prompt}{ASSISTANT}{d.completion}{EOS}" for d in shots)
-
-    out = []
-    for i in range(count):
-        group, question = divmod(i, GROUP)[0], questions[i % len(questions)]
-        dataset = names[group % 3]
-        if i % GROUP == 0:
-            common = body(dataset)
-        own = body(dataset)
-        keep = int(SHARES[group % len(SHARES)] * len(common))
-        text = common[:keep] + own[keep:] + render_prompt(question.prompt)
-        out.append(Prompt(f"p{i:03d}", text, question.dataset))
-    return out
-
-
-def conversations(count: int, turns: int) -> list[list[str]]:
-    """Return the user messages of ``count`` conversations."""
-    from sglang_margingate.demo.prompts import interleaved_prompts
-
-    pool = [p.prompt for p in interleaved_prompts("story", "arith", "code")]
-    return [[pool[(i * turns + t) % len(pool)] for t in range(turns)] for i in range(count)]
-
-
 def talk(client: Client, number: int, messages: list[str], max_new_tokens: int, cold: bool) -> list[Completion]:
     """Run one conversation; ``cold`` empties the cache before every turn."""
-    from sglang_margingate.demo.chat import ASSISTANT, EOS, USER
-
     history, out = "", []
     for turn, message in enumerate(messages):
         if cold:
@@ -173,7 +129,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.evidence.prefix", description=__doc__)
+    parser = argparse.ArgumentParser(prog="margingate evidence prefix", description=__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--conversations", type=int, default=20, help="conversations of four turns")
     parser.add_argument("--max-new-tokens", type=int, default=64)

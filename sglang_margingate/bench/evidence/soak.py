@@ -1,6 +1,6 @@
 """Does a gated server leak K/V slots? Many mixed requests, a third of them hung up on, then SGLang's own idle check.
 
-``python -m sglang_margingate.bench.evidence.soak --requests 1000``
+``margingate evidence soak --requests 1000``
 
 Gated, ungated and sampled requests over shared prefixes, streams that are closed after a few tokens, penalties and a
 regex, on a small K/V pool so that eviction and retraction happen as well. SGLang checks its books whenever it is idle
@@ -20,7 +20,7 @@ from typing import Any
 
 import requests
 
-from sglang_margingate.bench.evidence.prefix import shared_prompts
+from sglang_margingate.bench.prompts.embedded import shared_prompts
 from sglang_margingate.bench.servers.process import GATE_ALONE, Server, serve
 
 SAMPLING: tuple[dict[str, Any], ...] = (
@@ -61,7 +61,7 @@ def idle(server: Server, seconds: float = 60.0) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the soak; exit status 0 means no leak."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.evidence.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="margingate evidence soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--pool", type=int, default=6000, help="tokens of the K/V pool")
     parser.add_argument("--log", type=Path, default=Path("out/soak.log"))

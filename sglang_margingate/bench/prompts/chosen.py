@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_margingate.bench import options
-from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
 from sglang_margingate.bench.prompts.datasets import load
-from sglang_margingate.bench.servers.openai_client import OpenAIClient
 from sglang_margingate.bench.prompts.random_ids import check_context, draw, model_facts, vocabulary_of
 from sglang_margingate.bench.prompts.template import NO_TEXT, PLAIN, find_template
+from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
+from sglang_margingate.bench.servers.openai_client import OpenAIClient
+from sglang_margingate.bench.servers.process import flag_value
 
 SKIP_TOKENIZER = "--skip-tokenizer-init"
 OVERRIDES = "--json-model-override-args"
@@ -51,7 +52,7 @@ def rendered(
         _need_api(client)
         _need_ids(prompts, "as /server_info says", "start the server without the flag")
     if any(p.ids for p in prompts):
-        overrides = info.get("json_model_override_args") or options.flag_value(args.server_flags, OVERRIDES)
+        overrides = info.get("json_model_override_args") or flag_value(args.server_flags, OVERRIDES)
         facts = model_facts(model, overrides)
         check_context(prompts, _context(args, info) or facts.context)
         prompts = draw(prompts, vocabulary_of(model, facts, args.vocab), args.seed)
@@ -62,7 +63,7 @@ def rendered(
 
 
 def _context(args: argparse.Namespace, info: dict[str, Any]) -> int | None:
-    given = str(options.flag_value(args.server_flags, "--context-length") or info.get("context_length"))
+    given = str(flag_value(args.server_flags, "--context-length") or info.get("context_length"))
     return int(given) if given.isdigit() else None
 
 

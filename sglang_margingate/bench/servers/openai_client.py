@@ -8,7 +8,15 @@ from typing import Any
 
 import requests
 
-from sglang_margingate.bench.servers.client import TIMEOUT, Client, Completion, Prompt, ServerError, brief, error_message
+from sglang_margingate.bench.servers.client import (
+    TIMEOUT,
+    Client,
+    Completion,
+    Prompt,
+    ServerError,
+    brief,
+    error_message,
+)
 
 
 class OpenAIClient:

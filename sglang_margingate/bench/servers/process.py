@@ -19,7 +19,6 @@ from typing import Any
 import requests
 
 from sglang_margingate.bench.servers.client import Client, ServerError
-from sglang_margingate.bench.options import flag_value
 
 READY = "The server is fired up"
 """SGLang logs this after its warm-up request was answered."""
@@ -235,6 +234,15 @@ def _safe(children: list[Any]) -> Iterator[Any]:
         except Exception:  # psutil.NoSuchProcess
             continue
         yield child
+
+
+def flag_value(flags: Sequence[str], *names: str) -> str | None:
+    """Return the value of a flag in a server's command line, in either of its two forms."""
+    for i, word in enumerate(flags):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else flags[i + 1] if i + 1 < len(flags) else None
+    return None
 
 
 def free_port() -> int:

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 import requests
 
-from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError, brief, completion, error_message
+from sglang_margingate.bench.servers.client import (
+    Client,
+    Completion,
+    Prompt,
+    ServerError,
+    brief,
+    completion,
+    error_message,
+)
 
 MOST_THREADS = 512
 

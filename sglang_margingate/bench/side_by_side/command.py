@@ -70,23 +70,24 @@ def _shares(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Measure, print the tables, return the exit status."""
+    from sglang_margingate.bench.prompts.chosen import prompts_of, rendered
+    from sglang_margingate.bench.servers.process import flag_value
+    from sglang_margingate.bench.servers.timing import Arrivals
     from sglang_margingate.bench.side_by_side import modes as bench_modes
     from sglang_margingate.bench.side_by_side import report as bench_report
-    from sglang_margingate.bench.side_by_side.join import join
-    from sglang_margingate.bench.prompts.chosen import prompts_of, rendered
     from sglang_margingate.bench.side_by_side.compare import Comparison, Workload
-    from sglang_margingate.bench.servers.timing import Arrivals
+    from sglang_margingate.bench.side_by_side.join import join
     from sglang_margingate.serving.cpu import is_cpu_host
     from sglang_margingate.serving.versions import model_name, versions
 
     flags: list[str] = args.server_flags
     bench_modes.check_flags(flags)
-    cpu = options.flag_value(flags, "--device") == "cpu" or is_cpu_host()
+    cpu = flag_value(flags, "--device") == "cpu" or is_cpu_host()
     result = Comparison()
     modes, note = bench_modes.choose(args.modes, cpu)
     result.notes += [note] if note else []
     extra = bench_modes.parse_mode_flags(args.mode_flags)
-    model = options.flag_value(flags, "--model-path", "--model")
+    model = flag_value(flags, "--model-path", "--model")
     if model is None:
         from sglang_margingate.demo.paths import model_path
 
@@ -130,9 +131,9 @@ def _measure(
     result: Comparison,
     save: Any,
 ) -> None:
+    from sglang_margingate.bench.console import bar, make_console
     from sglang_margingate.bench.side_by_side import modes as bench_modes
     from sglang_margingate.bench.side_by_side.compare import compare
-    from sglang_margingate.bench.console import bar, make_console
 
     console = make_console()
     with bar(console) as progress:

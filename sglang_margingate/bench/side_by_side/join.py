@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.bench.side_by_side.report import BENCH_SCHEMA, to_dict
-from sglang_margingate.bench.side_by_side.compare import METRICS, MODES, Cell, Comparison, Workload
 from sglang_margingate.bench.servers.gauges import BatchProof
+from sglang_margingate.bench.side_by_side.compare import METRICS, MODES, Cell, Comparison, Workload
+from sglang_margingate.bench.side_by_side.report import BENCH_SCHEMA, to_dict
 from sglang_margingate.gate.stats import Rate
 
 SAME_WORKLOAD = ("prompts_digest", "max_tokens", "arrivals", "seed")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_margingate.bench.side_by_side.compare import MODES
 from sglang_margingate.bench.options import UsageError, names
 from sglang_margingate.bench.servers.process import OURS, STOCK
+from sglang_margingate.bench.side_by_side.compare import MODES
 
 NO_DETERMINISTIC = "SGLang's deterministic mode needs CUDA and does not exist on a CPU"
 

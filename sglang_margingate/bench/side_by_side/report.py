@@ -10,8 +10,8 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from sglang_margingate.bench.side_by_side.compare import METRICS, MODES, Cell, Comparison, Workload
 from sglang_margingate.bench.prompts.random_ids import digest
+from sglang_margingate.bench.side_by_side.compare import METRICS, MODES, Cell, Comparison, Workload
 from sglang_margingate.gate.stats import Rate, percent
 
 BENCH_SCHEMA = "margingate-bench/1"

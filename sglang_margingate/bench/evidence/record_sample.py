@@ -1,6 +1,6 @@
 """Record ``traces/sample``: a small run of the real server that the dashboard, its tests and the README show.
 
-``python -m sglang_margingate.demo.record_sample --out traces/sample``
+``margingate evidence record-sample --out traces/sample``
 
 Gated requests alone, in pairs and in a batch of 16, with an audit; some under ``log``; a few sampled ones. Each prompt also
 under ``always``, alone, where this model's flips are: what the Tuning page chooses thresholds from.
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sglang_margingate.bench.evidence.alone_vs_batch import demo_prompts
+from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import run_alone, run_together
 from sglang_margingate.bench.servers.process import GATE_ALONE, serve
 from sglang_margingate.trace import read_run
@@ -25,7 +25,7 @@ FLAGS = (*GATE_ALONE, "--margingate-threshold", "0.0625", "--margingate-audit-ra
 
 def main(argv: list[str] | None = None) -> int:
     """Record the run and put it in place of the old one."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.demo.record_sample", description=__doc__)
+    parser = argparse.ArgumentParser(prog="margingate evidence record-sample", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("traces/sample"))
     args = parser.parse_args(argv)
     prompts = demo_prompts(36)

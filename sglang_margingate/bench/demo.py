@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_margingate.bench.evidence.alone_vs_batch import CONCURRENCY, demo_prompts
+from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import Client, Completion, ServerError, run_alone, run_together
 from sglang_margingate.bench.servers.process import GATE_ALONE, serve
 
+CONCURRENCY = 16
 THRESHOLD = 0.0625
 """Calibrated for the embedded model on a CPU (docs/benchmarks.md)."""
 
@@ -78,7 +79,7 @@ def open_dashboard(trace_dir: Path, port: int) -> subprocess.Popen[bytes] | None
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.demo.show", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sglang_margingate.bench.demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the table instead of serving on")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=256)

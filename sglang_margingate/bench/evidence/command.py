@@ -1,0 +1,36 @@
+"""``margingate evidence NAME``: the scripts behind the numbers in the documentation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+SCRIPTS = {
+    "alone-vs-batch": "are sequences the same alone and in a batch? policies, repairs, thresholds",
+    "decode-cost": "what does a decode step cost, by batch size and policy? (a running server)",
+    "overhead": "what does observing or gating cost? paired rounds on one server",
+    "prefix": "does a prefix hit change the output, and what is left of the hit rate?",
+    "record-sample": "record the small run that the dashboard's tests and the README show",
+    "soak": "does a gated server leak K/V slots? many mixed requests, a third hung up on",
+}
+
+
+def listing() -> str:
+    """Return the scripts, a line each."""
+    wide = max(map(len, SCRIPTS))
+    lines = [f"  {name:<{wide}}  {what}" for name, what in SCRIPTS.items()]
+    return "\n".join(["usage: margingate evidence NAME [options]; NAME --help tells its options", "", *lines])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one script; without a name list them all."""
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(listing())
+        return 0
+    if name not in SCRIPTS:
+        print(f"margingate evidence: error: {name!r} is unknown; use {', '.join(SCRIPTS)}", file=sys.stderr)
+        return 2
+    module = import_module(f"sglang_margingate.bench.evidence.{name.replace('-', '_')}")
+    return int(module.main(list(argv[1:])))
