@@ -132,10 +132,10 @@ def _append(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
 
 _DERIVED: dict[str, tuple[Callable[[pd.DataFrame], np.ndarray], tuple[str, ...]]] = {
     "state": (states.classify, states.STATE_COLUMNS),
-    "triggered": (states.triggered, ("margin", "threshold", "prefill")),
+    "triggered": (states.triggered, ("triggered",)),
     "verified": (states.verified, ("reason",)),
 }
-"""Columns made here from columns on disk: how, and from which."""
+"""Columns made here from columns on disk, or freed of nulls: how, and from which."""
 
 
 class RunData:
@@ -161,7 +161,7 @@ class RunData:
         self._lock = threading.RLock()
 
     def steps(self, *names: str) -> pd.DataFrame:
-        """Return step rows with these columns; ``state`` (code), ``triggered`` and ``verified`` count as columns.
+        """Return step rows with these columns; ``state`` (code) and ``verified`` count as columns, and ``triggered`` has no nulls.
 
         Raises
         ------

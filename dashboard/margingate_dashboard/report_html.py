@@ -34,7 +34,9 @@ STRIP = 600
 FLIPS = 300
 """Rows of the table of flips."""
 
-STEPS = tuple(n for n in dict.fromkeys([*FLIP_COLUMNS, *states.STATE_COLUMNS, "time"]) if n in STEP_SCHEMA.names)
+STEPS = tuple(
+    n for n in dict.fromkeys([*FLIP_COLUMNS, *states.STATE_COLUMNS, "prefill", "time"]) if n in STEP_SCHEMA.names
+)
 REQUESTS = (
     "request_id",
     "dataset",

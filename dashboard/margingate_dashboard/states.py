@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STABLE, STATES, TRIGGERED
+from sglang_margingate.gate.columns import missed_rows
 
 CODE = {state.name: code for code, state in enumerate(STATES)}
 
-STATE_COLUMNS = ("margin", "threshold", "prefill", "reason", "flipped", "repaired")
+STATE_COLUMNS = ("triggered", "reason", "flipped", "repaired")
 """Step columns that :func:`classify` reads."""
 
 
@@ -21,13 +22,8 @@ def as_bool(column: pd.Series) -> np.ndarray:
 
 
 def triggered(steps: pd.DataFrame) -> np.ndarray:
-    """Tell which steps have margin <= threshold, the same way as :func:`sglang_margingate.gate.policy.triggers`.
-
-    A margin that is not a number triggers; a step without a threshold, or chosen by a prefill, does not.
-    """
-    margin = steps["margin"].to_numpy(dtype=np.float32)
-    threshold = steps["threshold"].to_numpy(dtype=np.float32)
-    return ~(margin > threshold) & ~np.isnan(threshold) & ~as_bool(steps["prefill"])
+    """Tell which steps triggered, as the server recorded it; null counts as not."""
+    return as_bool(steps["triggered"])
 
 
 def verified(steps: pd.DataFrame) -> np.ndarray:
@@ -45,18 +41,17 @@ def classify(steps: pd.DataFrame) -> np.ndarray:
 
     ::
 
-        flipped and not triggered, threshold known  -> missed
-        flipped and repaired                        -> repaired
-        flipped                                     -> flipped
-        triggered                                   -> triggered
-        otherwise                                   -> stable
+        missed (flipped, and only an audit or the policy `always` looked)  -> missed
+        flipped and repaired                                               -> repaired
+        flipped                                                            -> flipped
+        triggered                                                          -> triggered
+        otherwise                                                          -> stable
     """
     low = triggered(steps)
     flip = as_bool(steps["flipped"])
-    has_threshold = ~np.isnan(steps["threshold"].to_numpy(dtype=np.float32))
     code = np.where(low, CODE[TRIGGERED.name], CODE[STABLE.name]).astype(np.int8)
     code[flip] = CODE[FLIPPED.name]
     code[flip & as_bool(steps["repaired"])] = CODE[REPAIRED.name]
     # `always` repairs above the threshold too; the gate would have missed it, which is what this state says.
-    code[flip & has_threshold & ~low & ~as_bool(steps["prefill"])] = CODE[MISSED.name]
+    code[missed_rows(steps["reason"], low, flip)] = CODE[MISSED.name]
     return code

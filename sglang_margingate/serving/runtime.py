@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Policy
@@ -83,6 +84,7 @@ class Runtime:
         self.batch_rows: Counter[int] = Counter()
         self.batch_rows_now = 0
         self._over_limit = False
+        self._numbers = count(1)
         self.trace_text = config.trace and config.trace_text
         self._sampler = AuditSampler(config.audit_rate, seed=0)
         self._committed: list[StepRow] = []  # not settled yet
@@ -104,7 +106,7 @@ class Runtime:
         if greedy and params.policy.verifies and req.custom_logit_processor is not None:
             ledger.greedy = False
             ledger.notes.append("a custom logit processor may keep state, so its steps are not verified")
-        state = RequestState(ledger)
+        state = RequestState(ledger, number=next(self._numbers))
         if not ledger.gated and uses_backend(self.config):
             req.extra_key = namespace(req.extra_key)
         if params.return_steps:
@@ -151,6 +153,7 @@ class Runtime:
                 state.steps["verified"].append(verified)
                 state.steps["flipped"].append(flipped)
                 state.steps["reason"].append(reason.value)
+            state.structural_steps += step.structural
             if self.metrics.enabled:
                 self.metrics.step(triggered, flipped, missed(reason, triggered, flipped))
             if self.writer is not None:
@@ -248,6 +251,7 @@ class Runtime:
         e2e_ms = max(0.0, (end - state.arrival) * 1e3)
         reason = req.finished_reason.to_json().get("type") if req.finished_reason is not None else "abort"
         return {
+            "request": state.number,
             "request_id": req.rid,
             "dataset": ledger.params.dataset,
             "policy": ledger.params.policy.value,
@@ -264,6 +268,7 @@ class Runtime:
             "audited": c.audited,
             "flips": c.flips,
             "missed": c.missed,
+            "structural": state.structural_steps,
             "ttft_ms": max(0.0, (first - state.arrival) * 1e3),
             "tpot_ms": (end - first) * 1e3 / (shown - 1) if shown > 1 else None,
             "e2e_ms": e2e_ms,

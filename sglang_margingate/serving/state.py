@@ -95,10 +95,10 @@ class StepRow:
                 *(self.delta or (None, None)), self.window_rows,
             )  # fmt: skip
         return (
-            ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token, self.fast_token,
-            self.second_token, self.margin, None if self.structural else params.threshold, *verdict, forward.rows,
-            forward.rows, self.structural or forward.canonical, not forward.decode, forward.ms, self.waited_ms, 0.0,
-            text,
+            self.state.number, ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token,
+            self.fast_token, self.second_token, self.margin, params.threshold, self.triggered, *verdict, forward.rows,
+            None, self.structural or forward.canonical, self.structural, not forward.decode, forward.ms,
+            self.waited_ms, 0.0, text,
         )  # fmt: skip
 
 
@@ -107,6 +107,8 @@ class RequestState:
     """Live record of one request in the scheduler."""
 
     ledger: RequestLedger
+    number: int = 0
+    """Of the request, unique in the run: clients may use one request id twice."""
     arrival: float = field(default_factory=time.time)
     pending: StepRow | None = None
     """The newest step, until it is known whether its token is shown."""
@@ -119,6 +121,7 @@ class RequestState:
     first_token_time: float | None = None
     last_token_time: float | None = None
     max_batch_rows: int = 0
+    structural_steps: int = 0
     last_token: int = -1
     closed: bool = False
     steps: dict[str, list[Any]] | None = None

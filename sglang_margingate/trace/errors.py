@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+
+BAD_FILE = (OSError, pa.ArrowException, EOFError)
+"""What pyarrow raises for a truncated or garbled file."""
+
 
 class TraceError(Exception):
     """A trace folder cannot be written, or a path is not a readable run."""

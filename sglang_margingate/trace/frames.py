@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sglang_margingate.trace import upgrade
+
 if TYPE_CHECKING:
     import pandas as pd
 
-_ALWAYS_NULLABLE = {"verify_token"}
+_ALWAYS_NULLABLE = {"verify_token", "padded_rows"}
 """Integers that may be null by contract: nullable in every run, so that their type does not hang on the data."""
 
 
 def read_table(file: Path, names: Sequence[str]) -> pa.Table:
-    """Read those of `names` that the file has, and no other column.
+    """Read those of `names` that the file has or, in a run of schema 1.x, that can be made of what it has.
 
     Raises
     ------
@@ -25,8 +27,12 @@ def read_table(file: Path, names: Sequence[str]) -> pa.Table:
         The file is not whole.
     """
     with pq.ParquetFile(file) as parquet:
-        have = set(parquet.schema_arrow.names)
-        return parquet.read(columns=[n for n in names if n in have])
+        have = parquet.schema_arrow.names
+        if not upgrade.is_old(have):
+            return parquet.read(columns=[n for n in names if n in set(have)])
+        table = parquet.read(columns=upgrade.inputs(names, have))
+    numbers = upgrade.numbers_of(file.parent) if "request" in names else None
+    return upgrade.upgrade(table, names, numbers, steps=file.name.startswith("steps"))
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sglang_margingate.trace.errors import SchemaVersionError, TraceError
+from sglang_margingate.trace.errors import BAD_FILE, SchemaVersionError, TraceError
+from sglang_margingate.trace.files import run_files
 from sglang_margingate.trace.frames import conform, filter_columns, read_table, to_frame
 from sglang_margingate.trace.manifest import check_version, is_live, parse_time, read_manifest
 from sglang_margingate.trace.schema import (
@@ -31,8 +32,6 @@ from sglang_margingate.trace.tables import VERSION_KEY
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_BAD_FILE = (OSError, pa.ArrowException, EOFError)  # what pyarrow raises for a truncated or garbled file
 
 
 @dataclass
@@ -62,16 +61,6 @@ class RunInfo:
     request_rows: int
     is_live: bool
     warnings: tuple[str, ...] = ()
-
-
-def run_files(path: Path, glob: str) -> list[Path]:
-    """Return a run's closed files of one kind, in the order written (by number: there may be more than 9,999)."""
-
-    def number(file: Path) -> tuple[int, str]:
-        tail = file.stem.rpartition("-")[2]
-        return (int(tail) if tail.isdecimal() else -1, file.name)
-
-    return sorted(path.glob(glob), key=number)
 
 
 def read_run(
@@ -142,7 +131,7 @@ def run_info(path: Path) -> RunInfo | None:
             try:
                 stat = file.stat()
                 rows += _footer_rows(str(file), stat.st_size, stat.st_mtime_ns)
-            except _BAD_FILE as e:
+            except BAD_FILE as e:
                 warnings.append(_damaged(file, e))
         counts.append(rows)
     created = parse_time(manifest.get("created"))
@@ -239,7 +228,7 @@ def _file_version(files: list[Path]) -> str | None:
     for file in files:
         try:
             found = (pq.read_schema(file).metadata or {}).get(VERSION_KEY)
-        except _BAD_FILE:
+        except BAD_FILE:
             continue
         if found:
             return str(found.decode(errors="replace"))
@@ -261,7 +250,7 @@ def _read_kind(
     for file in files if names else ():
         try:
             table = conform(read_table(file, read.names), read)
-        except (*_BAD_FILE, ValueError, TypeError, KeyError) as e:
+        except (*BAD_FILE, ValueError, TypeError, KeyError) as e:
             warnings.append(_damaged(file, e))
             continue
         if filters is not None:

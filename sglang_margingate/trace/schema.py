@@ -2,7 +2,8 @@
 
 A run is a folder ``traces/<run>/`` with ``manifest.json``, ``steps-NNNN.parquet`` and ``requests-NNNN.parquet``.
 Writers and readers take names, types and meanings from here and from nowhere else. A change that an old reader
-cannot survive raises :data:`SCHEMA_VERSION`'s first number; a new optional column raises the second.
+cannot survive, a changed meaning among them, raises :data:`SCHEMA_VERSION`'s first number; a new optional column
+raises the second. Runs of schema 1.x are still read (:mod:`sglang_margingate.trace.upgrade`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = [
     "Reason",
 ]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"
 
 MANIFEST_NAME = "manifest.json"
 STEPS_GLOB = "steps-*.parquet"
@@ -44,8 +45,17 @@ class Column(NamedTuple):
 
 _DICT = pa.dictionary(pa.int32(), pa.string())
 
+_REQUEST = Column(
+    "request",
+    pa.int32(),
+    "",
+    "Number of the request, unique in the run: the key of both tables. A client may use one request id twice.",
+)
+_REQUEST_ID = "SGLang's request id (rid); the client's own where it sent one, so not unique."
+
 STEP_COLUMNS: tuple[Column, ...] = (
-    Column("request_id", _DICT, "", "SGLang's request id (rid)."),
+    _REQUEST,
+    Column("request_id", _DICT, "", _REQUEST_ID),
     Column("dataset", _DICT, "", "Dataset tag sent with the request (margingate_dataset); empty when none was sent."),
     Column("step", pa.int32(), "", "Index of the output token that this step chose, from 0 (chosen by the prefill)."),
     Column("position", pa.int32(), "", "Position t of the token that the step read; its logits choose token t+1."),
@@ -58,9 +68,15 @@ STEP_COLUMNS: tuple[Column, ...] = (
         "threshold",
         pa.float32(),
         "logits",
-        "Threshold (tau) in force for this step; NaN where none is: by policy, or because its shape answers for it.",
+        "The request's threshold (tau); NaN only where its policy has none. A structural step has one, and no use for it.",
     ),
-    Column("reason", _DICT, "", "Why the step was verified: none, margin, audit, always, resume."),
+    Column(
+        "triggered",
+        pa.bool_(),
+        "",
+        "The margin was at or below the threshold at a decode step that is not structural.",
+    ),
+    Column("reason", _DICT, "", "Why the step was verified: none, margin, audit, always, resume, limit."),
     Column("verify_token", pa.int32(), "id", "The verify's argmax; null where the step was not verified."),
     Column("verify_margin", pa.float32(), "logits", "The verify's margin; null where the step was not verified."),
     Column("flipped", pa.bool_(), "", "The verify's token differs from the fast path's (a confirmed mismatch)."),
@@ -86,11 +102,27 @@ STEP_COLUMNS: tuple[Column, ...] = (
         "Columns recomputed for this step's verify, itself included; 0 if unverified.",
     ),
     Column("batch_rows", pa.int32(), "rows", "Requests in the forward that ran the step."),
-    Column("padded_rows", pa.int32(), "rows", "Rows the kernels saw (M): batch_rows plus padding."),
-    Column("canonical", pa.bool_(), "", "The fast path's forward ran inside the canonical class."),
+    Column(
+        "padded_rows",
+        pa.int32(),
+        "rows",
+        "Rows that the linear layers really ran with (M); of a prefill, rows are tokens. Null where not observed.",
+    ),
+    Column(
+        "canonical",
+        pa.bool_(),
+        "",
+        "This forward ran inside the canonical class, or alone on the canonical prefill grid, as observed.",
+    ),
+    Column(
+        "structural", pa.bool_(), "", "The step and every column that it read ran inside the class: no margin decides."
+    ),
     Column("prefill", pa.bool_(), "", "The step's logits came from a prefill (first token, or resume)."),
     Column(
-        "step_ms", pa.float32(), "ms", "Wall time of the whole forward and sampling that ran the step, verify included."
+        "step_ms",
+        pa.float32(),
+        "ms",
+        "Time of the forward that ran the step and of its sampling, verify included; of this forward alone.",
     ),
     Column("verify_ms", pa.float32(), "ms", "Wall time of the verify passes that the step waited for."),
     Column(
@@ -100,7 +132,8 @@ STEP_COLUMNS: tuple[Column, ...] = (
 )
 
 REQUEST_COLUMNS: tuple[Column, ...] = (
-    Column("request_id", pa.string(), "", "SGLang's request id (rid)."),
+    _REQUEST,
+    Column("request_id", pa.string(), "", _REQUEST_ID),
     Column("dataset", _DICT, "", "Dataset tag sent with the request; empty when none was sent."),
     Column("policy", _DICT, "", "Policy in force for this request: off, log, gate, always."),
     Column("repair", _DICT, "", "Repair in force: column or window."),
@@ -111,12 +144,20 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
     Column("floored_tokens", pa.int32(), "tokens", "Cached tokens given up to keep prefill chunks canonical."),
     Column("prefill_chunks", pa.int32(), "", "Forwards that prefilled the prompt."),
     Column("output_tokens", pa.int32(), "tokens", "Generated tokens."),
-    Column("triggers", pa.int32(), "steps", "Steps with margin <= threshold."),
+    Column("triggers", pa.int32(), "steps", "Steps that triggered."),
     Column("verified", pa.int32(), "steps", "Steps verified for any reason."),
     Column("audited", pa.int32(), "steps", "Untriggered steps verified at random."),
     Column("flips", pa.int32(), "steps", "Confirmed mismatches, missed ones included."),
-    Column("missed", pa.int32(), "steps", "Flips at steps that did not trigger (known only where audited or always)."),
-    Column("ttft_ms", pa.float32(), "ms", "Time to first token, from arrival at the scheduler."),
+    Column(
+        "missed",
+        pa.int32(),
+        "steps",
+        "Flips at steps that nothing but an audit or the policy always would have verified, structural ones included.",
+    ),
+    Column("structural", pa.int32(), "steps", "Structural steps."),
+    Column(
+        "ttft_ms", pa.float32(), "ms", "Time to first token, from arrival at the scheduler; null where none was seen."
+    ),
     Column("tpot_ms", pa.float32(), "ms", "Mean time per output token after the first; null with one token."),
     Column("e2e_ms", pa.float32(), "ms", "From arrival at the scheduler to the last token."),
     Column("prefill_ms", pa.float32(), "ms", "Wall time of the forwards that prefilled the prompt."),
@@ -127,7 +168,7 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
     Column("max_batch_rows", pa.int32(), "rows", "Largest batch that any of its decode steps ran in."),
     Column("retractions", pa.int32(), "", "Times the request was retracted and prefilled again."),
     Column("guarantee", _DICT, "", "structural, verified, gated or none."),
-    Column("guarantee_note", pa.string(), "", "Why the guarantee is lower than the policy's; null when it is not."),
+    Column("guarantee_note", pa.string(), "", "One sentence: what the guarantee stands on, or why there is none."),
     Column("finish_reason", _DICT, "", "stop, length or abort."),
     Column("prompt_text", pa.string(), "", "The prompt; null unless the run records text."),
 )

@@ -150,6 +150,7 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     steps = pd.DataFrame(
         {
+            "request": owner + 1,
             "request_id": pd.Categorical.from_codes(owner, ids.tolist()),
             "dataset": pd.Categorical(datasets[owner]),
             "step": step,
@@ -160,6 +161,7 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
             "second_token": second,
             "margin": margin,
             "threshold": np.full(rows, tau),
+            "triggered": triggered,
             "reason": pd.Categorical(reason),
             "verify_token": pd.Series(np.where(flipped, canonical_token, fast), dtype="Int32").where(verified),
             "verify_margin": pd.Series(np.abs(margin - perturbation)).where(verified),
@@ -171,6 +173,7 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
             "batch_rows": batch_rows,
             "padded_rows": np.maximum(8, 8 * ((batch_rows + 7) // 8)),
             "canonical": prefill,
+            "structural": np.zeros(rows, bool),
             "prefill": prefill,
             "step_ms": step_ms,
             "verify_ms": verify_ms,
@@ -207,6 +210,7 @@ def _request_rows(
     prompts = [f"{_TEXTS.get(d, _TEXTS['story'])[0]} (variant {i})" for i, d in enumerate(datasets)]
     return pd.DataFrame(
         {
+            "request": np.arange(spec.requests) + 1,
             "request_id": ids,
             "dataset": pd.Categorical(datasets),
             "policy": pd.Categorical([spec.policy] * spec.requests),
@@ -223,6 +227,7 @@ def _request_rows(
             "audited": total(reason == "audit").astype(int),
             "flips": total(flipped).astype(int),
             "missed": total(flipped & ~triggered).astype(int),
+            "structural": 0,
             "ttft_ms": ttft,
             "tpot_ms": np.where(lengths > 1, decode_ms / np.maximum(1, lengths - 1), np.nan),
             "e2e_ms": e2e,
@@ -234,7 +239,10 @@ def _request_rows(
             "max_batch_rows": steps["batch_rows"].groupby(owner).max().to_numpy(),
             "retractions": 0,
             "guarantee": pd.Categorical(np.where(lowered, "none", guarantee)),
-            "guarantee_note": ["prefix hit from a stock radix cache" if low else None for low in lowered],
+            "guarantee_note": [
+                "a prefix hit from a stock radix cache" if low else "every step below the threshold was verified"
+                for low in lowered
+            ],
             "finish_reason": pd.Categorical(np.where(np.arange(spec.requests) % 5 == 0, "length", "stop")),
             "prompt_text": prompts if spec.text else [None] * spec.requests,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,14 @@ from margingate_dashboard.data import RunData, request_steps
 from margingate_dashboard.figures.flips import by_bucket, ranges
 from margingate_dashboard.figures.latency import quantiles
 from margingate_dashboard.figures.request import latency_parts
+from margingate_dashboard.summary import STEP_COLUMNS, headline
 from synthetic_runs import SyntheticSpec, make_frames, make_manifest, write_run
 
-from sglang_margingate.gate.policy import triggers
+from sglang_margingate.gate.columns import missed_rows
+from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.profile import parse_profile
 from sglang_margingate.trace import RunFollower, TraceError
+from sglang_margingate.words import Reason
 
 SPEC = SyntheticSpec(requests=12, tokens=80)
 ALWAYS = SyntheticSpec(requests=12, tokens=80, policy="always")
@@ -44,7 +48,7 @@ def with_derived(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def one_step(**changes: object) -> pd.DataFrame:
-    row = {"margin": 1.0, "threshold": 0.5, "prefill": False, "reason": "none", "flipped": False, "repaired": False}
+    row = {"triggered": False, "reason": "none", "flipped": False, "repaired": False}
     return pd.DataFrame([{**row, **changes}])
 
 
@@ -53,28 +57,44 @@ def one_step(**changes: object) -> pd.DataFrame:
     [
         ({}, "stable"),
         ({"reason": "audit"}, "stable"),
-        ({"margin": 0.5, "reason": "margin"}, "triggered"),
-        ({"margin": 0.0, "reason": "margin"}, "triggered"),
-        ({"margin": float("nan"), "reason": "margin"}, "triggered"),
-        ({"margin": 0.5, "prefill": True}, "stable"),
-        ({"threshold": float("nan")}, "stable"),
-        ({"margin": 0.1, "reason": "margin", "flipped": True, "repaired": True}, "repaired"),
-        ({"margin": 0.1, "reason": "margin", "flipped": True}, "flipped"),
+        ({"triggered": True, "reason": "margin"}, "triggered"),
+        ({"triggered": True, "reason": "margin", "flipped": True, "repaired": True}, "repaired"),
+        ({"triggered": True, "reason": "margin", "flipped": True}, "flipped"),
         ({"reason": "audit", "flipped": True}, "missed"),
         ({"reason": "always", "flipped": True, "repaired": True}, "missed"),
-        ({"reason": "always", "flipped": True, "repaired": True, "threshold": float("nan")}, "repaired"),
-        ({"reason": "resume", "flipped": True, "repaired": True, "prefill": True}, "repaired"),
-        ({"flipped": None, "repaired": None, "prefill": None}, "stable"),
+        ({"triggered": True, "reason": "always", "flipped": True, "repaired": True}, "repaired"),
+        ({"reason": "resume", "flipped": True, "repaired": True}, "repaired"),
+        ({"triggered": None, "flipped": None, "repaired": None}, "stable"),
     ],
 )
 def test_each_step_has_the_state_that_the_legend_says(changes: dict[str, object], name: str) -> None:
     assert states.classify(one_step(**changes))[0] == states.CODE[name]
 
 
-def test_triggering_is_the_gates_own_rule() -> None:
-    margins = np.array([0.0, 0.25, 0.5, 0.50001, 3.0, np.nan], dtype=np.float32)
-    steps = pd.DataFrame({"margin": margins, "threshold": np.float32(0.5), "prefill": False})
-    assert states.triggered(steps).tolist() == [triggers(float(m), 0.5) for m in margins]
+@pytest.mark.parametrize("categorical", [True, False])
+def test_missed_is_one_definition_for_one_step_and_for_columns(categorical: bool) -> None:
+    cases = list(product(Reason, (False, True), (False, True)))
+    words = pd.Series([reason.value for reason, *_ in cases], dtype="category" if categorical else object)
+    low, flip = (np.array([case[i] for case in cases]) for i in (1, 2))
+    assert missed_rows(words, low, flip).tolist() == [missed(*case) for case in cases]
+
+
+def test_a_structural_step_that_flipped_under_audit_is_missed(tmp_path: Path) -> None:
+    """The server counted it and the page showed none: its threshold is no reason to look away."""
+    for old in (False, True):
+        steps, _ = make_frames(SyntheticSpec(requests=2, tokens=30, audit_rate=0.0, perturbation=0.0))
+        at = int(np.flatnonzero(~steps["prefill"])[-1])
+        steps["triggered"], steps["structural"] = False, ~steps["prefill"]
+        steps["reason"] = pd.Categorical(["audit" if i == at else "none" for i in range(len(steps))])
+        steps["flipped"], steps["repaired"] = [i == at for i in range(len(steps))], False
+        if old:
+            steps["threshold"], steps["canonical"] = np.where(steps["structural"], np.nan, 0.5), True
+            steps = steps.drop(columns=["request", "triggered", "structural"])
+        folder = tmp_path / ("old" if old else "new")
+        folder.mkdir()
+        steps.to_parquet(folder / "steps-0000.parquet")
+        found = headline(RunData(folder).steps(*STEP_COLUMNS))
+        assert (found.missed, found.examined, found.untriggered) == (1, 1, found.steps)
 
 
 def test_nulls_and_categories_of_reason() -> None:

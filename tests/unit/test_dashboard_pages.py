@@ -74,7 +74,7 @@ def all_files_damaged(folder: Path) -> None:
 
 
 def newer_schema(folder: Path) -> None:
-    write_run(folder / "newer", SyntheticSpec(requests=4, tokens=30, schema_version="2.0"))
+    write_run(folder / "newer", SyntheticSpec(requests=4, tokens=30, schema_version="3.0"))
 
 
 def no_flips(folder: Path) -> None:
@@ -173,7 +173,7 @@ def test_no_page_shows_a_traceback(
         assert not at.exception, f"{page}: {[e.value for e in at.exception]}"
         errors = [e.value for e in at.error]
         if make is newer_schema and page != "runs.py":
-            assert "2\\.0" in errors[0]
+            assert "3\\.0" in errors[0]
             assert "upgrade" in errors[0]
         else:
             assert not errors, f"{page}: {errors}"

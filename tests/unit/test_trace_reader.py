@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def steps(n: int, first: int = 0, rid: str = "r") -> dict:
     index = range(first, first + n)
     return {
+        "request": [i % 4 for i in index],
         "request_id": [f"{rid}{i % 4}" for i in index],
         "dataset": ["arith"] * n,
         "step": list(index),
@@ -206,13 +207,13 @@ def edit_manifest(run_dir: Path, **fields: object) -> None:
 
 
 def test_newer_major_is_refused(run_dir: Path) -> None:
-    edit_manifest(run_dir, schema_version="2.0")
-    with pytest.raises(SchemaVersionError, match=r"schema 2\.0, .* up to 1\.x; upgrade"):
+    edit_manifest(run_dir, schema_version="3.0")
+    with pytest.raises(SchemaVersionError, match=r"schema 3\.0, .* up to 2\.x; upgrade"):
         read_run(run_dir)
     with pytest.raises(SchemaVersionError):
         RunFollower(run_dir).poll()
     [info] = list_runs(run_dir.parent)
-    assert "schema 2.0" in info.warnings[0]
+    assert "schema 3.0" in info.warnings[0]
 
 
 def test_newer_major_without_manifest_is_refused_too(run_dir: Path) -> None:
@@ -224,7 +225,7 @@ def test_newer_major_without_manifest_is_refused_too(run_dir: Path) -> None:
 
 
 def test_other_minor_versions_are_read(run_dir: Path) -> None:
-    edit_manifest(run_dir, schema_version="1.7")
+    edit_manifest(run_dir, schema_version="2.7")
     for f in run_dir.glob("steps-*.parquet"):
         table = pq.read_table(f).drop_columns(["hold_ms", "canonical", "dataset"])
         table = table.append_column("from_the_future", pa.array([1] * table.num_rows))

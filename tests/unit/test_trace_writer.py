@@ -24,10 +24,10 @@ from sglang_margingate.trace import writer as writer_module
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [c.name for c in STEP_COLUMNS]
 FIRST = {
-    "request_id": "r0", "dataset": "arith", "step": 0, "position": 7, "time": 1_700_000_000.25, "token": 5,
-    "fast_token": 4, "second_token": 5, "margin": 0.0, "threshold": math.nan, "reason": "margin", "verify_token": 5,
+    "request": 3, "request_id": "r0", "dataset": "arith", "step": 0, "position": 7, "time": 1_700_000_000.25, "token": 5,
+    "fast_token": 4, "second_token": 5, "margin": 0.0, "threshold": math.nan, "triggered": True, "reason": "margin", "verify_token": 5,
     "verify_margin": 0.125, "flipped": True, "repaired": True, "kv_delta_first": 0.5, "kv_delta_last": 1.0,
-    "window_rows": 3, "batch_rows": 16, "padded_rows": 16, "canonical": False, "prefill": False, "step_ms": 2.5,
+    "window_rows": 3, "batch_rows": 16, "padded_rows": 16, "canonical": False, "structural": False, "prefill": False, "step_ms": 2.5,
     "verify_ms": 1.5, "hold_ms": 0.0, "token_text": "é",
 }  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_manifest_and_name(tmp_path: Path) -> None:
     b.close()
     manifest = read_manifest(a.path)
     assert manifest["closed_at"] >= manifest["created"]
-    assert manifest["schema_version"] == "1.0"
+    assert manifest["schema_version"] == "2.0"
     assert manifest["odd"] == "/x"
     assert manifest["totals"]["step_rows"] == 1
     assert not list(a.path.glob(".*"))
@@ -252,7 +252,7 @@ w = TraceWriter(sys.argv[1], {"model": "m", "policy": "gate"}, rows_per_file=300
 row = eval(sys.argv[2], {"nan": float("nan")})
 step = 0
 while True:
-    w.add_steps([(*row[:2], step + i, *row[3:]) for i in range(16)])
+    w.add_steps([(*row[:3], step + i, *row[4:]) for i in range(16)])
     step += 16
     if step % 800 == 0:
         w.add_request({"request_id": str(step)})

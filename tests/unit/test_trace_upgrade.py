@@ -1,0 +1,87 @@
+"""Runs of schema 1.x, read as today's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sglang_margingate.gate.policy import triggers
+from sglang_margingate.trace import REQUEST_SCHEMA, STEP_SCHEMA, RunFollower, read_run
+from sglang_margingate.trace.tables import VERSION_KEY
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = {
+    "request_id": ["b", "a", "b", "b", "a"],
+    "step": [0, 0, 1, 2, 1],
+    "margin": [0.1, 0.1, 0.5, 3.0, math.nan],
+    "threshold": [0.5, 0.5, 0.5, math.nan, 0.5],
+    "reason": ["none", "none", "margin", "audit", "margin"],
+    "flipped": [False, False, True, True, False],
+    "canonical": [True, True, False, True, False],
+    "prefill": [True, True, False, False, False],
+    "batch_rows": [2, 2, 2, 2, 2],
+    "padded_rows": [2, 2, 2, 2, 2],
+}
+REQUESTS = {
+    "request_id": ["sampled", "b", "a"],
+    "output_tokens": [9, 3, 1],
+    "ttft_ms": [70.0, 5.0, 6.0],
+    "tpot_ms": [0.0, 2.0, None],
+    "e2e_ms": [70.0, 9.0, 6.0],
+}
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    for name, columns, schema in (("steps", STEPS, STEP_SCHEMA), ("requests", REQUESTS, REQUEST_SCHEMA)):
+        table = pa.table(columns)
+        table = table.cast(pa.schema([schema.field(n) if n != "time" else table.schema.field(n) for n in columns]))
+        pq.write_table(table.replace_schema_metadata({VERSION_KEY: b"1.0"}), tmp_path / f"{name}-0000.parquet")
+    closed = '"created": "2026-01-01T00:00:00Z", "closed_at": "2026-01-01T00:01:00Z"'
+    (tmp_path / "manifest.json").write_text(f'{{"schema_version": "1.0", {closed}}}')
+    return tmp_path
+
+
+def test_what_1x_said_and_what_it_never_observed(old_run: Path) -> None:
+    run = read_run(old_run)
+    steps, requests = run.steps, run.requests
+    assert run.warnings == []
+    assert list(steps.columns) == STEP_SCHEMA.names
+    assert steps["request"].tolist() == [1, 2, 1, 1, 2]
+    assert requests["request"].tolist() == [3, 1, 2], "the same numbers in both tables"
+    assert steps["triggered"].tolist() == [False, False, True, False, True]
+    assert steps["structural"].tolist() == [False, False, False, True, False]
+    assert steps["padded_rows"].isna().all(), "1.x repeated batch_rows there"
+    assert steps["canonical"].isna().tolist() == [True, True, False, False, False]
+    assert requests["structural"].isna().all()
+    assert requests["ttft_ms"].isna().tolist() == [True, False, False], "its whole time stood for an unseen first token"
+    assert requests["tpot_ms"].isna().tolist() == [True, False, True]
+
+
+def test_every_reader_numbers_alike(old_run: Path) -> None:
+    """The dashboard reads requests and steps apart, and filters by columns that a 1.x file does not have."""
+    late = RunFollower(old_run, step_columns=[], request_columns=["request", "request_id"]).poll().requests
+    assert dict(zip(late["request_id"], late["request"])) == {"b": 1, "a": 2, "sampled": 3}
+    found = read_run(old_run, step_columns=["step"], request_columns=[], filters=[("request", "==", 1)]).steps
+    assert found["step"].tolist() == [0, 1, 2]
+    low = read_run(old_run, step_columns=["request_id"], request_columns=[], filters=[("triggered", "==", True)]).steps
+    assert low["request_id"].tolist() == ["b", "a"]
+
+
+def test_triggering_is_the_gates_own_rule(tmp_path: Path) -> None:
+    margins = np.array([0.0, 0.25, 0.5, 0.50001, 3.0, np.nan], dtype=np.float32)
+    columns = {"margin": margins, "threshold": np.full(6, 0.5, np.float32), "prefill": np.zeros(6, bool)}
+    pq.write_table(pa.table(columns), tmp_path / "steps-0000.parquet")
+    found = read_run(tmp_path, step_columns=["triggered"]).steps["triggered"]
+    assert found.tolist() == [triggers(float(m), 0.5) for m in margins]
+
+
+def test_the_sample_run_is_read_without_a_warning() -> None:
+    run = read_run(ROOT / "traces" / "sample")
+    assert run.warnings == []
+    assert run.steps["request"].nunique() == run.steps["request_id"].nunique()
