@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+from sglang_margingate.bench import tables
 from sglang_margingate.bench.calibrate.binding import Binding
 from sglang_margingate.bench.calibrate.passes import Calibrator, DatasetResult
 from sglang_margingate.gate.calibration import transfer_matrix
@@ -40,18 +41,20 @@ def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Pro
 
 def passes_table(results: Mapping[str, DatasetResult]) -> str:
     """Return a line per dataset and pass."""
-    wide = max(12, *(len(name) + 2 for name in results))
-    lines = [
-        f"{'dataset':<{wide}}{'recorded at':>12}{'steps':>9}{'triggered':>20}{'flips':>7}{'missed':>8}{'needs':>9}"
+    rows = [
+        [
+            name,
+            f"{p.recorded_at:.5g}",
+            f"{p.triggered.denominator:,}",
+            f"{p.triggered.numerator:,} ({percent(p.triggered.value)})",
+            f"{p.flips.numerator:,}",
+            f"{p.missed.numerator:,}",
+            f"{p.calibration.threshold:.4g}",
+        ]
+        for name, result in results.items()
+        for p in result.passes
     ]
-    for name, result in results.items():
-        for p in result.passes:
-            share = f"{p.triggered.numerator:,} ({percent(p.triggered.value)})"
-            lines.append(
-                f"{name:<{wide}}{p.recorded_at:>12.5g}{p.triggered.denominator:>9,}{share:>20}"
-                f"{p.flips.numerator:>7,}{p.missed.numerator:>8,}{p.calibration.threshold:>9.4g}"
-            )
-    return "\n".join(lines)
+    return tables.text(["dataset", "recorded at", "steps", "triggered", "flips", "missed", "needs"], rows)
 
 
 def conclusions(results: Mapping[str, DatasetResult]) -> str:
@@ -94,19 +97,20 @@ def transfer_table(calibrator: Calibrator) -> str:
     samples = {name: tuple(calibrator.sample(name)) for name in results}
     thresholds = {name: r.threshold for name, r in results.items() if not r.transferred}
     table = transfer_matrix(samples, thresholds)
-    wide = max(13, *(len(name) + 1 for name in results))
-    lines = [
-        f"{'threshold of':<{wide}}{'':>9} {'applied to':<{wide}}{'triggered':>20}{'missed flips':>15}{'at most (95%)':>15}"
+    found: Any = table.itertuples()
+    rows = [
+        [
+            str(row.calibrated_on),
+            f"{row.threshold:.4g}",
+            str(row.applied_to),
+            f"{row.triggered:,} ({percent(row.trigger_rate)})",
+            f"{row.missed:,}/{row.flips:,}",
+            percent(row.miss_upper, up=True),
+        ]
+        for row in found
     ]
-    rows: Any = table.itertuples()
-    for row in rows:
-        share = f"{row.triggered:,} ({percent(row.trigger_rate)})"
-        missed = f"{row.missed:,}/{row.flips:,}"
-        bound = percent(row.miss_upper, up=True)
-        lines.append(
-            f"{row.calibrated_on!s:<{wide}}{row.threshold:>9.4g} {row.applied_to!s:<{wide}}{share:>20}{missed:>15}{bound:>15}"
-        )
-    return "\n".join(lines)
+    head = ["threshold of", "", "applied to", "triggered", "missed flips", "at most (95%)"]
+    return tables.text(head, rows, left=(0, 2))
 
 
 def to_dict(calibrator: Calibrator, binding: Binding) -> dict[str, Any]:

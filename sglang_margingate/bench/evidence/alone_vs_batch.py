@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_margingate.bench import tables
 from sglang_margingate.bench.evidence.record import measure_all
 from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, run_alone, run_together
@@ -145,14 +146,11 @@ def summarise(
 
 def table(outcomes: list[Outcome]) -> str:
     """Return the results as a Markdown table."""
-    lines = [
-        "| policy | together | staggered | mixed | trigger rate | flips repaired | largest batch |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for o in outcomes:
         rate = f"{o.triggers / o.steps:.2%} ({o.triggers:,}/{o.steps:,})" if o.steps else "-"
-        cells = " | ".join(f"{o.identical[a]}/{o.prompts}" for a in ARRIVALS)
-        lines.append(f"| {o.variant} | {cells} | {rate} | {o.flips} | {o.max_batch_rows} |")
+        rows.append([o.variant, *(f"{o.identical[a]}/{o.prompts}" for a in ARRIVALS), rate, o.flips, o.max_batch_rows])
+    lines = [tables.markdown(["policy", *ARRIVALS, "trigger rate", "flips repaired", "largest batch"], rows)]
     for o in outcomes:
         lines += [f"\n{o.variant}: {n} of {3 * o.prompts}: {reason}" for reason, n in o.differences.items()]
     return "\n".join(lines)

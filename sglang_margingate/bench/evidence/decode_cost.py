@@ -10,18 +10,18 @@ turn within each repeat. Several servers of one session are put side by side by 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.bench import options
-from sglang_margingate.bench.servers.client import Client, ServerError, first_difference
+from sglang_margingate.bench import options, tables
+from sglang_margingate.bench.servers.client import Client, Prompt, ServerError, first_difference
 
 
 @dataclass
@@ -63,7 +63,12 @@ class Target:
 
     def batch(self, prompts: list[list[int]], new: int, custom: dict[str, Any], tag: str | None = None) -> list[Stream]:
         """Send all prompts at once."""
-        return asyncio.run(_batch(self.url, prompts, new, custom, tag))
+        client = Client(self.url, tagged=bool(custom))
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            jobs = [
+                pool.submit(_request, client, ids, new, custom, tag and f"{tag}-{i}") for i, ids in enumerate(prompts)
+            ]
+            return [job.result() for job in jobs]
 
 
 def arm_params(arm: str) -> dict[str, Any]:
@@ -74,36 +79,18 @@ def arm_params(arm: str) -> dict[str, Any]:
     return {"margingate_policy": policy, **({"margingate_threshold": float(threshold)} if threshold else {})}
 
 
-async def _request(session: Any, url: str, ids: list[int], new: int, custom: dict[str, Any], rid: str | None) -> Stream:
+def _request(client: Client, ids: list[int], new: int, custom: dict[str, Any], rid: str | None) -> Stream:
     """Send one streaming request and note when its tokens arrive."""
-    params: dict[str, Any] = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-    if custom:
-        params["custom_params"] = custom
-    body = {"input_ids": ids, "sampling_params": params, "stream": True, **({"rid": rid} if rid else {})}
+    prompt = Prompt(rid or "", "", "", tuple(ids), new)
     out = Stream(time.perf_counter())
     last = b""
-    async with session.post(url + "/generate", json=body) as answer:
-        if answer.status != 200:
-            raise SystemExit(f"HTTP {answer.status}: {(await answer.text())[:300]}")
-        async for line in answer.content:
-            if not line.startswith(b"data:") or b"[DONE]" in line:
-                continue
-            last = line
-            at = line.rfind(b'"completion_tokens":')
-            out.at.append(time.perf_counter())
-            out.count.append(int(line[at + 20 : at + 30].split(b",")[0].split(b"}")[0]))
-    final = json.loads(last[5:])
+    for last in client.stream(client.payload(prompt, new, custom=custom, rid=rid)):
+        at = last.rfind(b'"completion_tokens":')
+        out.at.append(time.perf_counter())
+        out.count.append(int(last[at + 20 : at + 30].split(b",")[0].split(b"}")[0]))
+    final = json.loads(last)
     out.tokens, out.meta = final["output_ids"], final["meta_info"]
     return out
-
-
-async def _batch(url: str, prompts: list[list[int]], new: int, custom: dict[str, Any], tag: str | None) -> list[Stream]:
-    import aiohttp
-
-    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=2**22) as session:
-        jobs = [_request(session, url, p, new, custom, tag and f"{tag}-{i}") for i, p in enumerate(prompts)]
-        return list(await asyncio.gather(*jobs))
 
 
 def summary(streams: list[Stream]) -> dict[str, float]:
@@ -234,21 +221,31 @@ def table(files: list[Path]) -> str:
     """Return all servers' arms side by side, as ratios to the server tagged ``stock`` (or the first file)."""
     documents = sorted((json.loads(f.read_text()) for f in files), key=lambda d: d["tag"] != "stock")
     base = next(iter(documents[0]["cost"].values()))
-    head = "| server, arm | batch | step, ms (min to max) | of stock | tokens/s | TPOT p50, ms | p99 | triggered | verify pass, ms |"
-    lines = [head, "| --- " * 9 + "|"]
+    head = [
+        *("server, arm", "batch", "step, ms (min to max)", "of stock", "tokens/s"),
+        *("TPOT p50, ms", "p99", "triggered", "verify pass, ms"),
+    ]
+    out = []
     for d in documents:
         for arm, by_rows in d["cost"].items():
             for rows, runs in by_rows.items():
                 mid = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
                 steps = [r["step_ms"] for r in runs]
                 of = mid["step_ms"] / statistics.median(r["step_ms"] for r in base[rows])
-                cost = f"{mid['verify_pass_ms']:.2f}" if mid.get("passes") else "-"
-                share = f"{mid['triggers'] / mid['steps']:.2%}" if mid["steps"] else "-"
-                lines.append(
-                    f"| {d['tag']}, {arm} | {rows} | {mid['step_ms']:.2f} ({min(steps):.2f} to {max(steps):.2f}) | {of:.3f} "
-                    f"| {mid['tokens_per_s']:.0f} | {mid['tpot_p50_ms']:.2f} | {mid['tpot_p99_ms']:.2f} | {share} | {cost} |"
+                out.append(
+                    [
+                        f"{d['tag']}, {arm}",
+                        rows,
+                        f"{mid['step_ms']:.2f} ({min(steps):.2f} to {max(steps):.2f})",
+                        f"{of:.3f}",
+                        f"{mid['tokens_per_s']:.0f}",
+                        f"{mid['tpot_p50_ms']:.2f}",
+                        f"{mid['tpot_p99_ms']:.2f}",
+                        f"{mid['triggers'] / mid['steps']:.2%}" if mid["steps"] else "-",
+                        f"{mid['verify_pass_ms']:.2f}" if mid.get("passes") else "-",
+                    ]
                 )
-    return "\n".join(lines)
+    return tables.markdown(head, out)
 
 
 def main(argv: list[str] | None = None) -> int:

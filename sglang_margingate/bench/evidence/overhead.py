@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from sglang_margingate.bench import options
+from sglang_margingate.bench import options, tables
 from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import Prompt, run_together
 from sglang_margingate.bench.servers.process import Server, serve
@@ -96,18 +96,15 @@ def measure(
 def table(rates: dict[str, list[float]], unit: str) -> str:
     """Return medians, spread and the paired ratio to the first policy as a Markdown table."""
     base, *_ = rates
-    lines = [
-        f"| policy | {unit}, median | min to max | of `{base}`, median of pairs | quartiles |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for policy, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[base])]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        lines.append(
-            f"| {policy} | {statistics.median(values):.0f} | {min(values):.0f} to {max(values):.0f} "
-            f"| {statistics.median(ratios):.3f} | {low:.3f}, {middle:.3f}, {high:.3f} |"
-        )
-    return "\n".join(lines)
+        spread = f"{min(values):.0f} to {max(values):.0f}"
+        quartiles = f"{low:.3f}, {middle:.3f}, {high:.3f}"
+        rows.append([policy, f"{statistics.median(values):.0f}", spread, f"{statistics.median(ratios):.3f}", quartiles])
+    head = ["policy", f"{unit}, median", "min to max", f"of `{base}`, median of pairs", "quartiles"]
+    return tables.markdown(head, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_margingate.bench import tables
 from sglang_margingate.bench.evidence.record import measure_all
 from sglang_margingate.bench.prompts.embedded import conversations, shared_prompts
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, run_alone, run_together
@@ -116,15 +117,14 @@ def first_token_ms(client: Client, prompts: list[Prompt], flush: bool) -> float:
 def table(outcomes: list[Outcome]) -> str:
     """Return the results as a Markdown table."""
     states = list(outcomes[0].identical)
-    lines = [
-        "| radix | " + " | ".join(states) + " | cached of prompt tokens (partly warm, warm) | first token cold, warm |"
-    ]
-    lines.append("| --- " * (len(states) + 3) + "|")
+    rows = []
     for o in outcomes:
         hits = ", ".join(f"{o.cached[s]:,}/{o.prompt_tokens[s]:,}" for s in ("partly warm", "warm"))
         ttft = ", ".join(f"{o.ttft_ms[s]:.0f} ms" for s in ("cold", "warm"))
-        lines.append(f"| {o.label} | " + " | ".join(o.identical[s] for s in states) + f" | {hits} | {ttft} |")
-    return "\n".join(lines)
+        rows.append([o.label, *(o.identical[s] for s in states), hits, ttft])
+    return tables.markdown(
+        ["radix", *states, "cached of prompt tokens (partly warm, warm)", "first token cold, warm"], rows
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

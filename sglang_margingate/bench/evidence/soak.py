@@ -15,10 +15,9 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import requests
 
 from sglang_margingate.bench.prompts.embedded import shared_prompts
 from sglang_margingate.bench.servers.process import GATE_ALONE, Server, serve
@@ -39,11 +38,11 @@ def one(server: Server, number: int, texts: list[str]) -> str:
     rng = random.Random(number)
     hang_up = number % 3 == 0
     params = {**rng.choice(SAMPLING), "max_new_tokens": rng.randint(1, 40)}
-    body: dict[str, Any] = {"text": rng.choice(texts), "stream": hang_up, "sampling_params": params}
-    with requests.post(server.base_url + "/generate", json=body, stream=hang_up, timeout=300) as answer:
-        if not hang_up:
-            return f"HTTP {answer.status_code}"
-        for n, _ in enumerate(answer.iter_lines()):
+    body: dict[str, Any] = {"text": rng.choice(texts), "sampling_params": params}
+    if not hang_up:
+        return f"HTTP {server.client.post(body)[0]}"
+    with closing(server.client.stream(body)) as chunks:
+        for n, _ in enumerate(chunks):
             if n >= rng.randint(0, 6):
                 return "hung up"
     return "ended first"

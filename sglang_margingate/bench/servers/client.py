@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import requests
+import httpx
 
 TIMEOUT = 600.0
 FLUSH_SECONDS = 10.0
+FAILED = (httpx.HTTPError, httpx.InvalidURL)
+"""What httpx raises for a request that got no answer."""
 
 
 class ServerError(RuntimeError):
@@ -72,15 +74,24 @@ class Completion:
         return first_difference(self.tokens, other.tokens)
 
 
+def new_http(api_key: str, timeout: float) -> httpx.Client:
+    """Return a client for any number of threads: as many connections as requests in flight, all kept open."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.Client(headers=headers, timeout=timeout, limits=limits)
+
+
 def brief(error: Exception) -> str:
-    """Return the reason inside one of requests' nested errors, in a few words."""
-    if isinstance(error, requests.Timeout):
+    """Return the reason inside one of httpx's errors, in a few words."""
+    if isinstance(error, httpx.TimeoutException):
         return "no answer in time"
-    if isinstance(error, requests.HTTPError) and error.response is not None:
+    if isinstance(error, httpx.HTTPStatusError):
         return f"HTTP {error.response.status_code}"
-    if isinstance(error, requests.ConnectionError):
+    if isinstance(error, httpx.RemoteProtocolError):
+        return "remote end closed connection"
+    if isinstance(error, httpx.NetworkError):
         text = str(error)
-        known = ("Connection refused", "Name or service not known", "Connection reset", "Remote end closed connection")
+        known = ("Connection refused", "Name or service not known", "Connection reset")
         return next((k.lower() for k in known if k in text), "connection failed")
     return " ".join(str(error).split())[:200]
 
@@ -120,25 +131,24 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self.timeout = timeout
         self.tagged = tagged
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.post_mortem: Callable[[], str] = lambda: ""
         """Says why the server died, where that is known; added to errors."""
-        self._local = threading.local()
-
-    def session(self) -> requests.Session:
-        """Return this thread's connection."""
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.headers.update(self._headers)
-        return self._local.session
+        self._http = new_http(api_key, timeout)
 
     def get(self, path: str) -> Any:
         """Return the JSON of a GET."""
+        return self._get(path, lambda answer: answer.json())
+
+    def text(self, path: str) -> str:
+        """Return the text of a GET."""
+        return self._get(path, lambda answer: answer.text)
+
+    def _get(self, path: str, read: Callable[[httpx.Response], Any]) -> Any:
         try:
-            answer = self.session().get(self.base_url + path, timeout=30)
+            answer = self._http.get(self.base_url + path, timeout=min(30, self.timeout))
             answer.raise_for_status()
-            return answer.json()
-        except (requests.RequestException, ValueError) as error:
+            return read(answer)
+        except (*FAILED, ValueError) as error:
             raise ServerError(f"GET {self.base_url}{path}: {brief(error)}") from None
 
     def status(self) -> dict[str, Any]:
@@ -150,20 +160,41 @@ class Client:
         end = time.monotonic() + FLUSH_SECONDS
         while True:
             try:
-                answer = self.session().post(self.base_url + "/flush_cache", timeout=60)
-            except requests.RequestException as error:
+                answer = self._http.post(self.base_url + "/flush_cache", timeout=60)
+            except FAILED as error:
                 raise ServerError(f"POST {self.base_url}/flush_cache: {brief(error)}") from None
-            if answer.ok or answer.status_code in (404, 405) or time.monotonic() > end:
-                return answer.ok
+            if answer.is_success or answer.status_code in (404, 405) or time.monotonic() > end:
+                return answer.is_success
             time.sleep(0.2)
 
     def post(self, payload: dict[str, Any]) -> tuple[int, Any]:
         """Send one ``/generate``; return status code and JSON, whatever the code."""
         try:
-            answer = self.session().post(self.base_url + "/generate", json=payload, timeout=self.timeout)
+            answer = self._http.post(self.base_url + "/generate", json=payload)
             return answer.status_code, answer.json()
-        except (requests.RequestException, ValueError) as error:
+        except (*FAILED, ValueError) as error:
             raise ServerError(f"POST {self.base_url}/generate: {brief(error)}{self.post_mortem()}") from None
+
+    def stream(self, payload: dict[str, Any], what: str = "the request") -> Generator[bytes, None, None]:
+        """Send one ``/generate`` and yield the JSON of each chunk as it arrives, not parsed: that would cost time.
+
+        Closing the iterator hangs up. ``what`` names the request in errors.
+        """
+        url, rest = self.base_url + "/generate", b""
+        try:
+            # As it came over the wire: decompressing or decoding every chunk would slow a server on the same machine.
+            raw = {"Accept-Encoding": "identity"}
+            with self._http.stream("POST", url, json={**payload, "stream": True}, headers=raw) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise ServerError(f"{what}: HTTP {answer.status_code}: {_reason(answer)}")
+                for piece in answer.iter_raw():
+                    *events, rest = (rest + piece).split(b"\n\n")
+                    for event in events:
+                        if event.startswith(b"data:") and not event.endswith(b"[DONE]"):
+                            yield event[5:]
+        except FAILED as error:
+            raise ServerError(f"POST {url}: {brief(error)}{self.post_mortem()}") from None
 
     def generate(
         self,
@@ -198,6 +229,13 @@ class Client:
             params["custom_params"] = {"margingate_dataset": prompt.dataset, **(custom or {})}
         words: dict[str, Any] = {"input_ids": list(prompt.ids)} if prompt.ids else {"text": prompt.text}
         return {**words, "sampling_params": params, **({"rid": rid} if rid else {})}
+
+
+def _reason(answer: httpx.Response) -> str:
+    try:
+        return error_message(answer.json())
+    except ValueError:
+        return answer.text[:200]
 
 
 def error_message(body: Any) -> str:

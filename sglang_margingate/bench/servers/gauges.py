@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import requests
-
 from sglang_margingate.bench.servers.client import Client, ServerError
 
 SAMPLE_SECONDS = 0.05
@@ -96,14 +94,13 @@ class Gauge:
         for name, read in readers:
             try:
                 read()
-            except (ServerError, requests.RequestException, ValueError, KeyError, TypeError):
+            except (ServerError, ValueError, KeyError, TypeError):
                 continue
             return name, read
         return "", None
 
     def _metrics(self) -> int:
-        answer = requests.get(self.client.base_url + "/metrics", timeout=5)
-        found = _PROMETHEUS.findall(answer.text) if answer.ok else []
+        found = _PROMETHEUS.findall(self.client.text("/metrics"))
         if not found:
             raise ValueError("no such gauge")
         return int(sum(float(v) for v in found))

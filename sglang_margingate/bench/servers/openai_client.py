@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
-import requests
-
 from sglang_margingate.bench.servers.client import (
+    FAILED,
     TIMEOUT,
     Client,
     Completion,
@@ -16,6 +14,7 @@ from sglang_margingate.bench.servers.client import (
     ServerError,
     brief,
     error_message,
+    new_http,
 )
 
 
@@ -36,23 +35,16 @@ class OpenAIClient:
     def __init__(self, base_url: str, model: str | None = None, timeout: float = TIMEOUT, api_key: str = "") -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self.timeout = timeout
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._local = threading.local()
+        self._http = new_http(api_key, timeout)
         self._extra: dict[str, Any] = {"return_token_ids": True}
         self.model = model or self._first_model()
 
-    def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.headers.update(self._headers)
-        return self._local.session
-
     def _first_model(self) -> str:
         try:
-            answer = self._session().get(self.base_url + "/v1/models", timeout=30)
+            answer = self._http.get(self.base_url + "/v1/models", timeout=30)
             answer.raise_for_status()
             return str(answer.json()["data"][0]["id"])
-        except requests.RequestException as error:
+        except FAILED as error:
             raise ServerError(f"GET {self.base_url}/v1/models: {brief(error)}") from None
         except (ValueError, KeyError, IndexError, TypeError):
             raise ServerError(f"GET {self.base_url}/v1/models: not an OpenAI-compatible list of models") from None
@@ -104,8 +96,8 @@ class OpenAIClient:
 
     def _post(self, body: dict[str, Any]) -> tuple[int, Any]:
         try:
-            answer = self._session().post(self.base_url + "/v1/completions", json=body, timeout=self.timeout)
-        except requests.RequestException as error:
+            answer = self._http.post(self.base_url + "/v1/completions", json=body)
+        except FAILED as error:
             raise ServerError(f"POST {self.base_url}/v1/completions: {brief(error)}") from None
         try:
             return answer.status_code, answer.json()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import requests
+import httpx
 
 from sglang_margingate.bench.servers.client import Client, ServerError
 
@@ -182,8 +182,8 @@ def _wait(server: Server, timeout: float, progress: Progress | None) -> None:
 def _healthy(server: Server) -> bool:
     """Return whether ``/health`` says so: 503 until the warm-up is through. Each call costs the server one token."""
     try:
-        return requests.get(server.base_url + "/health", timeout=30).ok
-    except requests.RequestException:
+        return httpx.get(server.base_url + "/health", timeout=30).is_success
+    except httpx.HTTPError:
         return False
 
 

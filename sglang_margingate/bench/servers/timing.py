@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import requests
 
 from sglang_margingate.bench.servers.client import (
     Client,
     Completion,
     Prompt,
     ServerError,
-    brief,
     completion,
     error_message,
 )
@@ -81,26 +79,16 @@ class Arrivals:
 def stream(client: Client, job: Job, max_tokens: int) -> Timed:
     """Complete one prompt with streaming and time its tokens."""
     custom = {} if job.deterministic else {"margingate_policy": "off"}
-    payload = {**client.payload(job.prompt, max_tokens, custom=custom, rid=job.rid), "stream": True}
+    payload = client.payload(job.prompt, max_tokens, custom=custom, rid=job.rid)
     start = time.perf_counter()
     first = last = 0.0
     begin = final = b""
+    for chunk in client.stream(payload, f"prompt {job.prompt.id}"):
+        last = time.perf_counter()
+        first, begin = first or last, begin or chunk
+        final = chunk
     try:
-        with client.session().post(
-            client.base_url + "/generate", json=payload, timeout=client.timeout, stream=True
-        ) as answer:
-            if answer.status_code != 200:
-                raise ServerError(f"prompt {job.prompt.id}: HTTP {answer.status_code}: {answer.text[:200]}")
-            for line in answer.iter_lines():
-                if not line.startswith(b"data:") or line.endswith(b"[DONE]"):
-                    continue
-                last = time.perf_counter()
-                first, begin = first or last, begin or line
-                final = line  # parsed at the end: parsing every chunk would slow a server on the same machine
-    except requests.RequestException as error:
-        raise ServerError(f"POST {client.base_url}/generate: {brief(error)}{client.post_mortem()}") from None
-    try:
-        out = json.loads(final[5:])
+        out = json.loads(final)
     except ValueError:
         raise ServerError(f"prompt {job.prompt.id}: the stream ended without an answer") from None
     if "error" in out:
@@ -113,7 +101,7 @@ def stream(client: Client, job: Job, max_tokens: int) -> Timed:
 def _tokens_of(chunk: bytes) -> int:
     """Return the tokens in a stream's first chunk: one, unless the server streams in larger pieces."""
     try:
-        return len(json.loads(chunk[5:])["output_ids"])
+        return len(json.loads(chunk)["output_ids"])
     except (ValueError, KeyError, TypeError):
         return 1
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+from sglang_margingate.bench import tables
 from sglang_margingate.bench.prompts.random_ids import digest
 from sglang_margingate.bench.side_by_side.compare import METRICS, MODES, Cell, Comparison, Workload
 from sglang_margingate.gate.stats import Rate, percent
@@ -49,14 +50,14 @@ def markdown(result: Comparison, workload: Workload, facts: Mapping[str, Any]) -
         out += [
             "Identity: requests with the same tokens and finish reason as their prompt alone on that server",
             "",
-            *_table(["mode", "share", "identical", "triggered steps", "flips of verified steps"],
+            tables.markdown(["mode", "share", "identical", "triggered steps", "flips of verified steps"],
                     [[*_name(c), _count(c.identical), _share(c.triggered), _share(c.flips)] for c in cells]),
             "",
         ]  # fmt: skip
         for title, metrics, digits in TABLES:
             head = [h for name in metrics for h in (name, "of stock")]
             rows = [[*_name(c), *_against_stock(result, c, list(metrics.values()), digits)] for c in cells]
-            out += [title, "", *_table(["mode", "share", *head], rows), ""]
+            out += [title, "", tables.markdown(["mode", "share", *head], rows), ""]
     remarks = [_failure(result, label, why) for label, why in result.failures.items()] + result.notes
     unproven = [c.mode for c in result.cells if c.proof.source and c.proof.largest < 2]
     if unproven:
@@ -120,18 +121,6 @@ def _count(rate: Rate) -> str:
 
 def _share(rate: Rate) -> str:
     return f"{_count(rate)} ({percent(rate.value)})" if rate.denominator else "-"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table that is aligned as plain text, too."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return [line(head), line(rule), *map(line, rows)]
 
 
 def _wrap(text: str) -> list[str]:
