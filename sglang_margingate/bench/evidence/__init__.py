@@ -1,0 +1,1 @@
+"""Commands that gather the evidence for what the project claims."""

@@ -1,0 +1,229 @@
+"""Asks what a truth plan says: many requests at once, then every greedy one again alone.
+
+Its own small asynchronous client, as the sweep needs what no other command does: streams cut in the middle, aborts by id,
+both APIs, answers of any status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from sglang_margingate.bench.evidence.truth_plan import NATIVE, Case, Chain
+
+IDLE_SECONDS = 60.0
+POLL_SECONDS = 0.02
+
+
+class SweepError(RuntimeError):
+    """The sweep cannot go on; one line."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer to a case, of ``n``."""
+
+    tokens: tuple[int, ...]
+    """Empty for the OpenAI API, which gives none: texts are compared there."""
+    text: str
+    finish: str
+    summary: dict[str, Any] | None
+    """What the server says of the answer; None: nothing."""
+
+    @property
+    def identity(self) -> tuple[object, str]:
+        """What must be equal."""
+        return (self.tokens or self.text, self.finish)
+
+
+@dataclass
+class Answer:
+    """What came back for one case."""
+
+    case: Case
+    sent: dict[str, Any]
+    """The body as it was sent, follow-ups filled in."""
+    status: int = 0
+    """HTTP status; 0 where the client went away by itself."""
+    replies: list[Reply] = field(default_factory=list)
+    error: str = ""
+
+
+def summary_in(*places: Any) -> dict[str, Any] | None:
+    """Return the first ``margingate`` field among the parts of an answer."""
+    for place in places:
+        found = place.get("margingate") if isinstance(place, dict) else None
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def native_reply(out: dict[str, Any]) -> Reply:
+    """Return the reply in one JSON answer of ``/generate``."""
+    meta = out["meta_info"]
+    reason = meta["finish_reason"]
+    kind = reason["type"] if isinstance(reason, dict) else str(reason)
+    return Reply(tuple(out.get("output_ids") or ()), out.get("text") or "", kind, summary_in(meta))
+
+
+def openai_replies(out: dict[str, Any]) -> list[Reply]:
+    """Return the replies in one JSON answer of the OpenAI API."""
+    found = []
+    for choice in out["choices"]:
+        message = choice.get("message") or {}
+        text = message.get("content") if message else choice.get("text")
+        places = (choice, message, choice.get("meta_info"), out.get("metadata"), out.get("meta_info"), out)
+        found.append(Reply((), text or "", str(choice["finish_reason"]), summary_in(*places)))
+    return found
+
+
+def alone(body: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the body of a request's run alone: one answer, whole, under no id of its own."""
+    out = {k: v for k, v in body.items() if k not in ("rid", "stream", "n")}
+    if path == NATIVE:
+        out["sampling_params"] = {k: v for k, v in body["sampling_params"].items() if k != "n"}
+    return out
+
+
+class Asker:
+    """Talks to one server.
+
+    Parameters
+    ----------
+    base_url
+        The server's.
+    session
+        aiohttp's.
+    """
+
+    def __init__(self, base_url: str, session: aiohttp.ClientSession) -> None:
+        self.base_url, self._session = base_url.rstrip("/"), session
+
+    async def status(self) -> dict[str, Any]:
+        """Return ``GET /margingate/status``."""
+        async with self._session.get(self.base_url + "/margingate/status") as answer:
+            if answer.status != 200:
+                raise SweepError(
+                    f"{self.base_url}/margingate/status: HTTP {answer.status}; is this a margingate server?"
+                )
+            return await answer.json()
+
+    async def steps_by_rows(self) -> Counter[int]:
+        """Return the server's count of decode steps by the rows of their batch."""
+        rows = (await self.status())["batch_rows"]["steps_by_rows"]
+        return Counter({int(k): v for k, v in rows.items()})
+
+    async def flush(self) -> None:
+        """Empty the prefix cache, which SGLang refuses while anything runs: afterwards the server is idle, too."""
+        end = time.monotonic() + IDLE_SECONDS
+        while True:
+            async with self._session.post(self.base_url + "/flush_cache") as answer:
+                if answer.status == 200:
+                    return
+                said = (await answer.text())[:200]
+            if time.monotonic() > end:
+                raise SweepError(f"/flush_cache was refused for {IDLE_SECONDS:.0f} s: {said}")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def ask(self, case: Case, body: dict[str, Any]) -> Answer:
+        """Send one request; its answer, its error, or the point where the client left."""
+        out = Answer(case, body)
+        try:
+            async with self._session.post(self.base_url + case.path, json=body) as answer:
+                out.status = answer.status
+                if answer.status != 200:
+                    out.error = " ".join((await answer.text()).split())[:300]
+                elif body.get("stream"):
+                    await self._stream(case, body, answer, out)
+                else:
+                    found = await answer.json()
+                    parts = found if isinstance(found, list) else [found]
+                    out.replies = [native_reply(p) for p in parts] if case.path == NATIVE else openai_replies(found)
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError, TypeError) as error:
+            out.status, out.error = -1, f"{type(error).__name__}: {error}"[:300]
+        return out
+
+    async def _stream(self, case: Case, body: dict[str, Any], answer: aiohttp.ClientResponse, out: Answer) -> None:
+        last, chunks = b"", 0
+        async for line in answer.content:
+            if not line.startswith(b"data:") or b"[DONE]" in line:
+                continue
+            last, chunks = line, chunks + 1
+            if case.action and chunks == case.cut:
+                if case.action == "disconnect":
+                    answer.close()
+                    out.status = 0
+                    return
+                async with self._session.post(self.base_url + "/abort_request", json={"rid": body["rid"]}):
+                    pass
+        found = json.loads(last[5:])
+        if "error" in found:
+            out.error = str(found["error"])[:300]
+        else:
+            out.replies = [native_reply(found)]
+
+
+@asynccontextmanager
+async def asker(base_url: str) -> AsyncIterator[Asker]:
+    """Give an :class:`Asker` with a connection for everyone; long lines of a stream fit."""
+    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=2**22) as session:
+        yield Asker(base_url, session)
+
+
+async def run_chains(
+    to: Asker, chains: Sequence[Chain], concurrency: int, done: Callable[[], None] = lambda: None
+) -> list[Answer]:
+    """Run the chains with ``concurrency`` of them in flight; return all answers in the order of the plan."""
+    waiting = iter(list(enumerate(chains)))
+    found: dict[int, list[Answer]] = {}
+
+    async def chain(cases: Chain) -> list[Answer]:
+        if cases.at_once:
+            return list(await asyncio.gather(*(to.ask(c, c.body) for c in cases.cases)))
+        answers: list[Answer] = []
+        for case in cases.cases:
+            body = case.body
+            if case.follows:
+                before = answers[-1]
+                said = before.replies[0].tokens if before.replies else ()
+                body = body | {"input_ids": [*before.sent["input_ids"], *said, *body["input_ids"]]}
+            answers.append(await to.ask(case, body))
+            done()
+        return answers
+
+    async def worker() -> None:
+        for number, cases in waiting:
+            found[number] = await chain(cases)
+
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return [answer for number in sorted(found) for answer in found[number]]
+
+
+async def run_alone(to: Asker, answers: Sequence[Answer], done: Callable[[], None] = lambda: None) -> dict[str, Reply]:
+    """Ask every greedy request that was answered once more on an idle server with an empty cache; return by :func:`key`."""
+    out: dict[str, Reply] = {}
+    for answer in answers:
+        name = key(answer)
+        if not answer.case.greedy or not answer.replies or name in out:
+            continue
+        await to.flush()
+        again = await to.ask(answer.case, alone(answer.sent, answer.case.path))
+        if not again.replies:
+            raise SweepError(f"request {answer.case.id}, alone: HTTP {again.status}: {again.error}")
+        out[name] = again.replies[0]
+        done()
+    return out
+
+
+def key(answer: Answer) -> str:
+    """Return what makes two answers' runs alone the same request."""
+    return answer.case.path + json.dumps(alone(answer.sent, answer.case.path), sort_keys=True)
