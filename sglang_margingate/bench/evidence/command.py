@@ -13,6 +13,7 @@ SCRIPTS = {
     "prefix": "does a prefix hit change the output, and what is left of the hit rate?",
     "record-sample": "record the small run that the dashboard's tests and the README show",
     "soak": "does a gated server leak K/V slots? many mixed requests, a third hung up on",
+    "truth-sweep": "does a label ever say too much? requests of mixed kinds, then each alone",
 }
 
 

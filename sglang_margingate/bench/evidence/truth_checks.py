@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_margingate.bench.evidence.truth_client import Answer, Reply, key
 from sglang_margingate.bench.evidence.truth_plan import NATIVE
+from sglang_margingate.bench.servers.client import first_difference
 from sglang_margingate.words import Guarantee
 
 UNSEEN = "no summary"
@@ -17,12 +18,6 @@ STRICT = (Guarantee.STRUCTURAL.value, Guarantee.VERIFIED.value)
 ABOVE_NONE = (*STRICT, Guarantee.GATED.value)
 
 COUNTS = ("steps", "triggers", "verified", "flips", "structural", "request")
-
-
-def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int | None:
-    """Return the first index at which two sequences differ, or None; the end of the shorter one counts."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-    return min(len(a), len(b)) if at is None and len(a) != len(b) else at
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def check_answers(answers: Sequence[Answer], problems: Problems) -> None:
     for answer in answers:
         case = answer.case
         where = f"{case.id} {case.kind}"
-        if answer.status == 400 and case.may_refuse or answer.status == 0:
+        if (answer.status == 400 and case.may_refuse) or answer.status == 0:
             continue
         if answer.status != 200 or answer.error:
             problems.add(where, f"HTTP {answer.status}: {answer.error}")

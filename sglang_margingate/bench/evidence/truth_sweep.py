@@ -1,6 +1,6 @@
 """Does a label ever say too much? Many requests of mixed kinds at once, then each greedy one again alone.
 
-``python -m sglang_margingate.bench.evidence.truth_sweep --mode canonical --requests 500 --json FILE``
+``margingate evidence truth-sweep --mode canonical --requests 500 --json FILE``
 
 A server is started for each part (``mixed``: a wide pool; ``pool``: one so small that requests are retracted; ``retract``:
 SGLang's own test of retractions, among all kinds), or ``--base-url`` names a running one. An answer labelled structural or
@@ -308,8 +308,8 @@ def sweep_started(
     without: Sequence[str] = (),
 ) -> Result | None:
     """Sweep a server of its own, with log and traces in ``folder``; None where a broken one refuses to start."""
-    from sglang_margingate.bench.client import ServerError
-    from sglang_margingate.bench.server import serve
+    from sglang_margingate.bench.servers.client import ServerError
+    from sglang_margingate.bench.servers.process import serve
 
     every = [*MODES[mode], *PARTS[part].flags, "--margingate-trace-dir", str(folder / "traces"), *flags]
     env = {**PARTS[part].env, **(knobs or {})}
@@ -327,11 +327,15 @@ def sweep_started(
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run as a module: ``python -m``."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="margingate evidence truth-sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(parser)
     args = parser.parse_args(words[:cut])
     args.server_flags = words[cut + 1 :]

@@ -41,7 +41,7 @@ class Prompt:
         return {"temperature": 0, "max_new_tokens": self.max_tokens, "ignore_eos": True}
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+def first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
     """Return the first index at which two token sequences differ, or None; the end of the shorter one counts."""
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y:
