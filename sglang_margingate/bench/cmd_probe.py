@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate.bench import options
-from sglang_margingate.gate.invariance import InvarianceMap
+from sglang_margingate.canonical.invariance import InvarianceMap
 
 EPILOG = """\
 Starts a server with --margingate-fast-path canonical and the flags after -- (model, sizes), or asks a running one

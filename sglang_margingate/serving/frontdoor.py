@@ -262,7 +262,7 @@ def _announce(config: MarginGateConfig, cpu: bool) -> None:
 
 def _warn_profile(config: MarginGateConfig, model_path: str, device: str) -> None:
     from sglang_margingate.gate.profile import parse_profile
-    from sglang_margingate.serving.versions import device_name, model_name, versions
+    from sglang_margingate.machine import device_name, model_name, versions
 
     if config.profile is None:
         return

@@ -1,7 +1,7 @@
 """The verify on a GPU: one CUDA graph of exactly M rows with attention and a logits buffer of its own.
 
 FlashInfer's decode splits long contexts over thread blocks by a plan that looks at the whole batch; that is where the
-batch leaks in. Our own kernel cuts a context by its own length (attention.py); where it does not fit the model,
+batch leaks in. Our own kernel cuts a context by its own length (attention_hooks.py); where it does not fit the model,
 FlashInfer attends with tensor cores and without the split. cuBLAS is row-invariant at a fixed M. The start-up self-test
 checks both.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sglang_margingate.serving.attention import prepare_verify
+from sglang_margingate.serving.attention_hooks import prepare_verify
 from sglang_margingate.serving.verifier import EagerVerifier
 
 

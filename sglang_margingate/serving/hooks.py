@@ -14,9 +14,13 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
                                           torch; its two operators are declared
 ``Req`` attribute ``margingate_state``    per-request state that dies with the request          SGLang offers a place
 ``ForwardBatch`` attributes               reqs and start time travel with the batch, so that    ForwardBatch keeps reqs
-``margingate_reqs``, ``margingate_start`` delayed sampling (grammar, overlap) finds them; and whether it
-``margingate_in_class``                   ran inside the canonical class
+``margingate_reqs``, ``margingate_start`` delayed sampling (grammar, overlap) finds them; and the shape that
+``margingate_shape``                      it really ran at (runtime/shape.py)
 ========================================  ====================================================  =======================
+
+State of a process, all of it: ``scheduler._runtime``, ``scheduler._step``, ``shape_hooks._classes``,
+``shape_hooks._captured``, ``attention_hooks._decode``, ``launcher._rules`` and ``plugin._loaded`` are set once at start-up;
+``shape_hooks._running`` is the forward that runs now, None between forwards.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
-from sglang_margingate.serving import attention, cpu, fastpath, launcher, scheduler
+from sglang_margingate.serving import attention_hooks, cpu, launcher, scheduler, shape_hooks
 
 SGLANG_VERSION = "0.5.17"
 
@@ -143,25 +147,25 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
 FAST_PATH_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
-        "before", fastpath.choose_shapes, (SCHEDULER,),
+        "before", shape_hooks.choose_shapes, (SCHEDULER,),
         "probes the loaded layers, and has decode graphs captured at sizes of one class only",
         "the sizes can be chosen after the model is loaded",
     ),
     Hook(
         "sglang.srt.model_executor.runner.eager_runner.EagerRunner.execute",
-        "around", fastpath.run_eagerly, (SCHEDULER,),
+        "around", shape_hooks.run_eagerly, (SCHEDULER,),
         "forwards without a graph are padded into the canonical class, and the batch remembers whether they fitted",
         "SGLang pads eager forwards to given sizes",
     ),
     Hook(
         "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply",
-        "around", fastpath.linear, (SCHEDULER,),
+        "around", shape_hooks.linear, (SCHEDULER,),
         "the padding of linear layers",
         "SGLang pads eager forwards to given sizes",
     ),
     Hook(
         "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
-        "around", fastpath.head, (SCHEDULER,),
+        "around", shape_hooks.head, (SCHEDULER,),
         "the padding of the layer that makes logits",
         "SGLang pads eager forwards to given sizes",
     ),
@@ -170,7 +174,7 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
 VERIFY_GPU_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
-        "after", attention.set_up_prefill, (SCHEDULER,),
+        "after", attention_hooks.set_up_prefill, (SCHEDULER,),
         "FlashInfer's Hopper prefill is not repeatable, and canonical prompt columns must be",
         "FlashInfer's fa3 epilogue waits for all of its warps",
     ),
@@ -179,7 +183,7 @@ VERIFY_GPU_HOOKS: tuple[Hook, ...] = (
 DECODE_GPU_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
-        "around", attention.decode, (SCHEDULER,),
+        "around", attention_hooks.decode, (SCHEDULER,),
         "the verify graph, and decode graphs of the canonical fast path, attend with a kernel that cuts a context by its "
         "own length",
         "FlashInfer has a fixed K/V chunk that is safe in CUDA graphs",
@@ -189,19 +193,19 @@ DECODE_GPU_HOOKS: tuple[Hook, ...] = (
 FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
-        "after", attention.set_up, (SCHEDULER,),
+        "after", attention_hooks.set_up, (SCHEDULER,),
         "batch-invariant attention: our prefill, FlashInfer's tensor-core decode without K/V split where ours does not fit",
         "SGLang has a flag for each, outside its deterministic mode",
     ),
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend",
-        "around", attention.extend, (SCHEDULER,),
+        "around", attention_hooks.extend, (SCHEDULER,),
         "the padding rows of a prefill are left out of attention",
         "SGLang pads eager forwards to given sizes",
     ),
     Hook(
         "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch",
-        "after", fastpath.pad_forward, (SCHEDULER,),
+        "after", shape_hooks.pad_forward, (SCHEDULER,),
         "a prefill is padded into the canonical class once instead of before every layer",
         "SGLang pads eager forwards to given sizes",
     ),

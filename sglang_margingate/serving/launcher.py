@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
-from sglang_margingate.serving.versions import versions
+from sglang_margingate.machine import versions
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_margingate.config import MarginGateConfig
-from sglang_margingate.serving.fastpath import IN_CLASS
+from sglang_margingate.runtime.shape import SHAPE
 from sglang_margingate.serving.state import RequestState, state_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class PrefillRules:
         if not state.ledger.gated:
             return
         if not self.isolated:
-            if not getattr(batch, IN_CLASS, False):
+            shape = getattr(batch, SHAPE, None)
+            if shape is None or not shape.in_class:
                 self._note(state, "a prefill forward ran outside the canonical class")
             return
         if len(batch.extend_seq_lens_cpu) > 1:

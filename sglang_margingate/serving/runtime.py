@@ -9,21 +9,21 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
+from sglang_margingate.canonical.classes import FastPath
+from sglang_margingate.canonical.selftest import SelfTestResult
 from sglang_margingate.config import MarginGateConfig, Policy
 from sglang_margingate.gate.audit import AuditCounter, AuditSampler
 from sglang_margingate.gate.ledger import Counters, RequestLedger
 from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.gate.stats import Rate
-from sglang_margingate.serving.fastpath import FastPath
+from sglang_margingate.machine import device_name, model_name
 from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.prefill import PrefillRules
 from sglang_margingate.serving.radix_names import namespace, uses_backend
-from sglang_margingate.serving.selftest import SelfTestResult
 from sglang_margingate.serving.state import ATTRIBUTE, RequestState, StepRow, state_of
 from sglang_margingate.serving.testknobs import TestKnobs, column_digest
 from sglang_margingate.serving.verifier import EagerVerifier, VerifyResult
-from sglang_margingate.serving.versions import device_name, model_name
 from sglang_margingate.words import Guarantee, Reason
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Runtime:
         self.config, self.scheduler, self.verifier = config, scheduler, verifier
         self.self_test, self.writer, self.metrics, self.fast = self_test, writer, metrics, fast
         self.rules = RequestRules(config)
-        self.prefill_rules = PrefillRules(config, isolated=fast is None or not fast.batched_prefill)
+        self.prefill_rules = PrefillRules(config, isolated=fast is None or fast.trial.prefill != "batched")
         self.knobs = TestKnobs()
         self.totals = Totals()
         self.audit = AuditCounter()

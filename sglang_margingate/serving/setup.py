@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sglang_margingate.canonical.classes import FastPath
+from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
+from sglang_margingate.canonical.path_probe import try_fast_path
+from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
-from sglang_margingate.gate.invariance import ROW_COST, RowSizes
-from sglang_margingate.serving import fastpath, support
-from sglang_margingate.serving.fastpath import FastPath
+from sglang_margingate.machine import device_name, model_name, versions
+from sglang_margingate.serving import shape_hooks, support
 from sglang_margingate.serving.metrics import Metrics
-from sglang_margingate.serving.path_probe import try_fast_path
 from sglang_margingate.serving.runtime import Runtime
-from sglang_margingate.serving.selftest import SelfTestResult, run_self_test
 from sglang_margingate.serving.testknobs import TestKnobs, leak_companions, split_attention
+from sglang_margingate.serving.trial_engine import TrialEngine
 from sglang_margingate.serving.verifier import EagerVerifier, VerifierCounters
-from sglang_margingate.serving.versions import device_name, model_name, versions
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def build_runtime(scheduler: Any) -> Runtime:
     config = replace(config, notes=tuple(dict.fromkeys(notes)))
     canonical = config.fast_path is FastPathMode.CANONICAL
     if canonical:
-        config = replace(config, verify_rows=fastpath.probed(model_runner, config).verify_rows)
+        config = replace(config, verify_rows=shape_hooks.probed(model_runner, config).verify_rows)
     verifier, self_test = _verifier(config, model_runner)
     fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
     if verifier is not None:
@@ -57,22 +58,24 @@ def build_runtime(scheduler: Any) -> Runtime:
 def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier) -> FastPath:
     """Try the canonical fast path out; what does not hold is left to the gate."""
     model_runner = scheduler.tp_worker.model_runner
-    fast = fastpath.probed(model_runner, config)
+    classes, captured, graphs = shape_hooks.probed(model_runner, config), shape_hooks.captured(), RowSizes()
     if model_runner.device != "cpu":
-        fast.graphs = RowSizes(tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs)))
+        graphs = RowSizes(tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs)))
     rows = TestKnobs().split_attention
     if rows:
         log.warning("margingate: decode attention of up to %d rows rounds otherwise on purpose", rows)
         split_attention(model_runner.attn_backend, rows)
-    seconds = try_fast_path(fast, verifier, model_runner.model_config.vocab_size)
-    if fast.batched_prefill and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
+    trial = try_fast_path(classes, TrialEngine(verifier), model_runner.model_config.vocab_size, graphs,
+                          captured.decode_attention, captured.notes)  # fmt: skip
+    fast = FastPath(classes, trial)
+    if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
-    for note in fast.notes:
+    for note in trial.notes:
         log.warning("margingate: fast path: %s", note)
-    log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", seconds,
-             "in class" if fast.decode_ok else "GATED", "batched" if fast.batched_prefill else "one at a time")  # fmt: skip
+    log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", trial.seconds,
+             "in class" if trial.decode_ok else "GATED", "batched" if trial.prefill == "batched" else "one at a time")  # fmt: skip
     inside = fast.graphs_inside()
-    if fast.decode_ok and inside:
+    if trial.decode_ok and inside:
         first, last = inside[0], inside[-1]
         log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %d rows "
                  "(at most about %.0f%% of a step), one of more than %d is gated by margin; --cuda-graph-max-bs-decode sets "
@@ -97,7 +100,7 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
             "margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear)
         )
     verifier = make_verifier(model_runner, config.verify_rows)
-    result = run_self_test(verifier, model_runner.model_config.vocab_size)
+    result = run_self_test(TrialEngine(verifier), model_runner.model_config.vocab_size)
     if not result.passed:
         raise SelfTestError(
             f"self-test failed: at {result.rows} rows a row's bits depend on its companions; first layer that differs: "

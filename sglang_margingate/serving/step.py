@@ -19,6 +19,7 @@ from margingate_kernels.top2_margin import top2_host
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import LedgerError
 from sglang_margingate.gate.policy import decide
+from sglang_margingate.runtime.shape import SHAPE
 from sglang_margingate.serving.state import Forward, RequestState, StepRow, state_of
 from sglang_margingate.serving.testknobs import shift_column, swap_best_two
 from sglang_margingate.serving.verifier import VerifyJob
@@ -107,7 +108,7 @@ class StepHook:
         cpu = batch.seq_lens_cpu
         positions = batch.positions.tolist() if cpu is None else [n - 1 for n in cpu.tolist()]
         fast = self.runtime.fast
-        in_class = fast is not None and fast.decode_in_class(len(reqs), batch)
+        in_class = fast is not None and fast.decode_shape(len(reqs), getattr(batch, SHAPE, None)).in_class
         rows = []
         for index, (req, position) in enumerate(zip(reqs, positions)):
             state = state_of(req)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from margingate_kernels import KVColumns
 
+from sglang_margingate.serving.batches import decode_batch
+
 
 @dataclass(frozen=True)
 class VerifyJob:
@@ -162,33 +164,7 @@ class EagerVerifier:
 
     def forward_batch(self, pool_indices: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
         """Return SGLang's ``ForwardBatch`` of a decode of these rows; those from ``real`` on are padding."""
-        from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-
-        mr = self.model_runner
-        device = mr.device
-        table = mr.req_to_token_pool.req_to_token
-        # One copy to the device instead of three.
-        ids, pool_t, pos_t = torch.tensor([tokens, pool_indices, positions], dtype=torch.int64).to(device)
-        out_loc = table[pool_t, pos_t].long()
-        out_loc[real:] = 0
-        seq_lens_cpu = torch.tensor([p + 1 for p in positions], dtype=torch.int64)
-        seq_lens = pos_t + 1
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=len(tokens),
-            input_ids=ids,
-            req_pool_indices=pool_t,
-            seq_lens=seq_lens,
-            seq_lens_cpu=seq_lens_cpu,
-            orig_seq_lens=seq_lens,
-            out_cache_loc=out_loc,
-            seq_lens_sum=int(seq_lens_cpu.sum()),
-            positions=pos_t,
-            return_logprob=False,
-            spec_algorithm=mr.spec_algorithm,
-            capture_hidden_mode=CaptureHiddenMode.NULL,
-            num_token_non_padded_cpu=len(tokens),
-        )
+        return decode_batch(self.model_runner, pool_indices, positions, tokens, real)
 
     def _run(self, batch: Any) -> Any:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context

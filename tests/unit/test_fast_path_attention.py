@@ -1,4 +1,4 @@
-"""The hooks that only run on a GPU, with SGLang's side played by hand: what is padded, what is left out, who attends."""
+"""The hooks that only run on a GPU, with SGLang's side played by hand: what is left out, who attends."""
 
 from __future__ import annotations
 
@@ -9,83 +9,9 @@ import pytest
 import torch
 from margingate_kernels import decode_attention_reference
 
-from sglang_margingate.gate.invariance import InvarianceMap, RowSizes
-from sglang_margingate.serving import attention, fastpath
-from sglang_margingate.serving.fastpath import FastPath
+from sglang_margingate.serving import attention_hooks as attention
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 40
-
-
-def mode(decode: bool) -> Any:
-    return SimpleNamespace(is_decode=lambda: decode, is_extend=lambda: not decode)
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> FastPath:
-    sizes = RowSizes((8, 16))
-    made = FastPath(InvarianceMap([]), sizes, sizes, sizes, 8)
-    monkeypatch.setattr(fastpath, "_fast", made)
-    return made
-
-
-def loaded(rows: int, **more: Any) -> Any:
-    """The eager runner's copy of a batch, on a device without data."""
-    names = ("input_ids", "positions", "out_cache_loc")
-    return SimpleNamespace(**{n: torch.zeros(rows, dtype=torch.int64, device="meta") for n in names}, **more)
-
-
-@pytest.mark.parametrize(("rows", "padded"), [(5, 8), (8, 8), (9, 16), (17, 17)])
-def test_a_prefill_is_padded_once_to_a_size_of_its_class(fast: FastPath, rows: int, padded: int) -> None:
-    fast.active = fast.prefill
-    one = loaded(rows)
-    fastpath.pad_forward(one, None, SimpleNamespace(forward_mode=mode(False)))
-    assert {len(one.input_ids), len(one.positions), len(one.out_cache_loc)} == {padded}
-
-
-def test_what_cannot_be_padded_as_a_whole_is_left_to_the_layers(fast: FastPath) -> None:
-    fast.active = fast.prefill
-    for one, batch in (
-        (loaded(5, mrope_positions=torch.zeros(3, 5)), SimpleNamespace(forward_mode=mode(False))),
-        (loaded(5), SimpleNamespace(forward_mode=mode(True))),
-    ):
-        fastpath.pad_forward(one, None, batch)
-        assert len(one.input_ids) == 5
-    fast.active = None  # not one of our forwards: a graph's warm-up
-    one = loaded(5)
-    fastpath.pad_forward(one, None, SimpleNamespace(forward_mode=mode(False)))
-    assert len(one.input_ids) == 5
-
-
-@pytest.mark.parametrize(
-    ("wanted", "most", "captured"),
-    [
-        ([1, 2, 4, 8, 12, 16], 100, [8, 16]),
-        ([1, 8, 16, 24, 32], 100, [8, 16, 24, 32]),  # beyond the class a graph is still faster than none
-        ([1, 8, 12], 14, [8, 12]),  # 16 rows do not fit the table of requests, 12 do
-        ([20, 40], 100, [20, 40]),  # nothing inside: left as it was
-    ],
-)
-def test_decode_graphs_are_captured_inside_the_class_and_beyond_it(
-    fast: FastPath, monkeypatch: pytest.MonkeyPatch, wanted: list[int], most: int, captured: list[int]
-) -> None:
-    made_for: list[int] = []
-    monkeypatch.setattr(fastpath, "_config", object)
-    monkeypatch.setattr(fastpath, "probed", lambda *_: fast)
-    monkeypatch.setattr(attention, "prepare", lambda _runner, rows: made_for.append(rows) or "ours")
-    decode = SimpleNamespace(backend="full", bs=wanted)
-    runner = SimpleNamespace(
-        is_draft_worker=False, server_args=SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=decode)),
-        req_to_token_pool=SimpleNamespace(size=most),
-    )  # fmt: skip
-    fastpath.choose_shapes(runner)
-    assert decode.bs == captured
-    inside = min(wanted) <= max(fast.decode.sizes)
-    assert made_for == ([max(captured)] if inside else []), "the kernel holds every graph's rows"
-    assert bool(fast.notes) is not inside
-    fast.graphs, fast.decode_ok = RowSizes(tuple(captured)), True
-    batch = SimpleNamespace()
-    assert fast.decode_in_class(5, batch) is inside
-    assert not fast.decode_in_class(17, batch)
 
 
 def test_prefill_attention_sees_the_real_rows_only() -> None:

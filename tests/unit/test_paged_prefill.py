@@ -10,7 +10,8 @@ import pytest
 import torch
 from margingate_kernels import prefill_attention_reference
 
-from sglang_margingate.serving import attention, paged_prefill
+from sglang_margingate.serving import attention_hooks as attention
+from sglang_margingate.serving import paged_prefill
 from sglang_margingate.serving.paged_prefill import PagedPrefill, prefill_works
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 40

@@ -235,19 +235,19 @@ def test_a_layer_that_the_probe_does_not_know_leaves_everything_to_the_gate() ->
 from sglang_margingate.serving.cpu import install_stand_ins
 install_stand_ins()
 import torch
-from sglang_margingate.gate.invariance import InvarianceMap, RowSizes
-from sglang_margingate.serving.fastpath import FastPath
-from sglang_margingate.serving.linear_probe import unknown_layers
-from sglang_margingate.serving.path_probe import try_fast_path
+from sglang_margingate.canonical.classes import Classes
+from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
+from sglang_margingate.canonical.path_probe import try_fast_path
+from sglang_margingate.serving.layers import unknown_layers
 plain = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4))
 assert unknown_layers(plain) == []
 odd = torch.nn.Sequential(plain, torch.nn.Conv1d(4, 4, 3))
-fast = FastPath(InvarianceMap([]), RowSizes((1, 2)), RowSizes((1, 2)), RowSizes((1, 2)), 2, unknown=unknown_layers(odd))
-try_fast_path(fast, None, 10)
-print(fast.decode_ok, fast.batched_prefill, fast.notes)
+sizes = RowSizes((1, 2))
+trial = try_fast_path(Classes(InvarianceMap([]), sizes, sizes, sizes, 2, tuple(unknown_layers(odd))), None, 10, sizes, "")
+print(trial.decode_ok, trial.prefill, trial.notes)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False False ['the probe does not know 1 (Conv1d)"), done.stdout
+    assert done.stdout.startswith("False None ('the probe does not know 1 (Conv1d)"), done.stdout
 
 
 def test_rooms_do_not_shadow_packages() -> None:
@@ -286,12 +286,14 @@ def test_a_batched_prefill_is_noted_only_outside_its_class(inside: bool | None, 
     from sglang_margingate.config import Repair
     from sglang_margingate.gate.ledger import RequestLedger
     from sglang_margingate.gate.request import RequestParams
-    from sglang_margingate.serving.fastpath import IN_CLASS
+    from sglang_margingate.runtime.shape import SHAPE, ForwardShape
     from sglang_margingate.serving.prefill import PrefillRules
     from sglang_margingate.serving.state import RequestState
 
     state = RequestState(RequestLedger("r", RequestParams(Policy.GATE, 0.5, "", False), Repair.WINDOW, True))
-    batch = SimpleNamespace(**({} if inside is None else {IN_CLASS: inside}), extend_seq_lens_cpu=[7, 9])
+    batch = SimpleNamespace(
+        **({} if inside is None else {SHAPE: ForwardShape(16, 16, inside)}), extend_seq_lens_cpu=[7, 9]
+    )
     rules = PrefillRules(MarginGateConfig(), isolated=False)
     rules.note_chunk(SimpleNamespace(origin_input_ids=[1]), state, batch, 0)
     assert len(state.ledger.notes) == notes

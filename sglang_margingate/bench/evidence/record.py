@@ -27,7 +27,7 @@ def measure_all(run: Callable[[T], Any], items: Sequence[T], jobs: int, out: Pat
 
 def write_record(path: Path, outcomes: list[Any]) -> None:
     """Write outcomes with what they were measured on."""
-    from sglang_margingate.serving.versions import device_name, versions
+    from sglang_margingate.machine import device_name, versions
 
     record = {
         "date": time.strftime("%Y-%m-%d"),

@@ -77,8 +77,8 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     from sglang_margingate.bench.side_by_side import report as bench_report
     from sglang_margingate.bench.side_by_side.compare import Comparison, Workload
     from sglang_margingate.bench.side_by_side.join import join
+    from sglang_margingate.machine import model_name, versions
     from sglang_margingate.serving.cpu import is_cpu_host
-    from sglang_margingate.serving.versions import model_name, versions
 
     flags: list[str] = args.server_flags
     bench_modes.check_flags(flags)

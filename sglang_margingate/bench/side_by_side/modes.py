@@ -119,11 +119,11 @@ def _without_ours(flags: Sequence[str]) -> list[str]:
 
 def device(cpu: bool) -> str:
     """Return the hardware's name; a GPU is asked in a process of its own, whose CUDA context ends with it."""
-    from sglang_margingate.serving.versions import device_name
+    from sglang_margingate.machine import device_name
 
     if cpu:
         return device_name("cpu")
-    code = "from sglang_margingate.serving.versions import device_name; print(device_name('cuda'))"
+    code = "from sglang_margingate.machine import device_name; print(device_name('cuda'))"
     try:
         asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError):

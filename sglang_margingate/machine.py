@@ -10,6 +10,8 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+EMBEDDED_MODEL = Path(__file__).resolve().parent / "demo" / "model"
+
 PACKAGES = ("sglang-margingate", "sglang", "torch", "triton", "flashinfer-python", "transformers")
 
 KERNEL_PACKAGES = ("sglang-margingate", "sglang", "sglang-kernel", "torch", "flashinfer-python")
@@ -140,8 +142,6 @@ def device_name(device: str) -> str:
 
 def model_name(path: str) -> str:
     """Return the name of a model folder or hub id; the embedded model's folder is called `model`."""
-    from sglang_margingate.demo.paths import model_path
-
-    if os.path.isdir(path) and os.path.samefile(path, model_path()):
+    if os.path.isdir(path) and EMBEDDED_MODEL.is_dir() and os.path.samefile(path, EMBEDDED_MODEL):
         return "margingate-demo"
     return os.path.basename(os.path.normpath(path))

@@ -6,7 +6,7 @@ length, so that few rows over long contexts still fill the GPU. Where they do no
 pages with fa3 and decodes with tensor cores and without a K/V split: the same promise but for that race, and slow for
 long contexts.
 
-Both are only settings until path_probe.py (and, for the verify, selftest.py) has tried them end to end.
+Both are only settings until canonical/path_probe.py (and, for the verify, canonical/selftest.py) has tried them end to end.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def extend(
     batch: Any,
     save_kv_cache: bool = True,
 ) -> torch.Tensor:
-    """Run one layer's prefill attention over the real rows of a padded forward (:func:`.fastpath.pad_forward`)."""
+    """Run one layer's prefill attention over the real rows of a padded forward (:func:`.shape_hooks.pad_forward`)."""
     real = batch.extend_num_tokens
     if real is None or len(q) <= real:
         return original(backend, q, k, v, layer, batch, save_kv_cache)

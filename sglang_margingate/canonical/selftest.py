@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sglang_margingate.canonical.engine import Bits, Engine, lent_table, same_bits, slots
+
 PREFIX_TOKENS = 24
 TRIALS = 6
 
@@ -39,73 +41,55 @@ class SelfTestResult:
 class _Bench:
     """A handful of fake requests in the free pool: row r of the table owns slots of its own."""
 
-    verifier: Any
+    engine: Engine
     rows: int
 
-    def run(self, tokens: list[int], lengths: list[int], place: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(self, tokens: list[int], lengths: list[int], place: int) -> Bits:
         """Run one pass with the probed row (table row 0) at ``place``; return its logits and K/V column."""
         order = list(range(1, self.rows))
         order.insert(place, 0)
-        logits = self.verifier.forward(order, [lengths[r] - 1 for r in order], [tokens[r] for r in order])
-        slot = self.verifier.slots(0, [lengths[0] - 1])
-        return logits[place].clone(), self.verifier.kv.read(slot)
+        logits = self.engine.verify(order, [lengths[r] - 1 for r in order], [tokens[r] for r in order])
+        return logits[place].clone(), self.engine.read(slots(self.engine, 0, [lengths[0] - 1]))
 
 
 @contextmanager
-def lent_table(model_runner: Any, slots: torch.Tensor) -> Any:
-    """Point the first rows of SGLang's ``req_to_token`` table at ``slots``, [rows, tokens]; restore it afterwards."""
-    table = model_runner.req_to_token_pool.req_to_token
-    rows, tokens = slots.shape
-    saved = table[:rows, :tokens].clone()
-    table[:rows, :tokens] = slots.to(table.device, table.dtype)
-    try:
-        yield
-    finally:
-        table[:rows, :tokens] = saved
-
-
-@contextmanager
-def _fake_requests(verifier: Any, requests: int, tokens: int) -> Any:
+def _fake_requests(engine: Engine, requests: int, tokens: int) -> Any:
     """Fill table rows 0..requests-1 with private slots of random K/V; restore table and pool afterwards."""
-    mr = verifier.model_runner
-    slots = torch.arange(1, requests * tokens + 1, device=mr.req_to_token_pool.req_to_token.device)
-    saved_columns = verifier.kv.read(slots)
+    lent = torch.arange(1, requests * tokens + 1, device=engine.table.device)
+    saved_columns = engine.read(lent)
     generator = torch.Generator().manual_seed(1)
     noise = [torch.randn(c.shape, generator=generator).to(c.dtype).to(c.device) for c in saved_columns]
-    with lent_table(mr, slots.view(requests, tokens)):
+    with lent_table(engine.table, lent.view(requests, tokens)):
         try:
-            verifier.kv.write(slots, noise)
+            engine.write(lent, noise)
             yield
         finally:
-            verifier.kv.write(slots, saved_columns)
+            engine.write(lent, saved_columns)
 
 
 def _draw(count: int, high: int, low: int, generator: torch.Generator) -> list[int]:
     return torch.randint(low, high, (count,), generator=generator).tolist()
 
 
-def run_self_test(verifier: Any, vocab_size: int) -> SelfTestResult:
-    """Probe row-invariance of ``verifier`` at its canonical M.
+def run_self_test(engine: Engine, vocab_size: int) -> SelfTestResult:
+    """Probe row-invariance of the verify at its canonical M.
 
     Parameters
     ----------
-    verifier
-        An :class:`~sglang_margingate.serving.verifier.EagerVerifier` or its graph twin.
+    engine
+        The server's runners.
     vocab_size
         Tokens are drawn below it.
     """
     start = time.perf_counter()
-    rows = verifier.rows
-    mr = verifier.model_runner
+    rows = engine.rows
     # Small pools and tables bound the number of fake requests; the rest of the pass is the usual padding.
-    requests = min(
-        rows, mr.req_to_token_pool.req_to_token.shape[0], max(1, (mr.max_total_num_tokens - 1) // PREFIX_TOKENS)
-    )
+    requests = min(rows, engine.table.shape[0], max(1, engine.capacity // PREFIX_TOKENS))
     generator = torch.Generator().manual_seed(2)
-    with _fake_requests(verifier, requests, PREFIX_TOKENS):
-        bench = _Bench(verifier, requests)
+    with _fake_requests(engine, requests, PREFIX_TOKENS):
+        bench = _Bench(engine, requests)
         probed_token = _draw(1, vocab_size, 0, generator)[0]
-        reference: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        reference: Bits | None = None
         trials = []
         for trial in range(TRIALS if requests > 1 else 1):
             tokens = [probed_token, *_draw(requests - 1, vocab_size, 0, generator)]
@@ -125,9 +109,9 @@ def run_self_test(verifier: Any, vocab_size: int) -> SelfTestResult:
                     time.perf_counter() - start,
                     layer,
                     f"row 0 changed when its {rows - 1} companions and its place did",
-                    str(mr.device),
+                    str(engine.device),
                 )
-    return SelfTestResult(True, rows, len(trials), time.perf_counter() - start, device=str(mr.device))
+    return SelfTestResult(True, rows, len(trials), time.perf_counter() - start, device=str(engine.device))
 
 
 def _first_broken_linear(model: Any, rows: int) -> str | None:
@@ -148,20 +132,15 @@ def _first_broken_linear(model: Any, rows: int) -> str | None:
     return None
 
 
-def same_bits(a: tuple[torch.Tensor, list[torch.Tensor]], b: tuple[torch.Tensor, list[torch.Tensor]]) -> bool:
-    """Return whether two rows' logits and K/V columns are equal bit for bit."""
-    return torch.equal(a[0], b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))
-
-
 def _first_broken_layer(bench: _Bench, one: Any, other: Any) -> str:
     """Run two trials with hooks on every leaf layer; return the first whose output row differs."""
-    model = bench.verifier.model_runner.model
+    model = bench.engine.model
     records: list[list[tuple[str, torch.Tensor]]] = []
 
     def record(name: str, place: int, into: list[tuple[str, torch.Tensor]]) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(first, torch.Tensor) and first.dim() >= 2 and first.shape[0] == bench.verifier.rows:
+            if isinstance(first, torch.Tensor) and first.dim() >= 2 and first.shape[0] == bench.engine.rows:
                 into.append((name, first[place].clone()))
 
         return hook
@@ -183,7 +162,7 @@ def _first_broken_layer(bench: _Bench, one: Any, other: Any) -> str:
         if not torch.equal(a, b):
             return name
     if not records[0]:  # a CUDA graph replays without calling modules: probe the linear layers one by one
-        name = _first_broken_linear(model, bench.verifier.rows)
+        name = _first_broken_linear(model, bench.engine.rows)
         if name is not None:
             return name
     return "a part of the model without layers of its own (attention kernel or logits)"

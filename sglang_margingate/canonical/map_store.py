@@ -14,12 +14,13 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.gate.invariance import InvarianceMap, MapError, spans
-from sglang_margingate.serving.linear_probe import LayerKind, layer_kinds, probe_linear_layers, spot_check
+from sglang_margingate.canonical.invariance import InvarianceMap, MapError, spans
+from sglang_margingate.canonical.layer_probe import LayerKind, probe_layers, spot_check, wanted
 
 log = logging.getLogger(__name__)
 
@@ -32,41 +33,40 @@ MOST_NAMED = 8
 
 
 def map_of(
-    model: Any, rows: list[int], environment: dict[str, Any], folder: str | None, *, keep: bool = True
+    kinds: Sequence[LayerKind], rows: list[int], environment: dict[str, Any], folder: str | None, *, keep: bool = True
 ) -> InvarianceMap:
-    """Return the map of a model's linear layers: the kept one where it holds, else a new one, which is kept.
+    """Return the map of a model's layers: the kept one where it holds, else a new one, which is kept.
 
     Parameters
     ----------
-    model
-        SGLang's model module.
+    kinds
+        One layer of every kind in the model.
     rows
         Values of M to probe, ascending.
     environment
-        What this machine's maps are bound to (:func:`~sglang_margingate.serving.versions.kernel_environment`).
+        What this machine's maps are bound to (:func:`~sglang_margingate.machine.kernel_environment`).
     folder
         Where maps are kept; None keeps and reads none.
     keep
         False reads a kept map but writes none: for a model that is broken on purpose.
     """
-    kinds = layer_kinds(model)
     path = None if folder is None else map_path(folder, kinds, rows, environment)
     kept = None if path is None else _kept(path, kinds, rows, environment)
     if kept is not None:
         return kept
-    found = probe_linear_layers(kinds, rows, environment)
+    found = probe_layers(kinds, rows, environment)
     return replace(found, file=str(path)) if path is not None and keep and save(path, found) else found
 
 
-def map_path(folder: str, kinds: list[LayerKind], rows: list[int], environment: dict[str, Any]) -> Path:
+def map_path(folder: str, kinds: Sequence[LayerKind], rows: list[int], environment: dict[str, Any]) -> Path:
     """Return the file of a map: the device's name, and a hash over kinds of layers and probed rows."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(environment.get("device", "unknown")).lower()).strip("-")[:80]
     # Neither names nor counts: models of the same shapes share a map.
-    key = [[*kind.shape, kind.describe(), kind.head, spans(kind.wanted(rows))] for kind in kinds]
+    key = [[*kind.shape, kind.describe(), kind.head, spans(wanted(kind, rows))] for kind in kinds]
     return Path(folder) / f"{slug}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
 
 
-def load(path: Path, kinds: list[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap:
+def load(path: Path, kinds: Sequence[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap:
     """Read a kept map and check that it is of these layers, this machine and these versions. No spot check yet.
 
     Raises
@@ -95,7 +95,7 @@ def load(path: Path, kinds: list[LayerKind], rows: list[int], environment: dict[
     if differs:
         raise MapError(f"it was read elsewhere: {'; '.join(differs)}")
     stored = [(x.shape, x.kind, x.head, sorted(x.labels)) for x in found.layers]
-    if stored != [(kind.shape, kind.describe(), kind.head, kind.wanted(rows)) for kind in kinds]:
+    if stored != [(kind.shape, kind.describe(), kind.head, wanted(kind, rows)) for kind in kinds]:
         raise MapError("it is damaged (its layers or rows are not those its name stands for)")
     own = [replace(x, name=kind.name, count=kind.count) for x, kind in zip(found.layers, kinds)]
     return replace(found, layers=own, file=str(path))
@@ -152,7 +152,7 @@ def readable(value: Any, indent: str = "") -> str:
     return f"{opening}\n{body}\n{indent}{closing}"
 
 
-def _kept(path: Path, kinds: list[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap | None:
+def _kept(path: Path, kinds: Sequence[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap | None:
     """Return the kept map where it can be used and still holds; say in the log why not."""
     try:
         found = load(path, kinds, rows, environment)

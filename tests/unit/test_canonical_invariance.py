@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_margingate.gate.invariance import (
+from sglang_margingate.canonical.invariance import (
     SPOT_ROWS,
     InvarianceMap,
     LayerClasses,

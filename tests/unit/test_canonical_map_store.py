@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_margingate import machine
+from sglang_margingate.canonical import map_store
+from sglang_margingate.canonical.invariance import InvarianceMap, MapError
+from sglang_margingate.canonical.linear_probe import LinearKind
+from sglang_margingate.canonical.map_store import load, map_of, map_path, readable, save
 from sglang_margingate.config import ConfigError, default_map_dir
-from sglang_margingate.gate.invariance import InvarianceMap, MapError
-from sglang_margingate.serving import map_store, versions
-from sglang_margingate.serving.linear_probe import LayerKind
-from sglang_margingate.serving.map_store import load, map_of, map_path, readable, save
 
 ROWS = [*range(1, 17), 24, 32]
 HERE = {"device": "NVIDIA H200", "driver": "570.1", "torch": "2.11.0"}
@@ -30,9 +31,9 @@ class Model:
     def __init__(self, split: int = 0) -> None:
         self.split, self.calls = split, 0
         self.kinds = [
-            LayerKind("first", self._weight(64), None, self._apply(0, True), False, "Plain", 3),
-            LayerKind("second", self._weight(32), None, self._apply(1, False), False, "Plain"),
-            LayerKind("lm_head", self._weight(48), None, self._apply(2, False), True, "matmul"),
+            LinearKind("first", self._weight(64), None, self._apply(0, True), False, "Plain", 3),
+            LinearKind("second", self._weight(32), None, self._apply(1, False), False, "Plain"),
+            LinearKind("lm_head", self._weight(48), None, self._apply(2, False), True, "matmul"),
         ]
 
     def _weight(self, outputs: int) -> torch.Tensor:
@@ -49,15 +50,10 @@ class Model:
         return apply
 
 
-@pytest.fixture(autouse=True)
-def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map_store, "layer_kinds", lambda model: model.kinds)
-
-
 def start(folder: Path | None, model: Model | None = None, keep: bool = True, **changes: Any) -> InvarianceMap:
     here = {**HERE, **changes}
     here = {name: value for name, value in here.items() if value is not None}
-    return map_of(model or Model(), ROWS, here, None if folder is None else str(folder), keep=keep)
+    return map_of((model or Model()).kinds, ROWS, here, None if folder is None else str(folder), keep=keep)
 
 
 def the_file(folder: Path) -> Path:
@@ -119,7 +115,7 @@ def test_names_and_counts_come_from_the_model_that_is_served(tmp_path: Path) -> 
         lambda kind: replace(kind, head=True),
     ],
 )
-def test_other_layers_have_another_file(change: Callable[[LayerKind], LayerKind]) -> None:
+def test_other_layers_have_another_file(change: Callable[[LinearKind], LinearKind]) -> None:
     kinds = Model().kinds
     path = map_path("d", kinds, ROWS, HERE)
     assert map_path("d", Model().kinds, ROWS, {**HERE, "torch": "9"}) == path
@@ -271,15 +267,15 @@ def test_readable_json_is_the_same_json(value: Any) -> None:
 def test_a_cpus_maps_are_bound_to_processor_threads_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = versions.kernel_environment("cpu")
-    assert found["device"] == versions.device_name("cpu")
+    found = machine.kernel_environment("cpu")
+    assert found["device"] == machine.device_name("cpu")
     assert found["threads"] == str(torch.get_num_threads())
     assert found["torch"].startswith(torch.__version__.split("+")[0])
     assert found["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert {"OMP_NUM_THREADS", "driver", "compute_capability"}.isdisjoint(found)
     assert json.loads(json.dumps(found)) == found
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert versions.kernel_environment("cpu")["OMP_NUM_THREADS"] == "1"
+    assert machine.kernel_environment("cpu")["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_gpus_maps_are_bound_to_driver_cuda_and_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,11 +283,11 @@ def test_a_gpus_maps_are_bound_to_driver_cuda_and_cublas(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(versions, "device_name", lambda _: "NVIDIA H200")
-    monkeypatch.setattr(versions, "nvidia_driver", lambda: "570.1")
-    monkeypatch.setattr(versions, "version", lambda name: f"version of {name}")
+    monkeypatch.setattr(machine, "device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(machine, "nvidia_driver", lambda: "570.1")
+    monkeypatch.setattr(machine, "version", lambda name: f"version of {name}")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    found = versions.kernel_environment("cuda")
+    found = machine.kernel_environment("cuda")
     assert (
         found.items()
         >= {
@@ -322,7 +318,7 @@ def test_a_gpus_maps_are_bound_to_driver_cuda_and_cublas(monkeypatch: pytest.Mon
 )
 def test_the_drivers_version_is_read_from_proc(tmp_path: Path, line: str, driver: str) -> None:
     (tmp_path / "version").write_text(line)
-    assert versions.nvidia_driver(tmp_path / "version") == driver
+    assert machine.nvidia_driver(tmp_path / "version") == driver
 
 
 @pytest.mark.parametrize(("script", "driver"), [("echo 580.65.06; echo 580.65.06", "580.65.06"), ("exit 9", None)])
@@ -330,10 +326,10 @@ def test_without_proc_nvidia_smi_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, driver: str | None
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert versions.nvidia_driver(tmp_path / "none") is None
+    assert machine.nvidia_driver(tmp_path / "none") is None
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    assert versions.nvidia_driver(tmp_path / "none") == driver
+    assert machine.nvidia_driver(tmp_path / "none") == driver
 
 
 # ---- the flag ---------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import pytest
 import torch
 from margingate_kernels import row_digest
 
-from sglang_margingate.gate.invariance import InvarianceMap, LayerClasses
-from sglang_margingate.serving import linear_probe
-from sglang_margingate.serving.linear_probe import HEAD_LARGEST, LayerKind, _labels, probe_linear_layers, spot_check
+from sglang_margingate.canonical import layer_probe
+from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses
+from sglang_margingate.canonical.layer_probe import HEAD_LARGEST, labels, probe_layers, spot_check
+from sglang_margingate.canonical.linear_probe import LinearKind
 
 
-def kind(apply_rows: int | None, bias: bool = False, place: int | None = None) -> LayerKind:
+def kind(apply_rows: int | None, bias: bool = False, place: int | None = None) -> LinearKind:
     """Return a layer of 256 inputs that sums in two parts: up to ``apply_rows`` rows, or in the row ``place``."""
     weight = torch.nn.Parameter(torch.randn(64, 256).bfloat16(), requires_grad=False)
 
@@ -29,35 +30,35 @@ def kind(apply_rows: int | None, bias: bool = False, place: int | None = None) -
             out = torch.cat([whole[:place], parts[place : place + 1], whole[place + 1 :]])
         return (out if bias_ is None else out + bias_.float()).bfloat16()
 
-    return LayerKind("x", weight, torch.randn(64) if bias else None, apply, False, "Plain", 2)
+    return LinearKind("x", weight, torch.randn(64) if bias else None, apply, False, "Plain", 2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_change_of_order_is_a_class_of_its_own(bias: bool) -> None:
-    labels = _labels(kind(5, bias), list(range(1, 9)))
-    assert len({labels[m] for m in range(1, 6)}) == 1
-    assert len({labels[m] for m in range(6, 9)}) == 1
-    assert labels[5] != labels[6]
+    found = labels(kind(5, bias), list(range(1, 9)))
+    assert len({found[m] for m in range(1, 6)}) == 1
+    assert len({found[m] for m in range(6, 9)}) == 1
+    assert found[5] != found[6]
 
 
 def test_an_invariant_layer_has_one_class() -> None:
-    assert set(_labels(kind(None), list(range(1, 9))).values()) == {0}
+    assert set(labels(kind(None), list(range(1, 9))).values()) == {0}
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_row_whose_place_matters_has_no_class(place: int) -> None:
     """Also a place in the middle: some kernels sum some tiles of a product in another order than the others."""
-    labels = _labels(kind(None, place=place), [1, 2, 3])
-    assert labels[1] is not None
-    assert labels[2] is None
-    assert labels[3] is None
+    found = labels(kind(None, place=place), [1, 2, 3])
+    assert found[1] is not None
+    assert found[2] is None
+    assert found[3] is None
 
 
 def test_the_weight_comes_back() -> None:
     one = kind(None)
     before = row_digest(one.weight.data).clone()
     pointer = one.weight.data_ptr()
-    _labels(one, [1, 2])
+    labels(one, [1, 2])
     assert one.weight.data_ptr() == pointer
     assert torch.equal(row_digest(one.weight.data), before)
 
@@ -68,13 +69,13 @@ def test_the_probe_leaves_the_servers_random_numbers_alone() -> None:
     torch.manual_seed(0)
     one = kind(None)
     torch.manual_seed(0)
-    _labels(one, [1, 2])
+    labels(one, [1, 2])
     assert torch.equal(torch.rand(1), wanted)
 
 
 def test_a_map_says_what_each_layer_is_and_probes_the_head_only_as_far_as_it_is_used() -> None:
-    body, head = kind(5, bias=True), LayerKind("h", kind(None).weight, None, lambda x, _: x[:, :64], True, "matmul")
-    found = probe_linear_layers([body, head], [1, 2, HEAD_LARGEST, HEAD_LARGEST + 1], {"device": "d"})
+    body, head = kind(5, bias=True), LinearKind("h", kind(None).weight, None, lambda x, _: x[:, :64], True, "matmul")
+    found = probe_layers([body, head], [1, 2, HEAD_LARGEST, HEAD_LARGEST + 1], {"device": "d"})
     assert [(x.name, x.shape, x.count, x.kind) for x in found.layers] == [
         ("x", (64, 256), 2, "bfloat16, Plain, bias"),
         ("h", (64, 256), 1, "bfloat16, matmul, no bias"),
@@ -92,19 +93,19 @@ def test_large_sizes_are_probed_first_and_classes_numbered_from_small_ones() -> 
         calls.append(len(x))
         return one.apply(x, bias)
 
-    found = probe_linear_layers([LayerKind("x", one.weight, None, counted, False)], list(range(1, 9)), {})
+    found = probe_layers([LinearKind("x", one.weight, None, counted, False)], list(range(1, 9)), {})
     assert calls == [m for m in range(8, 0, -1) for _ in range(2)]
     assert found.layers[0].runs() == [(1, 5, 0), (6, 8, 1)]
 
 
 @pytest.mark.parametrize(("now", "wrong"), [(5, []), (4, [5]), (None, [])])
 def test_a_spot_check_finds_a_moved_border(now: int | None, wrong: list[int]) -> None:
-    found = probe_linear_layers([kind(5 if now else None)], list(range(1, 13)), {})
+    found = probe_layers([kind(5 if now else None)], list(range(1, 13)), {})
     assert spot_check([kind(now)], found) == ({"x": wrong} if wrong else {})
 
 
 def test_a_spot_check_finds_a_layer_that_fell_in_two() -> None:
-    found = probe_linear_layers([kind(None)], list(range(1, 13)), {})
+    found = probe_layers([kind(None)], list(range(1, 13)), {})
     # Tried first are 1 and 12; 1 sets what the map's only class looks like now, so those that differ from it are named.
     assert spot_check([kind(5)], found) == {"x": list(range(6, 13))}
 
@@ -117,7 +118,7 @@ def test_a_spot_check_stops_when_its_time_is_up_and_still_compares(monkeypatch: 
         calls.append(len(x))
         return one.apply(x, bias)
 
-    monkeypatch.setattr(linear_probe, "SPOT_SECONDS", 0.0)
+    monkeypatch.setattr(layer_probe, "SPOT_SECONDS", 0.0)
     found = InvarianceMap([LayerClasses("x", (64, 256), 1, dict.fromkeys(range(1, 65), 0))])
-    assert spot_check([LayerKind("x", one.weight, None, counted, False)], found) == {}
+    assert spot_check([LinearKind("x", one.weight, None, counted, False)], found) == {}
     assert calls == [1, 1, 64, 64]

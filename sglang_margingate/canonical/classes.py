@@ -1,0 +1,131 @@
+"""The classes that a server keeps its forwards in, and what its trials found: values, made once at start-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
+from sglang_margingate.canonical.shape import ForwardShape
+
+GPU_LARGEST = 16_384
+"""Largest number of rows that is probed on a GPU."""
+
+NO_SIZES = RowSizes()
+
+Prefill = Literal["batched", "grid"]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What the probe found (:mod:`.layer_probe`).
+
+    Parameters
+    ----------
+    map
+        The invariance map of the model's layers.
+    decode, prefill, head
+        Numbers of rows that forwards, and the layer that makes logits, are padded to.
+    verify_rows
+        The M of verify passes: the wanted one, or the next that shares the decode class.
+    unknown
+        Layers that the probe does not know: with one of them nothing is structural.
+    """
+
+    map: InvarianceMap
+    decode: RowSizes = NO_SIZES
+    prefill: RowSizes = NO_SIZES
+    head: RowSizes = NO_SIZES
+    verify_rows: int = 0
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: InvarianceMap, largest: int, verify_rows: int, unknown: list[str]) -> Classes:
+        """Choose the classes of a map, for decode batches of up to ``largest`` rows."""
+        decode = found.decode_class(largest)
+        rows = decode.target(verify_rows) or verify_rows
+        prefill = found.same_as(found.largest(), head=False)
+        return cls(found, decode, prefill, found.head_same_as(rows), rows, tuple(unknown))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the trials of the runners that serve found (:mod:`.path_probe`).
+
+    Parameters
+    ----------
+    graphs
+        Captured decode sizes, those beyond the class too; empty without CUDA graphs.
+    decode_ok
+        Decode gives one row the same bits at every size of the class, and the verify's.
+    prefill
+        ``batched``: a prompt's bits depend on neither companions, chunking nor prefix hits. ``grid``: they are the same
+        each time it is prefilled alone in chunks on the canonical grid. None: neither was seen to hold.
+    notes
+        What was tried and failed, in words.
+    decode_attention
+        What attends in decode graphs.
+    seconds
+        What the trials took.
+    """
+
+    graphs: RowSizes = NO_SIZES
+    decode_ok: bool = False
+    prefill: Prefill | None = None
+    notes: tuple[str, ...] = ()
+    decode_attention: str = "sglang"
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """The canonical fast path of this server."""
+
+    classes: Classes
+    trial: Trial = field(default_factory=Trial)
+
+    def graphs_inside(self) -> list[int]:
+        """Return the captured decode sizes inside the class."""
+        return graphs_inside(self.classes, self.trial.graphs)
+
+    def decode_in_class(self, rows: int) -> bool:
+        """Return whether a decode of ``rows`` requests in a CUDA graph runs inside the class."""
+        return self.decode_shape(rows).in_class
+
+    def decode_shape(self, rows: int, seen: ForwardShape | None = None) -> ForwardShape:
+        """Return the shape of a decode forward of ``rows`` requests, in its class only where the trials held too.
+
+        Parameters
+        ----------
+        rows
+            Requests of the batch.
+        seen
+            What was seen of a forward without a graph. None: it ran in the smallest captured graph that holds it, where
+            no hook runs but the sizes are known.
+        """
+        if seen is None:
+            padded = self.trial.graphs.target(rows)
+            seen = ForwardShape(rows, padded, padded in self.classes.decode.sizes)
+        return seen if self.trial.decode_ok else seen._replace(in_class=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for status page and manifest."""
+        classes, trial = self.classes, self.trial
+        return {
+            "map": classes.map.to_dict(),
+            "decode_rows": classes.decode.describe(),
+            "prefill_rows": classes.prefill.describe(),
+            "one_class": bool(classes.decode.sizes) and set(classes.decode.sizes) <= set(classes.prefill.sizes),
+            "verify_rows": classes.verify_rows,
+            "graph_sizes": list(trial.graphs.sizes),
+            "decode_attention": trial.decode_attention,
+            "decode_ok": trial.decode_ok,
+            "batched_prefill": trial.prefill == "batched",
+            "prefill": trial.prefill,
+            "notes": list(trial.notes),
+        }
+
+
+def graphs_inside(classes: Classes, graphs: RowSizes) -> list[int]:
+    """Return those of the captured decode sizes that lie inside the class."""
+    return [size for size in graphs.sizes if size in classes.decode.sizes]

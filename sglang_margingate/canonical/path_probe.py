@@ -1,0 +1,190 @@
+"""Tries the canonical fast path end to end, with the runners that will serve, before the server takes requests.
+
+The linear map says where GEMMs agree; attention, norms and logits are tried here on made-up requests: one prompt alone
+and whole against the same prompt in chunks, with a one-token rest, among companions and behind a cached prefix; one
+decode step at every size, at other places among other companions, and as a verify pass. Logits and K/V columns of all
+layers must be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from sglang_margingate.canonical.classes import Classes, Prefill, Trial, graphs_inside
+from sglang_margingate.canonical.engine import Bits, Engine, Extend, lent_table, same_bits, slots
+from sglang_margingate.canonical.invariance import RowSizes
+
+TOKENS_GPU, TOKENS_CPU = 1200, 120
+"""Length of the made-up prompts; on a GPU several chunks of decode attention."""
+COMPANIONS = 3
+MOST_REQUESTS = 128
+"""Requests of a trial where no decode graph asks for more."""
+DECODE_TRIALS = 4
+
+
+class PathProbe:
+    """Made-up requests in the free pool: table row r holds tokens and slots of its own.
+
+    Parameters
+    ----------
+    engine
+        The server's runners; their verify is the reference.
+    vocab_size
+        Tokens are drawn below it.
+    most_rows
+        Largest number of requests to try.
+    """
+
+    def __init__(self, engine: Engine, vocab_size: int, most_rows: int = MOST_REQUESTS) -> None:
+        self.engine = engine
+        table = engine.table
+        wanted = TOKENS_CPU if engine.device == "cpu" else TOKENS_GPU
+        self.length = min(wanted, table.shape[1] - 1, engine.capacity // (COMPANIONS + 2))
+        self.table_rows = min(table.shape[0], 1 + max(engine.rows, most_rows))
+        generator = torch.Generator().manual_seed(4)
+        self.tokens = torch.randint(0, vocab_size, (COMPANIONS + 1, self.length + 1), generator=generator)
+        self.random = torch.Generator().manual_seed(5)
+
+    # ---- prefill --------------------------------------------------------------------------------------------------
+
+    def prefill_holds(self) -> str | None:
+        """Return what changed a prompt's bits, or None when nothing did."""
+        n = self.length
+        if n < 16:
+            return f"the K/V pool leaves only {n} tokens to try"
+        with lent_table(self.engine.table, self._own_slots()):
+            whole = self._extend([Extend(0, 0, n)])
+            cut = n // 3
+            trials = {  # the forwards of each, one list of parts a forward
+                "chunks": [[Extend(0, 0, cut)], [Extend(0, cut, n)]],
+                "a rest of one token": [[Extend(0, 0, n - 1)], [Extend(0, n - 1, n)]],
+                "companions": [[Extend(1, 0, n // 2), Extend(0, 0, n), Extend(2, 0, n - 3)]],
+                "a cached prefix among companions": [
+                    [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)]
+                ],
+            }
+            for name, forwards in trials.items():
+                if not same_bits(whole, [self._extend(parts) for parts in forwards][-1]):
+                    return name
+        return None
+
+    def _extend(self, parts: list[Extend]) -> Bits:
+        """Run one prefill forward; return row 0's last logits and its columns so far."""
+        logits = self.engine.extend(parts, self.tokens)
+        at = next(k for k, p in enumerate(parts) if p.row == 0)
+        return logits[at].clone(), self._columns(range(parts[at].end))
+
+    # ---- decode ---------------------------------------------------------------------------------------------------
+
+    def decode_holds(self, sizes: list[int]) -> str | None:
+        """Return at which number of requests a decode step's bits changed, or None. Run after the prefill trials."""
+        with lent_table(self.engine.table, self._shared_slots()):
+            wanted = self._verify()
+            for rows in sizes:
+                for _ in range(DECODE_TRIALS):
+                    if not same_bits(wanted, self._decode(rows)):
+                        return f"{rows} requests"
+        return None
+
+    def _places(self, rows: int) -> tuple[list[int], list[int], list[int], int]:
+        lengths = torch.randint(1, self.length, (rows - 1,), generator=self.random).tolist()
+        at = int(torch.randint(0, rows, (1,), generator=self.random))
+        order = list(range(1, rows))
+        order.insert(at, 0)
+        positions = [self.length if r == 0 else lengths[r - 1] for r in order]
+        tokens = torch.randint(0, int(self.tokens.max()) + 1, (rows,), generator=self.random).tolist()
+        tokens[at] = int(self.tokens[0, self.length])
+        return order, positions, tokens, at
+
+    def _verify(self) -> Bits:
+        order, positions, tokens, at = self._places(min(self.engine.rows, self.table_rows))
+        self._point(order, positions)
+        logits = self.engine.verify(order, positions, tokens)
+        return logits[at].clone(), self._columns([self.length])
+
+    def _decode(self, rows: int) -> Bits:
+        order, positions, tokens, at = self._places(rows)
+        self._point(order, positions)
+        logits = self.engine.decode(order, positions, tokens)
+        return logits[at].clone(), self._columns([self.length])
+
+    # ---- plumbing -------------------------------------------------------------------------------------------------
+
+    def _columns(self, positions: range | list[int]) -> list[torch.Tensor]:
+        return self.engine.read(slots(self.engine, 0, positions))
+
+    def _own_slots(self) -> torch.Tensor:
+        """Every prompt has slots of its own."""
+        return torch.arange(1, (COMPANIONS + 1) * (self.length + 1) + 1).view(COMPANIONS + 1, self.length + 1)
+
+    def _shared_slots(self) -> torch.Tensor:
+        """All requests read row 0's prompt; where each writes is set by :meth:`_point`."""
+        return torch.arange(1, self.length + 2).repeat(self.table_rows, 1)
+
+    def _point(self, order: list[int], positions: list[int]) -> None:
+        """Give each companion a slot of its own for the column that it writes."""
+        table = self.engine.table
+        table[: self.table_rows, : self.length + 1] = self._shared_slots().to(table.device, table.dtype)
+        free = self.length + 2
+        for row, position in zip(order, positions):
+            if row:
+                table[row, position] = free + row
+
+
+def try_fast_path(
+    classes: Classes,
+    engine: Engine,
+    vocab_size: int,
+    graphs: RowSizes,
+    decode_attention: str,
+    notes: tuple[str, ...] = (),
+) -> Trial:
+    """Return what only a trial can tell.
+
+    Parameters
+    ----------
+    classes
+        What the probe found.
+    engine
+        The server's runners.
+    vocab_size
+        Tokens are drawn below it.
+    graphs
+        Captured decode sizes; empty without CUDA graphs.
+    decode_attention
+        What attends in them.
+    notes
+        What was said when they were captured.
+    """
+    start = time.perf_counter()
+    said = list(notes)
+    prefill: Prefill | None = None
+    decode_ok = False
+    if classes.unknown:
+        more = f" and {len(classes.unknown) - 1} more" if len(classes.unknown) > 1 else ""
+        said.append(f"the probe does not know {classes.unknown[0]}{more}: everything is gated by its margin")
+    else:
+        probe = PathProbe(engine, vocab_size, max([MOST_REQUESTS, *graphs_inside(classes, graphs)]))
+        broken = probe.prefill_holds() if classes.prefill.sizes else "no class of its linear layers was found"
+        if broken is None:
+            prefill = "batched"
+        else:
+            said.append(f"prefill depends on {broken}: gated prompts are prefilled one at a time, in chunks")
+        sizes = _decode_sizes(classes, graphs, probe.table_rows)
+        broken = probe.decode_holds(sizes) if sizes else "every size"
+        decode_ok = broken is None
+        if broken is not None:
+            said.append(f"decode differs from the verify at {broken}: steps are gated by their margin")
+    return Trial(graphs, decode_ok, prefill, tuple(said), decode_attention, time.perf_counter() - start)
+
+
+def _decode_sizes(classes: Classes, graphs: RowSizes, most: int) -> list[int]:
+    """Numbers of requests to try: each graph full and one above the last, or a spread without graphs."""
+    if graphs.sizes:
+        inside = graphs_inside(classes, graphs)
+        wanted = sorted({1, *inside, *(size + 1 for size in inside[:-1])})
+    else:
+        wanted = [1, 2, 3, 7, 16, 17, 33, 64]
+    return [size for size in wanted if size <= most and classes.decode.target(size) is not None]

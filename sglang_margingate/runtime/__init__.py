@@ -1,0 +1,1 @@
+"""What a step means: torch, no SGLang."""

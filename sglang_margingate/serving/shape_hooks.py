@@ -1,0 +1,250 @@
+"""Hook functions of the canonical fast path: every forward runs at shapes of one class, so most steps need no verify.
+
+What they change in SGLang, all through hooks (table in hooks.py) and only with ``--margingate-fast-path canonical``:
+
+* decode graphs are captured at sizes of one class, and verify passes get a size of it too; smaller batches are padded
+  up to them;
+* on a GPU attention looks at each row's own context only (attention_hooks.py);
+* forwards without a graph (prefill; decode on a CPU) are padded to a probed number of rows: a prefill on a GPU as a whole,
+  others linear layer by linear layer. The layer that makes logits runs at probed numbers of rows of its own.
+
+What a forward did is noted by the layers that did it, and set on its batch where it ends. What is not known from the linear
+map is tried out end to end before the server takes requests (canonical/path_probe.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_margingate.canonical.classes import GPU_LARGEST, Classes
+from sglang_margingate.canonical.invariance import RowSizes, rows_to_probe
+from sglang_margingate.canonical.map_store import map_of
+from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, MarginGateConfig
+from sglang_margingate.machine import kernel_environment
+from sglang_margingate.runtime.shape import SHAPE, ForwardShape
+from sglang_margingate.serving import attention_hooks
+from sglang_margingate.serving.layers import layer_kinds, unknown_layers
+from sglang_margingate.serving.testknobs import TestKnobs, split_sums
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was chosen when decode graphs were captured.
+
+    Parameters
+    ----------
+    decode_attention
+        What attends in them.
+    notes
+        What did not fit, in words.
+    """
+
+    decode_attention: str = "sglang"
+    notes: tuple[str, ...] = ()
+
+
+class Running:
+    """The one forward without a graph that runs in this process, under construction.
+
+    Parameters
+    ----------
+    sizes, head
+        Where the rows of its linear layers, and of the layer that makes logits, go.
+    rows
+        Requests of a decode, tokens of a prefill.
+    """
+
+    def __init__(self, sizes: RowSizes, head: RowSizes, rows: int) -> None:
+        self.sizes, self.head, self.rows = sizes, head, rows
+        self.padded: int | None = None
+        self.escaped = False
+
+    def escape(self) -> None:
+        """Note that something ran at a shape that was never probed."""
+        self.escaped = True
+
+    def ran(self, rows: int) -> None:
+        """Note the rows that a linear layer really ran with."""
+        self.padded = max(rows, self.padded or 0)
+        if rows not in self.sizes.sizes:
+            self.escape()
+
+    def shape(self) -> ForwardShape:
+        """Return what the forward did."""
+        return ForwardShape(self.rows, self.padded, self.padded is not None and not self.escaped)
+
+
+# State of this process (hooks.py lists all of it): the first two are set once at start-up.
+_classes: Classes | None = None
+_captured = Captured()
+_running: Running | None = None
+
+
+def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
+    """Read or probe the map of the model's linear layers and choose the classes, once per process."""
+    global _classes
+    if _classes is None:
+        cpu = model_runner.device == "cpu"
+        knobs = TestKnobs()
+        if knobs.split_linear:
+            split = split_sums(model_runner.model, knobs.split_linear)
+            log.warning("margingate: %s sums by number of rows on purpose", split)
+        chunk = model_runner.server_args.chunked_prefill_size or 0
+        largest = min(chunk if chunk > 0 else GPU_LARGEST, CANONICAL_PREFILL_CPU if cpu else GPU_LARGEST)
+        # cuBLAS chooses kernels by alignment too, so a GPU's steps are small; the map is kept, so they cost one start.
+        rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 8, largest, 8)
+        model, environment = model_runner.model, kernel_environment(model_runner.device)
+        found = map_of(layer_kinds(model), rows, environment, config.map_dir, keep=not knobs.active)
+        most = max(_wanted_sizes(model_runner) or [config.verify_rows])
+        _classes = Classes.of(found, most, config.verify_rows, unknown_layers(model))
+        log.info(
+            "margingate: map of %d kinds of layers, %s: decode at %s rows, prefill at %s, verify at %d",
+            len(found.layers), found.origin(), _classes.decode.describe(), _classes.prefill.describe(),
+            _classes.verify_rows,
+        )  # fmt: skip
+    return _classes
+
+
+def captured() -> Captured:
+    """Return what was chosen when this process captured its decode graphs."""
+    return _captured
+
+
+def _wanted_sizes(model_runner: Any) -> list[int]:
+    """Return the decode sizes that SGLang was going to capture; empty without decode graphs."""
+    graphs = model_runner.server_args.cuda_graph_config
+    if graphs is None or graphs.decode.backend == "disabled" or not graphs.decode.bs:
+        return []
+    return [size for size in graphs.decode.bs if size <= model_runner.req_to_token_pool.size]
+
+
+@contextmanager
+def running(forward: Running) -> Iterator[None]:
+    """Let the layers' hooks pad for ``forward``, and note in it what they did."""
+    global _running
+    _running = forward
+    try:
+        yield
+    finally:
+        _running = None
+
+
+# ---- hook functions ---------------------------------------------------------------------------------------------------
+
+
+def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
+    """Probe the loaded model, and let SGLang capture its decode graphs at sizes of one class.
+
+    Batches too large for the class keep their graphs: they are gated by margin, and without a graph slow as well.
+    """
+    global _captured
+    config = _config()
+    if config is None or model_runner.is_draft_worker:
+        return
+    classes, wanted = probed(model_runner, config), _wanted_sizes(model_runner)
+    most = model_runner.req_to_token_pool.size
+    targets = {classes.decode.target(size) for size in wanted}
+    inside = {target for target in targets if target is not None and target <= most}
+    if inside:
+        sizes = sorted(inside | {size for size in wanted if size > max(inside)})
+        model_runner.server_args.cuda_graph_config.decode.bs = sizes
+        _captured = Captured(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)))
+    elif wanted:
+        _captured = Captured(notes=(f"no class holds a decode batch of {min(wanted)} to {most} rows",))
+
+
+def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Pad the layers of a forward without a graph, and note on its batch at which shape it really ran."""
+    classes = _classes
+    if classes is None:
+        return original(runner, batch, *args, **kwargs)
+    decode, rows = batch.forward_mode.is_decode(), len(batch.input_ids)
+    forward = Running(classes.decode if decode else classes.prefill, classes.head, rows)
+    if decode and batch.input_ids.device.type != "cpu":
+        forward.escape()  # on a GPU a decode without a graph plans its attention with a K/V split
+    try:
+        with running(forward):
+            return original(runner, batch, *args, **kwargs)
+    finally:
+        setattr(batch, SHAPE, forward.shape())
+
+
+def pad_forward(loaded: Any, _runner: Any, batch: Any, *_: Any, **__: Any) -> None:
+    """Pad a prefill's tokens to a size of the class once, so that no layer has to; attention leaves the rest out.
+
+    ``loaded`` is the eager runner's own copy of the batch. Padding rows write K/V slot 0, which SGLang reserves for that.
+    """
+    forward = _running
+    if forward is None or loaded.input_ids is None or loaded.input_ids.device.type == "cpu":
+        return
+    per_token = ("input_embeds", "replace_embeds", "token_type_ids", "mm_input_embeds", "mrope_positions")
+    if not batch.forward_mode.is_extend() or any(getattr(loaded, name, None) is not None for name in per_token):
+        return  # layer by layer, then
+    rows = len(loaded.input_ids)
+    more = (forward.sizes.target(rows) or rows) - rows
+    for name in ("input_ids", "positions", "out_cache_loc"):
+        setattr(loaded, name, torch.nn.functional.pad(getattr(loaded, name), (0, more)))
+
+
+def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run one linear layer at a size of the class."""
+    forward = _running
+    if forward is None:
+        return original(method, layer, x, *args, **kwargs)
+    if x.dim() != 2:
+        forward.escape()
+        return original(method, layer, x, *args, **kwargs)
+    rows = forward.sizes.target(len(x)) or len(x)
+    forward.ran(rows)
+    return _padded(rows, x, lambda wide: original(method, layer, wide, *args, **kwargs))
+
+
+def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run the layer that makes logits at a size of its class, as often as its rows need.
+
+    A request of a prefill that asks for prompt log-probabilities brings a row per token: in one product with them, the
+    row that chooses a neighbour's first token would be summed by another kernel.
+    """
+    forward = _running
+    if forward is None:
+        return original(processor, hidden, *args, **kwargs)
+    sizes = forward.head.sizes
+    if hidden.dim() != 2 or not sizes:
+        forward.escape()
+        return original(processor, hidden, *args, **kwargs)
+
+    def block(rows: torch.Tensor) -> torch.Tensor:
+        return _padded(
+            forward.head.target(len(rows)) or len(rows), rows, lambda wide: original(processor, wide, *args, **kwargs)
+        )
+
+    most = sizes[-1]
+    out = block(hidden[:most])
+    if len(hidden) > most:
+        first, out = (
+            out,
+            out.new_empty(len(hidden), *out.shape[1:]),
+        )  # one block more than the logits, not twice as much
+        out[:most] = first
+        for at in range(most, len(hidden), most):
+            out[at : at + most] = block(hidden[at : at + most])
+    return out
+
+
+def _padded(target: int, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Run on ``x`` padded to ``target`` rows, and leave the padding out of what comes back."""
+    rows = len(x)
+    return run(x) if target == rows else run(torch.nn.functional.pad(x, (0, 0, 0, target - rows)))[:rows]
+
+
+def _config() -> MarginGateConfig | None:
+    config = MarginGateConfig.from_env()
+    return config if config is not None and config.fast_path is FastPathMode.CANONICAL else None

@@ -1,0 +1,71 @@
+"""What each room may import: read from the source, imports inside functions and for types too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "sglang_margingate"
+OURS = PACKAGE.name
+
+ROOMS: dict[str, tuple[str, ...]] = {
+    # A room's own files, and these of ours. `runtime` joins when the step has moved there.
+    "gate": ("config", "words"),
+    "trace": ("words",),
+    "canonical": ("config", "words"),
+}
+NO_SGLANG = ("gate", "trace", "canonical", "runtime")
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module that a file imports, as absolute dotted names; `from a import b` gives `a` and `a.b`."""
+    package = ".".join(path.relative_to(PACKAGE.parent).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def files(room: str) -> list[Path]:
+    found = sorted((PACKAGE / room).rglob("*.py"))
+    assert found, f"there is no room {room}"
+    return found
+
+
+@pytest.mark.parametrize("room", NO_SGLANG)
+def test_rooms_without_sglang(room: str) -> None:
+    guilty = {path.name for path in files(room) if any(name.split(".")[0] == "sglang" for name in imports(path))}
+    assert not guilty
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_nothing_above_them(room: str) -> None:
+    allowed = (room, *ROOMS[room])
+    wrong = {
+        (path.name, name)
+        for path in files(room)
+        for name in imports(path)
+        if name.startswith(f"{OURS}.") and name.split(".")[1] not in allowed
+    }
+    assert not wrong
+
+
+def test_the_reader_of_imports_sees_lazy_and_relative_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / OURS)
+    room = tmp_path / OURS / "gate"
+    room.mkdir(parents=True)
+    (room / "x.py").write_text(
+        "def f():\n    from sglang.srt import x\n    import torch.nn\n    from ..serving import hooks\n    from . import y\n"
+    )
+    assert imports(room / "x.py") >= {
+        "sglang.srt.x", "torch.nn", f"{OURS}.serving.hooks", f"{OURS}.gate.y",
+    }  # fmt: skip
