@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-warn-conflicts
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: help install demo serve dashboard test test-unit test-gpu lint clean
+.PHONY: help install demo serve dashboard test test-unit test-gpu overlays lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -67,6 +67,9 @@ test: install lint $(TRITON_STAMP)  ## everything that needs no GPU
 
 test-unit: install  ## the fast tests alone
 	@$(BIN)/python -m pytest -m 'not server and not browser and not gpu'
+
+overlays: install  ## SGLang 0.5.20 and 0.5.23 beside the installed one, in .compat/ (600 MB)
+	@$(BIN)/python tests/support/overlays.py
 
 test-gpu:  ## the GPU suite, on a machine with one
 	@$(PYTHON) -m pytest tests/gpu -m gpu
