@@ -33,7 +33,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
-from sglang_margingate.serving import attention_hooks, cpu, launcher, scheduler, shape_hooks
+from sglang_margingate.serving import (
+    attention_hooks,
+    cpu,
+    launcher,
+    openai_answers,
+    scheduler,
+    shape_hooks,
+    weight_hooks,
+)
 
 SGLANG_VERSION = "0.5.17"
 
@@ -121,6 +129,27 @@ GATE_HOOKS: tuple[Hook, ...] = (
         "GET /margingate/status and /server_info show the gate's counters",
         "SGLang lets plugins add server info",
     ),
+    *(
+        Hook(
+            f"sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}",
+            "after", weight_hooks.after_update, (SCHEDULER,),
+            "map, self-test and thresholds were made with other weights: the guarantee is lowered",
+            "SGLang has a weights-changed event",
+        )
+        for name in (
+            "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor",
+            "update_weights_from_ipc", "release_memory_occupation", "resume_memory_occupation",
+        )
+    ),
+    *(
+        Hook(
+            f"sglang.srt.managers.scheduler.Scheduler.{name}",
+            "after", weight_hooks.after_adapter, (SCHEDULER,),
+            "layers that came after the start were never probed: the guarantee is lowered",
+            "SGLang has a weights-changed event",
+        )
+        for name in ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter")
+    ),
 )  # fmt: skip
 
 REQUEST_HOOKS: tuple[Hook, ...] = (
@@ -141,6 +170,30 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
         "around", launcher.unpack_summary, (LAUNCHER,),
         "customized_info is a list per token; clients get one object, meta_info.margingate",
         "SGLang has per-request customized info",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response",
+        "after", openai_answers.add_summaries, (LAUNCHER,),
+        "chat answers carry the summary too",
+        "OpenAI answers carry customized info",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
+        "around", openai_answers.add_to_stream, (LAUNCHER,),
+        "the last chunk of every streamed choice carries it",
+        "OpenAI answers carry customized info",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._build_completion_response",
+        "after", openai_answers.add_summaries, (LAUNCHER,),
+        "the same for completions",
+        "OpenAI answers carry customized info",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream",
+        "around", openai_answers.add_to_stream, (LAUNCHER,),
+        "the same for completions",
+        "OpenAI answers carry customized info",
     ),
 )  # fmt: skip
 

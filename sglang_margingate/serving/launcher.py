@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import lru_cache
 from typing import Any
 
-from sglang_margingate.config import MarginGateConfig, Policy
+from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
 from sglang_margingate.machine import versions
+from sglang_margingate.serving.summary import FIELD, last_of
+from sglang_margingate.words import Guarantee
 
 log = logging.getLogger(__name__)
 
 _rules: RequestRules | None = None
+
+UNSEEN = "the request ended before it was decoded, so nothing was observed"
 
 
 class AttestationError(RuntimeError):
@@ -30,15 +36,33 @@ def before_http_server(
 ) -> None:
     """Refuse to serve unless every scheduler attested its hooks and self-test; add the status page."""
     config = _config()
-    silent = [i for i, info in enumerate(scheduler_infos) if "margingate" not in info]
-    if config.policy is not Policy.OFF and silent:
-        raise AttestationError(
-            f"scheduler {silent[0]} of {len(scheduler_infos)} runs without margingate: its plugin did not load. "
-            "Check SGLANG_PLUGINS, and that sglang-margingate is installed where the scheduler runs"
-        )
+    if config.policy is not Policy.OFF:
+        check_attested(scheduler_infos)
     _add_routes(tokenizer_manager, config)
 
 
+def check_attested(scheduler_infos: Sequence[Any]) -> None:
+    """Refuse to serve unless every rank reported that its plugin is in place.
+
+    Raises
+    ------
+    AttestationError
+        Names every rank that did not.
+    """
+    silent = [str(i) for i, info in enumerate(scheduler_infos) if not _attests(info)]
+    if silent or not scheduler_infos:
+        ranks = f"rank {', '.join(silent)} of {len(scheduler_infos)}" if silent else "no rank reported, so the server"
+        raise AttestationError(
+            f"{ranks} runs without margingate: its plugin did not load. "
+            "Check SGLANG_PLUGINS, and that sglang-margingate is installed where the scheduler runs"
+        )
+
+
+def _attests(info: Any) -> bool:
+    return isinstance(info, Mapping) and isinstance(info.get("margingate"), Mapping)
+
+
+@lru_cache
 def _config() -> MarginGateConfig:
     config = MarginGateConfig.from_env()
     if config is None:
@@ -61,28 +85,51 @@ def _add_routes(tokenizer_manager: Any, config: MarginGateConfig) -> None:
     app.add_api_route("/margingate/status", status, methods=["GET"])
 
 
-def validate_request(_manager: Any, obj: Any, _input_ids: Any) -> None:
-    """Check the margingate parameters of one request; SGLang answers a ValueError with HTTP 400."""
+def validate_request(manager: Any, obj: Any, input_ids: Any) -> None:
+    """Check one request before it reaches a batch; SGLang answers a ValueError with HTTP 400."""
     global _rules
+    config = _config()
     if _rules is None:
-        _rules = RequestRules(_config())
+        _rules = RequestRules(config)
     params = getattr(obj, "sampling_params", None)
-    if isinstance(params, dict):
-        _rules.parse(params.get("custom_params"))
+    # What SGLang makes of them: a server's preferred parameters hold where a request says nothing.
+    merged = {**(manager.preferred_sampling_params or {}), **(params if isinstance(params, dict) else {})}
+    custom = merged.get("custom_params")
+    if custom is not None and not isinstance(custom, dict):
+        raise ConfigError(f"custom_params: {custom!r:.80} is not an object of names and values")
+    _rules.parse(custom)
+    if config.policy is not Policy.OFF and getattr(obj, "input_ids", None):
+        check_tokens(input_ids, manager.model_config.vocab_size)
 
 
-async def unpack_summary(original: Any, manager: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+def check_tokens(input_ids: Any, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have: SGLang's scheduler would end, and every request with it."""
+    wrong = next((t for t in (min(input_ids), max(input_ids)) if not 0 <= t < vocab_size), None)
+    if wrong is not None:
+        raise ConfigError(f"input_ids: {wrong} is not a token of this model; give ids from 0 to {vocab_size - 1}")
+
+
+async def unpack_summary(original: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
     """Turn ``meta_info.margingate`` from SGLang's list per token into the request's one summary.
 
-    The scheduler puts the summary on the last token; every other entry is None. Until it arrives, streamed chunks
-    carry no ``margingate`` field.
+    It comes with the last message; until then streamed chunks carry no such field. The list is read where SGLang gathers
+    it: what a chunk shows of it may be cut by the number of tokens shown before.
     """
-    async for out in original(manager, *args, **kwargs):
-        meta = out.get("meta_info") if isinstance(out, dict) else None
-        if meta is not None and isinstance(meta.get("margingate"), list):
-            summaries = [item for item in meta["margingate"] if item is not None]
-            if summaries:
-                meta["margingate"] = summaries[-1]
-            else:
-                del meta["margingate"]
-        yield out
+    gathered = manager.rid_to_state[obj.rid].customized_info_accumulated
+    async with aclosing(original(manager, obj, *args, **kwargs)) as outputs:
+        async for out in outputs:
+            meta = out.get("meta_info") if isinstance(out, dict) else None
+            if meta is not None:
+                meta.pop(FIELD, None)
+                if meta.get("finish_reason") is not None and "embedding" not in out:
+                    summary = last_of(gathered.get(FIELD, ())) or _unseen()
+                    if summary is not None:
+                        meta[FIELD] = summary
+            yield out
+
+
+def _unseen() -> dict[str, Any] | None:
+    """Return the summary of a request that ended where nobody watched, such as in the queue."""
+    if _config().policy is Policy.OFF:
+        return None
+    return {"guarantee": Guarantee.NONE.value, "guarantee_note": UNSEEN}

@@ -7,9 +7,11 @@ A K/V column is shared only where its bits depend on the tokens before it alone:
   keeps pages of 1. A partial chunk at a prompt's end ran at a shape of its own and stays private.
 * Generated columns are never shared between gated requests: they are decode-shaped, and the same tokens sent as a
   prompt would be prefill-shaped. (`canonical` may share them where a probe has shown one class for both; none has.)
-* Requests that did not ask for determinism share as in stock SGLang, but in a name space of their own
-  (``FAST_NAMESPACE``), so their batch-shaped columns cannot reach a gated request through any split, eviction or
-  re-insertion: provenance is the tree's root, not a mark that code must carry along.
+* Requests that did not ask for determinism share as in stock SGLang, but in name spaces of their own
+  (:func:`.radix_names.namespace`), so their batch-shaped columns cannot reach a gated request through any split, eviction
+  or re-insertion: provenance is the tree's root, not a mark that code must carry along.
+* What a request was opened as decides, not what became of it: one that gave up keeps to the gated rules and inserts
+  nothing more. A request that no hook opened shares nothing at all, so a key of its own choice leads nowhere.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from typing import Any
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_margingate.config import MarginGateConfig
-from sglang_margingate.serving.radix_names import BACKEND_NAME, uses_backend
-from sglang_margingate.serving.state import RequestState, state_of
+from sglang_margingate.serving.radix_names import BACKEND_NAME, opened_gated, uses_backend
+from sglang_margingate.serving.state import state_of
 
 MAX_CHILDREN = 256
 
@@ -74,13 +76,22 @@ class CanonicalRadixCache(RadixCache):
         finally:
             self.page_size = before
 
+    @staticmethod
+    def _stock(req: Any) -> bool:
+        """Return whether a request shares as in stock SGLang: it was opened as one without a gate."""
+        return state_of(req) is not None and not opened_gated(req.extra_key)
+
     def match_prefix(self, params: Any) -> Any:
         """Find the longest shared prefix, floored to whole chunks; note what the floor gave up."""
-        state = state_of(params.req) if params.req is not None else None
-        with self._on_grid():
-            if state is None or not state.ledger.gated:
+        req = params.req
+        if req is None or self._stock(req):
+            with self._on_grid():
                 return super().match_prefix(params)
-            self._cap_at_prompt(params, params.req)
+        state = state_of(req)
+        if state is None:
+            return self._empty_match_result
+        self._cap_at_prompt(params, req)
+        with self._on_grid():
             result = super().match_prefix(params)
         state.floored_tokens = self._floored(params.key, len(result.device_indices), result.last_device_node)
         return result
@@ -111,21 +122,23 @@ class CanonicalRadixCache(RadixCache):
         with self._on_grid():
             return super().evict(params)
 
-    def shareable(self, req: Any, state: RequestState) -> int:
-        """Return how many leading columns of a gated request may be shared."""
-        if state.ledger.notes:
-            return int(req.cache_protected_len)  # a chunk left the grid: share nothing beyond what came from the tree
+    def shareable(self, req: Any) -> int:
+        """Return how many leading columns may be shared of a request that does not share as in stock SGLang."""
+        state = state_of(req)
+        if state is None or not state.ledger.gated or state.ledger.notes:
+            # Nobody saw it, it gave up, or a chunk left the grid: nothing beyond what came from the tree.
+            return int(req.cache_protected_len)
         return len(req.origin_input_ids) // self.chunk * self.chunk
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         """Share the prompt's whole chunks after a prefill step."""
-        state = state_of(req)
-        with self._on_grid():
-            if state is None or not state.ledger.gated:
+        if self._stock(req):
+            with self._on_grid():
                 super().cache_unfinished_req(req, chunked=chunked)
-                return
-            filled = len(req.get_fill_ids())
-            super().cache_unfinished_req(_PromptOnly(req, self.shareable(req, state)), chunked=chunked)
+            return
+        filled = len(req.get_fill_ids())
+        with self._on_grid():
+            super().cache_unfinished_req(_PromptOnly(req, self.shareable(req)), chunked=chunked)
         # SGLang continues a chunked prompt behind prefix_indices, so the private columns belong to it as well.
         if filled > len(req.prefix_indices):
             row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :filled]
@@ -133,14 +146,9 @@ class CanonicalRadixCache(RadixCache):
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         """Release a finished or retracted request: gated ones leave nothing but their prompt's whole chunks."""
-        state = state_of(req)
-        if state is not None and state.ledger.gated:
+        if not self._stock(req):
             # A request that ended with its prefill was never cached as an unfinished one.
-            if (
-                is_insert
-                and not self.disable
-                and req.cache_protected_len < self.shareable(req, state) <= kv_len_to_handle
-            ):
+            if is_insert and not self.disable and req.cache_protected_len < self.shareable(req) <= kv_len_to_handle:
                 self.cache_unfinished_req(req)
             is_insert = False
         with self._on_grid():

@@ -1,13 +1,15 @@
-"""Names of the radix backend, importable before SGLang is."""
+"""Names of the radix backend and of its name spaces, importable before SGLang is."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Radix
 
 BACKEND_NAME = "margingate"
 
-FAST_NAMESPACE = "margingate:fast"
-"""Name space of requests that did not ask for determinism."""
+GATED, UNGATED = "gated", "ungated"
 
 
 def uses_backend(config: MarginGateConfig) -> bool:
@@ -15,6 +17,29 @@ def uses_backend(config: MarginGateConfig) -> bool:
     return config.policy.verifies and config.radix in (Radix.CANONICAL, Radix.PROMPT_ONLY)
 
 
-def namespace(extra_key: str | None) -> str:
-    """Return the name space of a request that did not ask for determinism, within its own ``extra_key``."""
-    return FAST_NAMESPACE if extra_key is None else f"{FAST_NAMESPACE}:{extra_key}"
+def namespace(gated: bool, extra_key: Any, lora_id: str | None = None, weights: int = 0) -> str:
+    """Return the name space of one request, SGLang's ``extra_key``.
+
+    Every request gets one made here, whatever its client sent, and JSON escapes what the client sent: no key of a client
+    can name the other side, another adapter or other weights.
+
+    Parameters
+    ----------
+    gated
+        Whether the request was opened as one that asks for determinism.
+    extra_key
+        The client's key, with the adapter's id behind it as SGLang puts it there.
+    lora_id
+        The adapter's id.
+    weights
+        How often the server's weights were changed: columns of other weights are never shared between gated requests.
+    """
+    key = extra_key
+    if lora_id and isinstance(key, str):
+        key = key.removesuffix(lora_id)
+    return json.dumps([GATED if gated else UNGATED, weights if gated else 0, lora_id, key or None])
+
+
+def opened_gated(name: str | None) -> bool:
+    """Return whether a name space made by :func:`namespace` is one of gated requests."""
+    return name is not None and name.startswith(f'["{GATED}"')

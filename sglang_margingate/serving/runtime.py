@@ -22,6 +22,7 @@ from sglang_margingate.serving.metrics import Metrics
 from sglang_margingate.serving.prefill import PrefillRules
 from sglang_margingate.serving.radix_names import namespace, uses_backend
 from sglang_margingate.serving.state import ATTRIBUTE, RequestState, StepRow, state_of
+from sglang_margingate.serving.summary import PerRequest
 from sglang_margingate.serving.testknobs import TestKnobs, column_digest
 from sglang_margingate.serving.verifier import EagerVerifier, VerifyResult
 from sglang_margingate.words import Guarantee, Reason
@@ -83,12 +84,21 @@ class Runtime:
         self.started = time.time()
         self.batch_rows: Counter[int] = Counter()
         self.batch_rows_now = 0
+        self.weights = 0
+        """How often the weights were changed since the start; names the columns that gated requests may share."""
+        self.lowered: list[str] = []
         self._over_limit = False
         self._numbers = count(1)
         self.trace_text = config.trace and config.trace_text
         self._sampler = AuditSampler(config.audit_rate, seed=0)
         self._committed: list[StepRow] = []  # not settled yet
         self._settled = 0.0  # time of the last settling
+
+    def lower(self, reason: str) -> None:
+        """Claim no guarantee from now on, requests in flight included: what was checked at the start no longer holds."""
+        if reason not in self.lowered:
+            log.warning("margingate: %s; every response claims no guarantee until the server is started again", reason)
+            self.lowered.append(reason)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -107,8 +117,8 @@ class Runtime:
             ledger.greedy = False
             ledger.notes.append("a custom logit processor may keep state, so its steps are not verified")
         state = RequestState(ledger, number=next(self._numbers))
-        if not ledger.gated and uses_backend(self.config):
-            req.extra_key = namespace(req.extra_key)
+        if uses_backend(self.config):
+            req.extra_key = namespace(ledger.gated, req.extra_key, req.lora_id, self.weights)
         if params.return_steps:
             state.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
         setattr(req, ATTRIBUTE, state)
@@ -174,15 +184,14 @@ class Runtime:
         self.settle()
         guarantee, note = self._guarantee(state)
         summary = self._summary(req, state, guarantee, note)
-        # The list's last entry travels with the request's last token; the front door unpacks it (plugin.py).
-        req.customized_info = {"margingate": [None] * (len(req.output_ids) - 1) + [summary]}
+        req.customized_info = {**(getattr(req, "customized_info", None) or {}), "margingate": PerRequest([summary])}
         self.totals.requests += 1
         if self.writer is not None and not req.rid.startswith(HEALTH_CHECK_PREFIX):
             self.writer.add_request(self._request_row(req, state, shown, guarantee, note))
 
     def _guarantee(self, state: RequestState) -> tuple[Guarantee, str | None]:
         note = self._miss_note()
-        notes = self.config.notes if note is None else (*self.config.notes, note)
+        notes = (*self.config.notes, *self.lowered, *(() if note is None else (note,)))
         return state.ledger.guarantee(notes, structural=self.fast is not None)
 
     def _miss_note(self) -> str | None:
@@ -311,7 +320,8 @@ class Runtime:
         rate = self.missed_rate()
         args, model_runner = self.scheduler.server_args, self.scheduler.tp_worker.model_runner
         out: dict[str, Any] = {
-            "model": model_name(args.model_path),
+            "model": model_name(args.model_path) + (" (weights changed since the start)" if self.weights else ""),
+            "weight_changes": self.weights,
             "dtype": str(model_runner.dtype).removeprefix("torch."),
             "attention_backend": args.attention_backend,
             "device": device_name(args.device),
@@ -327,7 +337,7 @@ class Runtime:
             "fast_path": self.config.fast_path.value,
             "invariance": None if self.fast is None else self.fast.to_dict(),
             "audit_rate": self.config.audit_rate,
-            "notes": list(self.config.notes),
+            "notes": [*self.config.notes, *self.lowered],
             "test_knobs": self.knobs.active,
             "self_test": None if self.self_test is None else self.self_test.to_dict(),
             "totals": {**asdict(self.totals), "untriggered_checked": self.audit.audited},

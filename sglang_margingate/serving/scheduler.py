@@ -19,6 +19,11 @@ _runtime: Runtime | None = None
 _step: StepHook | None = None
 
 
+def runtime() -> Runtime | None:
+    """Return this process's runtime, None before :func:`set_up`."""
+    return _runtime
+
+
 def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """Build this process's runtime right before the event loop, and attest it to the launcher.
 
