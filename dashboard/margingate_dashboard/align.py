@@ -8,15 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-STEP_COLUMNS = ("request_id", "step", "token", "margin", "batch_rows")
-REQUEST_COLUMNS = ("request_id", "dataset", "prompt_tokens", "time", "finish_reason")
+STEP_COLUMNS = ("request", "step", "token", "margin", "batch_rows")
+REQUEST_COLUMNS = ("request", "request_id", "dataset", "prompt_tokens", "time", "finish_reason")
+
+
+PAIR_COLUMNS = ["a", "b", "id_a", "id_b", "dataset"]
 
 
 class Pairs(NamedTuple):
     """Requests of two runs that had the same prompt."""
 
     table: pd.DataFrame
-    """Columns a and b (request ids) and dataset."""
+    """Columns a and b (numbers of the requests), id_a and id_b (their ids) and dataset."""
     how: str
     """How they were matched, as a sentence for the reader."""
 
@@ -25,16 +28,14 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     """Match the requests of two runs, by the strongest evidence that both have.
 
     Request ids that occur in both; else equal prompt texts; else the n-th request of a dataset with the same number of
-    prompt tokens. Repeats of a prompt are matched in order of arrival.
+    prompt tokens. Repeats of an id or a prompt are matched in order of arrival.
     """
-    a = a.drop_duplicates("request_id")
-    b = b.drop_duplicates("request_id")
+    a = a.drop_duplicates("request")
+    b = b.drop_duplicates("request")
     if a.empty or b.empty:
-        return Pairs(pd.DataFrame(columns=["a", "b", "dataset"]), "One of the runs has no finished request.")
-    common = a.merge(b[["request_id"]], on="request_id")
-    if 2 * len(common) >= min(len(a), len(b)):
-        table = pd.DataFrame({"a": common["request_id"], "b": common["request_id"], "dataset": common["dataset"]})
-        return Pairs(table, "Matched by request id.")
+        return Pairs(pd.DataFrame(columns=PAIR_COLUMNS), "One of the runs has no finished request.")
+    if 2 * int(a["request_id"].isin(b["request_id"]).sum()) >= min(len(a), len(b)):
+        return Pairs(_by(a, b, ["request_id"]), "Matched by request id.")
     if _has_text(a) and _has_text(b):
         return Pairs(_by(a, b, ["prompt_text"]), "Matched by prompt text, repeats in order of arrival.")
     table = _by(a, b, ["dataset", "prompt_tokens"])
@@ -55,10 +56,11 @@ def _by(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         ordered = ordered.assign(**{k: ordered[k].astype("string").fillna("") for k in keys})
         return ordered.assign(repeat=ordered.groupby(keys, sort=False).cumcount())
 
-    left = numbered(a)[["request_id", "repeat", *dict.fromkeys([*keys, "dataset"])]]
-    right = numbered(b)[["request_id", "repeat", *keys]]
-    found = left.merge(right, on=[*keys, "repeat"], suffixes=("_a", "_b"))
-    return pd.DataFrame({"a": found["request_id_a"], "b": found["request_id_b"], "dataset": found["dataset"]})
+    names = {"request": "a", "id": "id_a"}
+    left = numbered(a).assign(id=a["request_id"])[["request", "id", "repeat", *dict.fromkeys([*keys, "dataset"])]]
+    right = numbered(b).assign(id=b["request_id"])[["request", "id", "repeat", *keys]]
+    right = right.rename(columns={"request": "b", "id": "id_b"})
+    return left.rename(columns=names).merge(right, on=[*keys, "repeat"])[PAIR_COLUMNS]
 
 
 def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
@@ -77,9 +79,7 @@ class _Sequences:
     """The steps of a run, by request, each a slice of flat arrays."""
 
     def __init__(self, steps: pd.DataFrame) -> None:
-        ids = steps["request_id"].astype("category")
-        names = ids.cat.categories.tolist()
-        codes = ids.cat.codes.to_numpy()
+        codes, names = pd.factorize(steps["request"], use_na_sentinel=False)
         step = steps["step"].to_numpy()
         # Rows come in order of time, so within a request they come in order of step, and a stable sort by request will
         # do (on 16 bits it is a radix sort, many times faster than one by two keys).
@@ -96,7 +96,8 @@ class _Sequences:
         self.margin = steps["margin"].to_numpy()[order]
         self.rows = steps["batch_rows"].to_numpy()[order]
         bounds = np.searchsorted(codes, np.arange(len(names) + 1))
-        self.span = {str(n): slice(start, stop) for n, (start, stop) in zip(names, pairwise(bounds.tolist()))}
+        numbers = [None if pd.isna(n) else int(n) for n in names]
+        self.span = {n: slice(start, stop) for n, (start, stop) in zip(numbers, pairwise(bounds.tolist()))}
 
 
 def _disordered(codes: np.ndarray, step: np.ndarray) -> bool:
@@ -110,13 +111,13 @@ def divergences(pairs: pd.DataFrame, steps_a: pd.DataFrame, steps_b: pd.DataFram
     Returns
     -------
     DataFrame
-        dataset, a, b, tokens_a, tokens_b, identical, first (step of the first difference, null where there is none),
+        dataset, a, b, id_a, id_b, tokens_a, tokens_b, identical, first (step of the first difference, null where there is none),
         and the margins and batch rows of both at that step.
     """
     left, right = _Sequences(steps_a), _Sequences(steps_b)
     nothing = slice(0, 0)
     rows = []
-    for dataset, a, b in zip(pairs["dataset"].tolist(), pairs["a"].tolist(), pairs["b"].tolist()):
+    for a, b, id_a, id_b, dataset in pairs[PAIR_COLUMNS].itertuples(index=False):
         x, y = left.span.get(a, nothing), right.span.get(b, nothing)
         first = first_difference(left.token[x], right.token[y])
 
@@ -124,13 +125,15 @@ def divergences(pairs: pd.DataFrame, steps_a: pd.DataFrame, steps_b: pd.DataFram
             return float(values[span][where]) if where is not None and where < span.stop - span.start else np.nan
 
         rows.append(
-            (dataset, a, b, x.stop - x.start, y.stop - y.start, first is None, first, at(left.margin, x),
+            (dataset, a, b, id_a, id_b, x.stop - x.start, y.stop - y.start, first is None, first, at(left.margin, x),
              at(right.margin, y), at(left.rows, x), at(right.rows, y))
         )  # fmt: skip
     names = [
         "dataset",
         "a",
         "b",
+        "id_a",
+        "id_b",
         "tokens_a",
         "tokens_b",
         "identical",

@@ -23,6 +23,10 @@ def _number(value: Any) -> str:
     return "none" if value is None or pd.isna(value) else f"{float(value):.6g}"
 
 
+def _rows(value: Any) -> str:
+    return "an unknown number" if value is None or pd.isna(value) else str(int(value))
+
+
 def flip_text(
     run: str,
     manifest: dict[str, Any],
@@ -74,7 +78,7 @@ def flip_text(
         f"reason {row['reason']}",
         f"committed     {_token(row['token'], known)}   {outcome}",
         f"threshold     {_number(row['threshold'])}",
-        f"batch         {row['batch_rows']} rows, padded to {row['padded_rows']}",
+        f"batch         {row['batch_rows']} rows, padded to {_rows(row['padded_rows'])}",
         f"K/V change    first layer {_number(row['kv_delta_first'])}, last layer {_number(row['kv_delta_last'])}, "
         f"window {row['window_rows']} rows",
         f"tokens before {tokens or '(none: chosen by the prefill)'}",

@@ -22,9 +22,10 @@ from pandas.api.types import union_categoricals
 
 from margingate_dashboard import states, tokens
 from sglang_margingate.trace import RunFollower, RunInfo, TraceError, list_runs, read_run
+from sglang_margingate.trace.files import KINDS
 from sglang_margingate.trace.frames import conform, read_table, to_frame
-from sglang_margingate.trace.reader import run_files
-from sglang_margingate.trace.schema import REQUEST_SCHEMA, STEP_SCHEMA, STEPS_GLOB
+from sglang_margingate.trace.rows import settled
+from sglang_margingate.trace.schema import REQUEST_SCHEMA, STEP_SCHEMA
 
 KEPT_RUNS = 4
 """Runs whose columns stay in memory at once; the least recently opened goes first."""
@@ -51,15 +52,29 @@ def runs(trace_dir: Path) -> list[RunInfo]:
 
 
 def signature(path: Path) -> Signature:
-    """Return name, size and time of a run's Parquet files: equal while nothing was closed since."""
-    found = []
-    for file in sorted([*path.glob("steps-*.parquet"), *path.glob("requests-*.parquet")]):
-        try:
-            stat = file.stat()
-        except OSError:
-            continue  # replaced or deleted between listing and looking
-        found.append((file.name, stat.st_size, stat.st_mtime_ns))
+    """Return what a run holds: equal while nothing was closed since, and whatever is merged meanwhile.
+
+    One entry a kind with the number of its next row and of its rows; in a run of schema 1.x one a file, with size and time.
+    """
+    found: list[tuple[str, int, int]] = []
+    for kind in KINDS:
+        listing = settled(path, kind)
+        found += [(f.path.name, f.size, f.mtime_ns) for f in listing.files if f.first is None]
+        if listing.end:
+            found.append((kind, listing.end, sum(f.rows or 0 for f in listing.files)))
     return tuple(found)
+
+
+def _grown(seen: Signature, now: Signature) -> bool:
+    """Tell whether all that was seen is still there, be it in other files."""
+    rows = {name: (end, count) for name, end, count in now if name in KINDS}
+    whole = set(now)
+    return all(
+        (rows.get(entry[0], (0, 0))[0] >= entry[1] and rows.get(entry[0], (0, 0))[1] >= entry[2])
+        if entry[0] in KINDS
+        else entry in whole
+        for entry in seen
+    )
 
 
 @dataclass
@@ -81,7 +96,7 @@ class _Columns:
     warnings: list[str] = field(default_factory=list)
 
     def frame(self, names: Sequence[str], now: Signature) -> pd.DataFrame:
-        if self.seen and now[: len(self.seen)] != self.seen and not set(self.seen) <= set(now):
+        if not _grown(self.seen, now):
             self.groups.clear()  # a file was replaced or removed: another run under the same name
             self.warnings.clear()
         if now != self.seen:
@@ -225,9 +240,9 @@ def run_data(path: Path) -> RunData:
     return _run_data(str(path))
 
 
-def request_steps(path: Path, request_id: str) -> pd.DataFrame:
+def request_steps(path: Path, request: int) -> pd.DataFrame:
     """Return every column of one request's steps, in order; a step written twice (retraction) counts once."""
-    return run_data(path).memo(("request", request_id), lambda: _request_steps(run_data(path), request_id))
+    return run_data(path).memo(("request", request), lambda: _request_steps(run_data(path), request))
 
 
 def vocabulary(run: RunData) -> dict[int, str]:
@@ -240,36 +255,38 @@ def vocabulary(run: RunData) -> dict[int, str]:
     return run.memo("vocabulary", make)
 
 
-def _request_steps(run: RunData, request_id: str) -> pd.DataFrame:
-    ids = run.steps("request_id")["request_id"]
-    code = ids.cat.categories.get_indexer([request_id])[0] if isinstance(ids.dtype, pd.CategoricalDtype) else -1
-    rows = np.flatnonzero(ids.cat.codes.to_numpy() == code) if code >= 0 else np.zeros(0, dtype=np.int64)
-    found = _from_files(run.path, request_id, rows)
+def _request_steps(run: RunData, request: int) -> pd.DataFrame:
+    numbers = run.steps("request")["request"].to_numpy(dtype=np.int64, na_value=-1)
+    found = _from_files(run.path, request, np.flatnonzero(numbers == request))
     if found is None:
-        found = read_run(run.path, request_columns=[], filters=[("request_id", "==", request_id)]).steps
+        found = read_run(run.path, request_columns=[], filters=[("request", "==", request)]).steps
     steps = found.sort_values("step", kind="stable").drop_duplicates("step", keep="last")
     return steps.reset_index(drop=True)
 
 
-def _from_files(path: Path, request_id: str, rows: np.ndarray) -> pd.DataFrame | None:
+def _from_files(path: Path, request: int, rows: np.ndarray) -> pd.DataFrame | None:
     """Read the rows of one request from those files alone that hold them; None where that cannot be told for sure.
 
-    A request's steps lie close together, so this reads one or two files of a long run instead of all.
+    A request's steps lie close together, so this reads one or two row groups of a long run instead of all.
     """
     tables, offset = [], 0
+    listing = settled(path, "steps")
     try:
-        for file in run_files(path, STEPS_GLOB):
-            count = pq.read_metadata(file).num_rows
-            mine = rows[(rows >= offset) & (rows < offset + count)] - offset
-            if mine.size:
-                tables.append(conform(read_table(file, STEP_SCHEMA.names), STEP_SCHEMA).take(pa.array(mine)))
-            offset += count
+        for file in listing.files:
+            with pq.ParquetFile(file.path) as parquet:
+                counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+            for group, count in enumerate(counts):
+                mine = rows[(rows >= offset) & (rows < offset + count)] - offset
+                if mine.size:
+                    table = read_table(file.path, STEP_SCHEMA.names, groups=[group])
+                    tables.append(conform(table, STEP_SCHEMA).take(pa.array(mine)))
+                offset += count
     except (OSError, pa.ArrowException, EOFError):
         return None  # a damaged file shifts the rows of all after it
     if not tables:
         return None
     found = to_frame(pa.concat_tables(tables))
-    whole = len(found) == rows.size and bool((found["request_id"].astype(str) == request_id).all())
+    whole = len(found) == rows.size and bool((found["request"] == request).all())
     return found if whole else None
 
 

@@ -30,13 +30,18 @@ def parse_step(value: object) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None
 
 
-def params(run: str | None = None, request: str | None = None, step: int | None = None, **more: str) -> dict[str, str]:
-    """Return query parameters without the absent ones."""
+def params(
+    run: str | None = None, request: str | None = None, step: int | None = None, **more: object
+) -> dict[str, str]:
+    """Return query parameters without the absent ones.
+
+    ``number`` says which of several requests with one id is meant; a link with the id alone finds the newest.
+    """
     pairs: Mapping[str, object] = {"run": run, "request": request, "step": step, **more}
     return {key: str(value) for key, value in pairs.items() if value is not None}
 
 
-def href(page: str, run: str | None = None, request: str | None = None, step: int | None = None, **more: str) -> str:
+def href(page: str, run: str | None = None, request: str | None = None, step: int | None = None, **more: object) -> str:
     """Return a relative link such as ``request?run=a&request=b&step=3`` (quoted; still escape it inside HTML)."""
     query = urlencode(params(run, request, step, **more))
     return f"{page}?{query}" if query else page

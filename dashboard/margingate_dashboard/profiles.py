@@ -16,7 +16,7 @@ from sglang_margingate.gate.profile import DatasetThreshold, Profile
 
 Samples = dict[str, tuple[np.ndarray, np.ndarray]]
 
-STEP_COLUMNS = ("request_id", "dataset", "margin", "flipped", "prefill", "verified")
+STEP_COLUMNS = ("request", "dataset", "margin", "flipped", "prefill", "verified")
 
 
 def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
@@ -31,8 +31,8 @@ def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
     """
     decode = ~states.as_bool(steps["prefill"])
     seen = steps["verified"].to_numpy()
-    codes = steps["request_id"].cat.codes.to_numpy()
-    unseen = np.bincount(codes[decode & ~seen], minlength=len(steps["request_id"].cat.categories) + 1)
+    codes, requests = pd.factorize(steps["request"], use_na_sentinel=False)
+    unseen = np.bincount(codes[decode & ~seen], minlength=len(requests))
     usable = decode & seen & (unseen[codes] == 0)
     margin, flipped = steps["margin"].to_numpy(dtype=np.float64), states.as_bool(steps["flipped"])
     samples: Samples = {}

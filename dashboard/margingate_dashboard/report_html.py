@@ -19,8 +19,7 @@ from margingate_dashboard.context import flip_text
 from margingate_dashboard.figures import margins as margin_figures
 from margingate_dashboard.figures import overview as overview_figures
 from margingate_dashboard.figures.common import safe
-from margingate_dashboard.rates import of
-from margingate_dashboard.summary import has_tag, headline, tags
+from margingate_dashboard.summary import guarantee_notes, has_tag, headline, tags
 from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, by_dataset, flip_list
 from margingate_dashboard.theme import CSS
 from sglang_margingate import __version__
@@ -38,6 +37,7 @@ STEPS = tuple(
     n for n in dict.fromkeys([*FLIP_COLUMNS, *states.STATE_COLUMNS, "prefill", "time"]) if n in STEP_SCHEMA.names
 )
 REQUESTS = (
+    "request",
     "request_id",
     "dataset",
     "policy",
@@ -133,11 +133,7 @@ def _figure(fig: go.Figure) -> str:
 
 
 def _guarantee_notes(requests: pd.DataFrame) -> list[str]:
-    notes = requests["guarantee_note"].dropna().value_counts().head(5)
-    return [
-        f'<p class="note">{of(times, len(requests))} requests claim less: {html.escape(str(note))}</p>'
-        for note, times in notes.items()
-    ]
+    return [f'<p class="note">{html.escape(line)}</p>' for line in guarantee_notes(requests)]
 
 
 def _histogram(steps: pd.DataFrame) -> go.Figure:
@@ -174,7 +170,7 @@ def _flips(run: Run, steps: pd.DataFrame) -> list[str]:
         seen = int(steps["verified"].sum())
         return [f"<h2>Flips</h2><p>No flip was confirmed in {seen:,} verified steps.</p>"]
     first = table.iloc[0]
-    full = read_run(run.path, request_columns=[], filters=[("request_id", "==", str(first["request"]))]).steps
+    full = read_run(run.path, request_columns=[], filters=[("request", "==", int(first["number"]))]).steps
     full = full.sort_values("step", kind="stable").reset_index(drop=True)
     text = flip_text(run.path.resolve().name, run.manifest, str(first["request"]), full, int(first["step"]), known)
     shown = f", first {FLIPS}" if len(table) > FLIPS else ""
@@ -191,15 +187,15 @@ def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
     decode = steps[~states.as_bool(steps["prefill"])]
     if decode.empty:
         return []
-    ids = decode["request_id"].astype(str)
-    flips = pd.Series(np.isin(decode["state"], FLIP_CODES)).groupby(ids.to_numpy()).sum()
-    lowest = pd.Series(decode["margin"].to_numpy()).groupby(ids.to_numpy()).min()
+    numbers = decode["request"].to_numpy(dtype=np.int64, na_value=-1)
+    flips = pd.Series(np.isin(decode["state"], FLIP_CODES)).groupby(numbers).sum()
+    lowest = pd.Series(decode["margin"].to_numpy()).groupby(numbers).min()
     order = pd.DataFrame({"flips": -flips, "lowest": lowest}).sort_values(["flips", "lowest"], kind="stable")
     known = tokens.vocabulary(steps["token"], steps["token_text"])
     parts = ["<h2>Worst requests, token by token</h2>", tokens.legend()]
     for request in order.index[:WORST]:
         found = read_run(
-            run.path, step_columns=STEP_SCHEMA.names, request_columns=[], filters=[("request_id", "==", request)]
+            run.path, step_columns=STEP_SCHEMA.names, request_columns=[], filters=[("request", "==", int(request))]
         )
         mine = (
             found.steps.sort_values("step", kind="stable").drop_duplicates("step", keep="last").reset_index(drop=True)
@@ -210,7 +206,7 @@ def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
         window = mine.iloc[begin : begin + STRIP]
         where = f", tokens {begin}–{begin + len(window) - 1}" if len(window) < len(mine) else ""
         parts.append(
-            f"<h3>{html.escape(str(request))}</h3><p class='note'>{-int(order.loc[request, 'flips']):,} flips, lowest margin "
+            f"<h3>{html.escape(str(mine['request_id'].iloc[0]))} (request {request})</h3><p class='note'>{-int(order.loc[request, 'flips']):,} flips, lowest margin "
             f"{order.loc[request, 'lowest']:.4g}, {len(mine):,} tokens{where}</p>"
         )
         parts.append(tokens.strip(window, known))

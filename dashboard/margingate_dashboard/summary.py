@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from margingate_dashboard.rates import upper_95
+from margingate_dashboard.rates import of, upper_95
 from margingate_dashboard.states import CODE, as_bool
 
 STEP_COLUMNS = ("prefill", "state", "triggered", "verified")
@@ -89,6 +89,16 @@ def from_requests(requests: pd.DataFrame) -> Headline:
 def overhead(requests: pd.DataFrame) -> tuple[float, float]:
     """Return what the policy added to all requests and their end-to-end time, both in ms."""
     return float(requests["overhead_ms"].fillna(0).sum()), float(requests["e2e_ms"].fillna(0).sum())
+
+
+def guarantee_notes(requests: pd.DataFrame, most: int = 6) -> list[str]:
+    """Return what the responses' guarantees stand on, or why there is none, the commonest first."""
+    noted = requests[requests["guarantee_note"].notna()]
+    counts = noted.groupby([noted["guarantee"].astype(str), noted["guarantee_note"].astype(str)]).size()
+    return [
+        f"{of(times, len(requests))} requests are {label}: {note}"
+        for (label, note), times in counts.sort_values(ascending=False, kind="stable").head(most).items()
+    ]
 
 
 def tag(name: object) -> str:

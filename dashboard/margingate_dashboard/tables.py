@@ -16,6 +16,7 @@ MOST_FLIPS = 2000
 """Flips in a list at most."""
 
 FLIP_COLUMNS = (
+    "request",
     "request_id",
     "dataset",
     "step",
@@ -47,6 +48,7 @@ def flip_list(steps: pd.DataFrame, known: dict[int, str] | None = None) -> pd.Da
     found = found.sort_values("margin", ascending=False, kind="stable").head(MOST_FLIPS)
     return pd.DataFrame(
         {
+            "number": found["request"].to_numpy(),
             "request": found["request_id"].astype(str).to_numpy(),
             "dataset": found["dataset"].astype(str).to_numpy(),
             "step": found["step"].to_numpy(),

@@ -218,7 +218,7 @@ def no_runs() -> None:
 
 def _remember_run() -> None:
     st.session_state["run"] = st.session_state["run_box"]
-    for name in ("request", "step"):
+    for name in ("request", "number", "step"):
         st.query_params.pop(name, None)
     st.query_params["run"] = st.session_state["run_box"]
 

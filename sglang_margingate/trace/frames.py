@@ -18,8 +18,15 @@ _ALWAYS_NULLABLE = {"verify_token", "padded_rows"}
 """Integers that may be null by contract: nullable in every run, so that their type does not hang on the data."""
 
 
-def read_table(file: Path, names: Sequence[str]) -> pa.Table:
+def read_table(file: Path, names: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
     """Read those of `names` that the file has or, in a run of schema 1.x, that can be made of what it has.
+
+    Parameters
+    ----------
+    file, names
+        The Parquet file, and columns of today's schema.
+    groups
+        Row groups to read; all by default.
 
     Raises
     ------
@@ -28,9 +35,12 @@ def read_table(file: Path, names: Sequence[str]) -> pa.Table:
     """
     with pq.ParquetFile(file) as parquet:
         have = parquet.schema_arrow.names
-        if not upgrade.is_old(have):
-            return parquet.read(columns=[n for n in names if n in set(have)])
-        table = parquet.read(columns=upgrade.inputs(names, have))
+        old = upgrade.is_old(have)
+        columns = upgrade.inputs(names, have) if old else [n for n in names if n in set(have)]
+        every = range(parquet.num_row_groups) if groups is None else groups
+        table = parquet.read_row_groups(list(every), columns=columns)
+    if not old:
+        return table
     numbers = upgrade.numbers_of(file.parent) if "request" in names else None
     return upgrade.upgrade(table, names, numbers, steps=file.name.startswith("steps"))
 

@@ -6,6 +6,7 @@ The manifest is replaced whole (temporary file, then ``os.replace``), so a reade
 from __future__ import annotations
 
 import json
+import math
 import os
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypedDict
 
 from sglang_margingate.trace.errors import SchemaVersionError, TraceError
 from sglang_margingate.trace.schema import MANIFEST_NAME, SCHEMA_VERSION
+from sglang_margingate.trace.tables import create_private
 
 HEARTBEAT_SECONDS = 5.0
 """The writer rewrites the manifest at least this often while it lives, rows or no rows."""
@@ -88,8 +90,19 @@ def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
     """
     tmp = run_dir / f".{MANIFEST_NAME}.tmp"
     # `default=str`: a flag of a foreign type (a Path, an enum) must not cost the run its manifest.
-    tmp.write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(manifest), indent=2, default=str, allow_nan=False) + "\n"
+    create_private(tmp)
+    tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, run_dir / MANIFEST_NAME)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with null for each number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

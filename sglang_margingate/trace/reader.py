@@ -17,17 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_margingate.trace.errors import BAD_FILE, SchemaVersionError, TraceError
-from sglang_margingate.trace.files import run_files
-from sglang_margingate.trace.frames import conform, filter_columns, read_table, to_frame
+from sglang_margingate.trace.files import KINDS, RowFile, list_files
+from sglang_margingate.trace.frames import to_frame
 from sglang_margingate.trace.manifest import check_version, is_live, parse_time, read_manifest
-from sglang_margingate.trace.schema import (
-    MANIFEST_NAME,
-    REQUEST_SCHEMA,
-    REQUESTS_GLOB,
-    SCHEMA_VERSION,
-    STEP_SCHEMA,
-    STEPS_GLOB,
-)
+from sglang_margingate.trace.rows import Cursor, damaged, gap, read_rows, settled
+from sglang_margingate.trace.schema import MANIFEST_NAME, REQUEST_SCHEMA, SCHEMA_VERSION, STEP_SCHEMA
 from sglang_margingate.trace.tables import VERSION_KEY
 
 if TYPE_CHECKING:
@@ -61,6 +55,17 @@ class RunInfo:
     request_rows: int
     is_live: bool
     warnings: tuple[str, ...] = ()
+    broken: str = ""
+    """Why its manifest cannot be used; the rows may be readable all the same."""
+
+    @property
+    def state(self) -> str:
+        """One or a few words for a list."""
+        if self.broken:
+            return "broken"
+        if self.is_live:
+            return "live"
+        return "closed" if self.manifest.get("closed_at") else "ended without closing"
 
 
 def read_run(
@@ -95,9 +100,13 @@ def read_run(
     """
     run_dir = Path(path)
     manifest, warnings = _open_run(run_dir)
-    steps, w1 = _read_kind(run_files(run_dir, STEPS_GLOB), STEP_SCHEMA, step_columns, filters)
-    requests, w2 = _read_kind(run_files(run_dir, REQUESTS_GLOB), REQUEST_SCHEMA, request_columns, None)
-    return Run(run_dir, manifest, to_frame(steps), to_frame(requests), [*warnings, *w1, *w2])
+    at = {kind: Cursor() for kind in KINDS}
+    # Requests first: the writer closes steps before requests, so that a request's steps are never missed.
+    requests, w2 = read_rows(run_dir, "requests", REQUEST_SCHEMA, request_columns, None, at["requests"])
+    steps, w1 = read_rows(run_dir, "steps", STEP_SCHEMA, step_columns, filters, at["steps"])
+    read = {kind: at[kind].rows for kind, asked in zip(KINDS, (step_columns, request_columns)) if asked != []}
+    short = _missing(manifest, read)
+    return Run(run_dir, manifest, to_frame(steps), to_frame(requests), [*warnings, *w1, *w2, *short])
 
 
 def list_runs(trace_dir: str | os.PathLike[str]) -> list[RunInfo]:
@@ -118,24 +127,66 @@ def run_info(path: Path) -> RunInfo | None:
     """Return the summary of one run, or None where `path` is no run."""
     manifest: dict[str, Any] = {}
     warnings: list[str] = []
+    broken = ""
     try:
         manifest, warnings = _open_run(path)
+        if not manifest:
+            broken = warnings[0]
     except SchemaVersionError as e:
-        warnings = [str(e)]
+        warnings, broken = [str(e)], str(e)
     except (TraceError, OSError):
         return None
-    counts = []
-    for glob in (STEPS_GLOB, REQUESTS_GLOB):
-        rows = 0
-        for file in run_files(path, glob):
-            try:
-                stat = file.stat()
-                rows += _footer_rows(str(file), stat.st_size, stat.st_mtime_ns)
-            except BAD_FILE as e:
-                warnings.append(_damaged(file, e))
-        counts.append(rows)
+    counts = {kind: _count(path, kind, manifest, warnings) for kind in KINDS}
+    warnings += _missing(manifest, counts)
     created = parse_time(manifest.get("created"))
-    return RunInfo(path, path.name, manifest, created, counts[0], counts[1], is_live(manifest), tuple(warnings))
+    live = is_live(manifest)
+    return RunInfo(
+        path, path.name, manifest, created, counts["steps"], counts["requests"], live, tuple(warnings), broken
+    )
+
+
+def _count(path: Path, kind: str, manifest: dict[str, Any], warnings: list[str]) -> int:
+    """Return a run's rows of one kind, by names and footers; what is wrong with its files goes to the warnings."""
+    listing = settled(path, kind)
+    warnings += listing.odd
+    warnings += [gap(kind, *span) for span in listing.gaps]
+    rows = 0
+    for file in listing.files:
+        try:
+            rows += _footer_rows(str(file.path), file.size, file.mtime_ns) if file.rows is None else _whole(file)
+        except FileNotFoundError:
+            rows += file.rows or 0  # merged into another since
+        except BAD_FILE as e:
+            warnings.append(damaged(file.path, e))
+    return rows
+
+
+def _whole(file: RowFile) -> int:
+    """Return a file's rows by its name, where it begins and ends as a Parquet file does.
+
+    Raises
+    ------
+    ValueError, OSError
+        It does not.
+    """
+    with file.path.open("rb") as f:
+        head = f.read(4)
+        f.seek(-4, os.SEEK_END)
+        if head != b"PAR1" or f.read(4) != b"PAR1":
+            raise pa.ArrowInvalid("no Parquet magic bytes")
+    return file.rows or 0
+
+
+def _missing(manifest: dict[str, Any], rows: dict[str, int]) -> list[str]:
+    """Say where the files hold fewer rows than the writer counted."""
+    totals = manifest.get("totals") or {}
+    promised = {"steps": totals.get("step_rows", 0), "requests": totals.get("request_rows", 0)}
+    return [
+        f"the writer counted {promised[kind]:,} rows of {kind}, the files hold {found:,}: "
+        f"{promised[kind] - found:,} are missing (files deleted or damaged)"
+        for kind, found in rows.items()
+        if found < promised[kind]
+    ]
 
 
 class RunFollower:
@@ -156,8 +207,8 @@ class RunFollower:
     ) -> None:
         self.path = Path(path)
         self.manifest: dict[str, Any] = {}
-        self._columns = {STEPS_GLOB: step_columns, REQUESTS_GLOB: request_columns}
-        self._seen: set[str] = set()
+        self._columns = {"steps": step_columns, "requests": request_columns}
+        self._at = {kind: Cursor() for kind in KINDS}
 
     @property
     def is_live(self) -> bool:
@@ -180,19 +231,12 @@ class RunFollower:
             raise
         except TraceError as e:
             warnings.append(str(e))
-        tables = []
-        # Requests are listed first: the writer closes steps before requests, so a request's steps are never missed.
-        fresh = {
-            glob: [f for f in run_files(self.path, glob) if f.name not in self._seen]
-            for glob in (REQUESTS_GLOB, STEPS_GLOB)
-        }
-        for glob, schema in ((STEPS_GLOB, STEP_SCHEMA), (REQUESTS_GLOB, REQUEST_SCHEMA)):
-            table, more = _read_kind(fresh[glob], schema, self._columns[glob], None)
-            tables.append(table)
+        tables = {}
+        # Requests first: the writer closes steps before requests, so that a request's steps are never missed.
+        for kind, schema in (("requests", REQUEST_SCHEMA), ("steps", STEP_SCHEMA)):
+            tables[kind], more = read_rows(self.path, kind, schema, self._columns[kind], None, self._at[kind])
             warnings += more
-            # A damaged file under a final name stays damaged: said once, never retried.
-            self._seen.update(f.name for f in fresh[glob])
-        return Run(self.path, self.manifest, to_frame(tables[0]), to_frame(tables[1]), warnings)
+        return Run(self.path, self.manifest, to_frame(tables["steps"]), to_frame(tables["requests"]), warnings)
 
 
 def _open_run(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -201,8 +245,8 @@ def _open_run(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise TraceError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give one run, traces/<run>")
     warnings: list[str] = []
     manifest: dict[str, Any] = {}
-    files = [*run_files(path, STEPS_GLOB), *run_files(path, REQUESTS_GLOB)]
-    has_manifest = (path / MANIFEST_NAME).exists()
+    files = [file.path for kind in KINDS for file in list_files(path, kind).files]
+    has_manifest = os.path.lexists(path / MANIFEST_NAME)
     if not has_manifest and not files:
         raise TraceError(f"{path}: not a run (no {MANIFEST_NAME}, no steps-*.parquet); give one run, traces/<run>")
     try:
@@ -233,35 +277,6 @@ def _file_version(files: list[Path]) -> str | None:
         if found:
             return str(found.decode(errors="replace"))
     return None
-
-
-def _read_kind(
-    files: list[Path], schema: pa.Schema, columns: Sequence[str] | None, filters: Any
-) -> tuple[pa.Table, list[str]]:
-    """Read files of one kind into one table with exactly the asked columns."""
-    names = list(schema.names if columns is None else columns)
-    unknown = [n for n in names if n not in schema.names]
-    if unknown:
-        raise TraceError(f"unknown column {unknown[0]!r}; known: {', '.join(schema.names)}")
-    want = pa.schema([schema.field(n) for n in names])
-    needed = filter_columns(filters, schema)
-    read = pa.schema([schema.field(n) for n in dict.fromkeys([*names, *needed])])
-    tables, warnings = [], []
-    for file in files if names else ():
-        try:
-            table = conform(read_table(file, read.names), read)
-        except (*BAD_FILE, ValueError, TypeError, KeyError) as e:
-            warnings.append(_damaged(file, e))
-            continue
-        if filters is not None:
-            table = table.filter(pq.filters_to_expression(filters) if isinstance(filters, list) else filters)
-        tables.append(table.select(names))
-    return (pa.concat_tables(tables) if tables else want.empty_table()), warnings
-
-
-def _damaged(file: Path, e: Exception) -> str:
-    first = (str(e).splitlines() or [type(e).__name__])[0]
-    return f"{file.name}: not a whole Parquet file, skipped ({first[:120]})"
 
 
 @lru_cache(maxsize=65_536)

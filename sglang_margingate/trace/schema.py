@@ -1,6 +1,7 @@
 """The trace on disk: one typed definition of every column of a run.
 
-A run is a folder ``traces/<run>/`` with ``manifest.json``, ``steps-NNNN.parquet`` and ``requests-NNNN.parquet``.
+A run is a folder ``traces/<run>/`` with ``manifest.json``, ``steps-<rows>.parquet`` and ``requests-<rows>.parquet``
+(:mod:`sglang_margingate.trace.files`).
 Writers and readers take names, types and meanings from here and from nowhere else. A change that an old reader
 cannot survive, a changed meaning among them, raises :data:`SCHEMA_VERSION`'s first number; a new optional column
 raises the second. Runs of schema 1.x are still read (:mod:`sglang_margingate.trace.upgrade`).
@@ -30,8 +31,6 @@ __all__ = [
 SCHEMA_VERSION = "2.0"
 
 MANIFEST_NAME = "manifest.json"
-STEPS_GLOB = "steps-*.parquet"
-REQUESTS_GLOB = "requests-*.parquet"
 
 
 class Column(NamedTuple):

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sglang_margingate.trace.errors import BAD_FILE
-from sglang_margingate.trace.files import run_files
-from sglang_margingate.trace.schema import REQUESTS_GLOB, STEPS_GLOB
+from sglang_margingate.trace.files import KINDS, list_files
 
 _INPUTS: dict[str, tuple[str, ...]] = {
     "request": ("request_id",),
@@ -113,14 +112,14 @@ class Numbers:
 
     def _look(self) -> None:
         """Number the ids of the run's files in their order: steps first, then requests without a recorded step."""
-        for glob in (STEPS_GLOB, REQUESTS_GLOB):
-            for file in run_files(self._path, glob):
+        for kind in KINDS:
+            for file in list_files(self._path, kind).files:
+                stamp = (file.size, file.mtime_ns)
+                if self._seen.get(file.path.name) == stamp:
+                    continue
+                self._seen[file.path.name] = stamp
                 try:
-                    stat = file.stat()
-                    if self._seen.get(file.name) == (stat.st_size, stat.st_mtime_ns):
-                        continue
-                    self._seen[file.name] = (stat.st_size, stat.st_mtime_ns)
-                    with pq.ParquetFile(file) as parquet:
+                    with pq.ParquetFile(file.path) as parquet:
                         ids = parquet.read(columns=["request_id"])["request_id"]
                 except (*BAD_FILE, KeyError):
                     continue

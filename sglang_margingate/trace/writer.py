@@ -1,8 +1,8 @@
 """The writer: decode rows leave the scheduler's thread in one append, and reach disk from another.
 
 ``add_steps`` only appends the caller's object to a ring. A daemon thread drains the ring in small pieces (so that it
-never holds the GIL for long), collects them into the open file's rows, and writes a whole Parquet file every few
-seconds or rows. Under pressure the oldest step rows go and are counted. Nothing raises into the caller after start.
+never holds the GIL for long), collects them into the open file's rows, writes a whole Parquet file every few seconds or
+rows, and merges the small ones now and then. Under pressure the oldest step rows go and are counted. Nothing raises into the caller after start.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from sglang_margingate.trace.compact import FAN, due, merge, small_tail
 from sglang_margingate.trace.errors import TraceError
+from sglang_margingate.trace.files import KINDS, name_of
 from sglang_margingate.trace.manifest import HEARTBEAT_SECONDS, Manifest, utc_now, write_manifest
 from sglang_margingate.trace.ring import StepRing
 from sglang_margingate.trace.schema import REQUEST_SCHEMA, SCHEMA_VERSION
@@ -46,7 +48,8 @@ class TraceWriter:
     ring_rows
         Step rows that may wait for the writer thread; above it the oldest are dropped.
     rows_per_file, seconds_per_file
-        A file is closed at that many step rows, or when its first row is that old.
+        A file is closed at that many step rows, or when its first row is that old. Once the run is closed, its files
+        with fewer rows are merged.
 
     Raises
     ------
@@ -81,7 +84,9 @@ class TraceWriter:
         self._open: list[pa.RecordBatch] = []  # the open steps file
         self._open_rows = 0
         self._open_since: float | None = None  # monotonic time of the open file's first row, steps or requests
-        self._next = {"steps": 0, "requests": 0}
+        self._files: dict[str, list[tuple[int, int]]] = {kind: [] for kind in KINDS}  # first and last row of each
+        self._merge_from = dict.fromkeys(KINDS, 0)  # files from which on a merge is tried: raised where one failed
+        self._merging: tuple[str, list[tuple[int, int]], Iterator[None]] | None = None
         self._failing = False
         self._bad_row_seen = False
         self._wake = threading.Event()
@@ -139,7 +144,7 @@ class TraceWriter:
             "dropped_rows": self.dropped_rows,
             "dropped_requests": self.dropped_requests,
             "write_errors": self.write_errors,
-            "files": sum(self._next.values()),
+            "files": sum(map(len, self._files.values())),
         }
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -180,7 +185,7 @@ class TraceWriter:
             for i in range(1, 1000):
                 path = parent / (stem if i == 1 else f"{stem}-{i}")
                 try:
-                    path.mkdir()
+                    path.mkdir(mode=0o700)
                     break
                 except FileExistsError:
                     continue
@@ -211,6 +216,7 @@ class TraceWriter:
                         self._manifest["closed_at"] = utc_now()
                 if closing or time.monotonic() - self._beat_at >= HEARTBEAT_SECONDS:
                     self._beat()
+                self._merge(closing)
             except Exception:  # the thread must outlive anything: it is the only one that writes
                 log.exception("margingate trace: unexpected error; tracing goes on")
             with self._flushed:
@@ -222,6 +228,8 @@ class TraceWriter:
 
     def _pause(self) -> float:
         """Return the seconds until there is something to do without being woken."""
+        if self._merging is not None:
+            return 0.0
         if self._open_since is None:
             return min(_POLL_SECONDS, self._seconds)
         return min(_POLL_SECONDS, max(0.01, self._open_since + self._seconds - time.monotonic()))
@@ -268,7 +276,7 @@ class TraceWriter:
         if batches:
             # One dictionary per file: pieces were encoded apart.
             table = pa.Table.from_batches(batches).unify_dictionaries().combine_chunks()
-            if self._write("steps", table):
+            if self._write("steps", table, self.step_rows):
                 self.step_rows += rows
             else:
                 self._lost_rows += rows
@@ -285,7 +293,7 @@ class TraceWriter:
             if good and len(good) < len(rows):
                 self._write_requests(good)
             return
-        if self._write("requests", table):
+        if self._write("requests", table, self.request_rows):
             self.request_rows += len(rows)
             return
         # Few and precious: they wait for the disk to come back, up to the ring's size.
@@ -294,21 +302,64 @@ class TraceWriter:
             self._requests.popleft()
             self.dropped_requests += 1
 
-    def _write(self, kind: str, table: pa.Table) -> bool:
-        """Write the next file of a kind; on failure warn once and return False."""
+    def _write(self, kind: str, table: pa.Table, first: int) -> bool:
+        """Write a kind's file that begins with row `first`; on failure warn once and return False."""
+        span = (first, first + table.num_rows - 1)
         try:
-            if not self.path.is_dir():
-                self.path.mkdir(parents=True, exist_ok=True)  # removed under us: begin it anew
+            if not self.path.is_dir():  # removed under us: begin it anew
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                self._files = {kind: [] for kind in KINDS}
                 self._beat()
-            write_whole(table, self.path / f"{kind}-{self._next[kind]:04d}.parquet")
+            write_whole(table, self.path / name_of(kind, *span))
         except (OSError, pa.ArrowException) as e:
             self._failed(e)
             return False
-        self._next[kind] += 1
+        self._files[kind].append(span)
         if self._failing:
             self._failing = False
             log.warning("margingate trace: %s can be written again; %d step rows lost", self.path, self.dropped_rows)
         return True
+
+    def _merge(self, closing: bool) -> None:
+        """Go on with a merge by one row group, or begin one where it is due; when closing, do all at once."""
+        if closing:
+            self._merging = None  # its temporary file goes with it
+        elif self._merging is not None:
+            self._merge_step()
+            return
+        for kind in KINDS:
+            files = self._files[kind]
+            rows = [last - first + 1 for first, last in files]
+            if closing:
+                chosen = small_tail(rows, self._rows_per_file)
+            else:
+                chosen = due(rows) if len(files) >= self._merge_from[kind] else None
+            if chosen is not None:
+                spans = files[chosen]
+                self._merging = (kind, spans, merge(self.path, kind, spans))
+            while closing and self._merging is not None:
+                self._merge_step()
+            if self._merging is not None:
+                return
+
+    def _merge_step(self) -> None:
+        assert self._merging is not None
+        kind, spans, steps = self._merging
+        try:
+            next(steps)
+            return
+        except StopIteration:
+            files = self._files[kind]
+            if spans[0] in files:  # else the folder was removed meanwhile, and begun anew
+                at = files.index(spans[0])
+                files[at : at + len(spans)] = [(spans[0][0], spans[-1][1])]
+        except (OSError, ValueError, pa.ArrowException) as e:
+            self._merge_from[kind] = len(self._files[kind]) + FAN
+            log.warning(
+                "margingate trace: %s: small files stay apart: %s", self.path, getattr(e, "strerror", None) or e
+            )
+        self._merging = None
 
     def _beat(self) -> None:
         """Renew the manifest with heartbeat and totals."""

@@ -172,7 +172,7 @@ def test_unknown_columns_and_missing_runs_are_errors_in_words(tmp_path: Path) ->
 def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", SyntheticSpec(requests=2, tokens=20, files=1))
     shutil.copy(path / "steps-0000.parquet", path / "steps-0001.parquet")
-    steps = request_steps(path, "rid-00001")
+    steps = request_steps(path, 2)
     assert steps["step"].is_unique
     assert steps["step"].is_monotonic_increasing
 
@@ -373,8 +373,26 @@ def test_divergences_find_what_was_changed() -> None:
     where = (steps["request_id"] == "rid-00003") & (steps["step"] == 4)
     changed = steps.assign(token=steps["token"].where(~where, -1))
     table = align.divergences(pairs, steps, changed).set_index("a")
-    assert table.loc["rid-00003", "first"] == 4
+    assert table.loc[4, ["id_a", "first"]].tolist() == ["rid-00003", 4]
     assert table["identical"].sum() == len(requests) - 1
+
+
+def test_two_answers_with_one_id_are_two_requests(tmp_path: Path) -> None:
+    """A client may use a request id twice: everything is keyed by the request's number."""
+    steps, requests = make_frames(SyntheticSpec(requests=4, tokens=20))
+    lengths = requests["output_tokens"].tolist()
+    steps["request_id"], requests["request_id"] = pd.Categorical(["same"] * len(steps)), "same"
+    (tmp_path / "run").mkdir()
+    steps.to_parquet(tmp_path / "run" / "steps-0000.parquet")
+    requests.to_parquet(tmp_path / "run" / "requests-0000.parquet")
+    assert [len(request_steps(tmp_path / "run", n)) for n in (1, 2, 3, 4)] == lengths
+    pairs = align.pair(requests, requests).table
+    assert (pairs["a"] == pairs["b"]).all(), "in order of arrival"
+    found = align.divergences(pairs, steps, steps).sort_values("a")
+    assert found["tokens_a"].tolist() == lengths
+    assert found["identical"].all()
+    flips = tables.flip_list(with_derived(make_frames(ALWAYS)[0].assign(request_id="same")))
+    assert flips["number"].nunique() > 1
 
 
 # flips, latency ----------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def nulls_wherever_possible(folder: Path) -> None:
     for file in run.glob("*.parquet"):
         table = pq.read_table(file)
         for index, column in enumerate(table.schema):
-            if column.name not in ("request_id", "step", "token", "time", "position"):
+            if column.name not in ("request", "request_id", "step", "token", "time", "position"):
                 table = table.set_column(index, column, pa.nulls(table.num_rows, column.type))
         pq.write_table(table, file)
 
@@ -231,9 +231,38 @@ def test_links_open_run_request_and_step(tmp_path: Path, monkeypatch: pytest.Mon
         at.query_params[key] = value
     at.switch_page("request.py").run()
     assert at.selectbox(key="run_box").value == "b"
-    assert at.selectbox(key="request_box").value == "rid-00004"
+    assert at.selectbox(key="request_box").value == 5
+    assert at.query_params["number"] in ("5", ["5"])
     assert at.number_input(key="step_box").value == 7
     assert "step 7 of request rid-00004, run b" in at.code[0].value
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_one_id_of_several_requests_a_health_check_and_one_without_a_row(
+    live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    run = write_run(tmp_path / "r", SyntheticSpec(requests=6, tokens=20, live=live))
+    for file in run.glob("*.parquet"):
+        frame = pq.read_table(file).to_pandas()
+        names = {1: "same", 2: "same", 3: "HEALTH_CHECK_1", 4: "lost"}
+        frame["request_id"] = [names.get(n, i) for n, i in zip(frame["request"], frame["request_id"].astype(str))]
+        frame = frame[frame["request"] < 4] if file.name.startswith("requests") else frame
+        frame.astype({"request_id": "category"}).to_parquet(file)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["request"] = "same"
+    at.switch_page("request.py").run()
+    box = at.selectbox(key="request_box")
+    assert box.value == 2, "the newest of them"
+    assert sum("same (request" in o for o in box.options) == 2
+    assert not any("HEALTH_CHECK" in o for o in box.options)
+    at.query_params["request"], at.query_params["number"] = "same", "1"
+    at.run()
+    assert at.selectbox(key="request_box").value == 1
+    at.selectbox(key="request_box").set_value(4).run()
+    said = " ".join(h.proto.body for h in at.get("html"))
+    assert (">running<" in said, ">no row<" in said) == (live, not live)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
 import time
 from datetime import datetime, timedelta, timezone
@@ -28,6 +30,7 @@ from sglang_margingate.trace import (
 from sglang_margingate.trace import schema as schema_module
 
 ROOT = Path(__file__).resolve().parents[2]
+SECOND = "steps-000000010-000000019.parquet"
 
 
 def steps(n: int, first: int = 0, rid: str = "r") -> dict:
@@ -46,10 +49,10 @@ def steps(n: int, first: int = 0, rid: str = "r") -> dict:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    with TraceWriter(tmp_path, {"model": "m", "policy": "log"}, seconds_per_file=60) as w:
+    with TraceWriter(tmp_path, {"model": "m", "policy": "log"}, rows_per_file=10, seconds_per_file=60) as w:
         for k in range(3):
             w.add_steps(steps(10, 10 * k, f"f{k}-"))
-            w.add_request({"request_id": f"f{k}-0", "dataset": "arith", "output_tokens": 10})
+            w.add_request({"request": k, "request_id": f"f{k}-0", "dataset": "arith", "output_tokens": 10})
             w.flush()
     return w.path
 
@@ -78,12 +81,15 @@ def test_projection_and_filters(run_dir: Path) -> None:
 
 def test_only_asked_columns_are_read(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    real = pq.ParquetFile.read
-    monkeypatch.setattr(
-        pq.ParquetFile, "read", lambda self, columns: asked.append(columns) or real(self, columns=columns)
-    )
+    real = pq.ParquetFile.read_row_groups
+
+    def spy(self: pq.ParquetFile, groups: list[int], columns: list[str]) -> pa.Table:
+        asked.append(columns)
+        return real(self, groups, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", spy)
     read_run(run_dir, step_columns=["margin"], request_columns=["request_id"], filters=[("step", "<", 5)])
-    assert asked == [["margin", "step"]] * 3 + [["request_id"]] * 3
+    assert asked == [["request_id"]] + [["margin", "step"]] * 3
 
 
 def test_unknown_column(run_dir: Path) -> None:
@@ -137,7 +143,7 @@ def test_live_reading_while_writing(tmp_path: Path) -> None:
 def test_follower_says_a_damaged_file_once(run_dir: Path) -> None:
     follower = RunFollower(run_dir)
     follower.poll()
-    (run_dir / "steps-0003.parquet").write_bytes(b"PAR1")
+    (run_dir / "steps-000000030-000000039.parquet").write_bytes(b"PAR1")
     assert len(follower.poll().warnings) == 1
     assert follower.poll().warnings == []
 
@@ -146,7 +152,7 @@ def test_follower_says_a_damaged_file_once(run_dir: Path) -> None:
     "damage", ["truncate", "garbage", "empty", "no_manifest", "bad_manifest", "list_manifest", "temp"]
 )
 def test_half_written_runs(run_dir: Path, damage: str) -> None:
-    middle = run_dir / "steps-0001.parquet"
+    middle = run_dir / SECOND
     if damage == "truncate":
         middle.write_bytes(middle.read_bytes()[:-20])
     elif damage == "garbage":
@@ -165,7 +171,7 @@ def test_half_written_runs(run_dir: Path, damage: str) -> None:
     run = read_run(run_dir)
     if damage in ("truncate", "garbage", "empty"):
         assert run.steps["step"].tolist() == [*range(10), *range(20, 30)]
-        assert sum("steps-0001.parquet" in w for w in run.warnings) == 1
+        assert sum(SECOND in w for w in run.warnings) == 1
     else:
         assert len(run.steps) == 30
     if "manifest" in damage:
@@ -251,9 +257,55 @@ def test_crashed_run_is_not_live(run_dir: Path) -> None:
     assert list_runs(run_dir.parent)[0].is_live
 
 
-def test_more_than_9999_files_keep_their_order(run_dir: Path) -> None:
-    (run_dir / "steps-0002.parquet").rename(run_dir / "steps-10000.parquet")
+def test_more_than_9999_files_of_schema_1_keep_their_order(run_dir: Path) -> None:
+    for number, file in zip((1, 9999, 10_000), sorted(run_dir.glob("steps-*"))):
+        file.rename(run_dir / f"steps-{number:04d}.parquet")
     assert read_run(run_dir).steps["step"].tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("victims", [[0], [1], [2], [0, 1], [0, 1, 2]])
+def test_missing_files_are_noticed(run_dir: Path, victims: list[int]) -> None:
+    files = sorted(run_dir.glob("steps-*"))
+    for k in victims:
+        files[k].unlink()
+    run, [info], part = read_run(run_dir), list_runs(run_dir.parent), RunFollower(run_dir).poll()
+    assert len(run.steps) == len(part.steps) == info.step_rows == 30 - 10 * len(victims)
+    for warnings in (run.warnings, info.warnings):
+        [counted] = [w for w in warnings if "the writer counted" in w]
+        assert f"30 rows of steps, the files hold {info.step_rows}: {10 * len(victims)} are missing" in counted
+    if victims == [1]:
+        said = "10 step rows are missing: no file holds rows 10 to 19"
+        assert all(said in w for w in (run.warnings, info.warnings, part.warnings))
+
+
+def test_missing_files_of_schema_1_are_noticed(run_dir: Path) -> None:
+    for number, file in enumerate(sorted(run_dir.glob("steps-*"))):
+        file.rename(run_dir / f"steps-{number:04d}.parquet")
+    (run_dir / "steps-0001.parquet").unlink()
+    assert any("30 rows of steps, the files hold 20" in w for w in read_run(run_dir).warnings)
+    assert any("30 rows of steps, the files hold 20" in w for w in list_runs(run_dir.parent)[0].warnings)
+
+
+@pytest.mark.parametrize("what", ["fifo", "link", "folder", "socket"])
+def test_what_is_no_file_is_skipped_and_named(run_dir: Path, what: str) -> None:
+    """A FIFO hung every reader; a link to a device would."""
+    odd = run_dir / "steps-000000030-000000039.parquet"
+    if what == "fifo":
+        os.mkfifo(odd)
+    elif what == "link":
+        odd.symlink_to("/dev/zero")
+    elif what == "folder":
+        odd.mkdir()
+    else:
+        where = os.open(run_dir, os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(f"/proc/self/fd/{where}/{odd.name}")
+        os.close(where)
+    run, follower = read_run(run_dir), RunFollower(run_dir)
+    assert len(run.steps) == len(follower.poll().steps) == 30
+    assert [w for w in run.warnings if odd.name in w and "skipped" in w]
+    assert [w for w in list_runs(run_dir.parent)[0].warnings if odd.name in w]
+    assert follower.poll().warnings == [], "said once"
 
 
 def test_every_column_is_documented_and_the_readme_is_up_to_date() -> None:

@@ -117,6 +117,7 @@ def latency_parts(request: pd.Series) -> dict[str, float]:
 
     whole = value("e2e_ms")
     prefill = min(value("prefill_ms"), whole)
+    # Without a first token nobody saw where the wait ended: it stays within "decode".
     queue = min(max(0.0, value("ttft_ms") - prefill), whole - prefill)
     verify = min(value("verify_ms"), whole - prefill - queue)
     hold = min(value("hold_ms"), whole - prefill - queue - verify)

@@ -33,7 +33,7 @@ def _compared(a: str, b: str, now_a: object, now_b: object) -> tuple[pd.DataFram
     pairs = align.pair(*rows)
     steps = [run.steps(*align.STEP_COLUMNS) for run in (left, right)]
     table = align.divergences(pairs.table, *steps)
-    ends = [dict(zip(r["request_id"].tolist(), r["finish_reason"].astype(str).tolist())) for r in rows]
+    ends = [dict(zip(r["request"].tolist(), r["finish_reason"].astype(str).tolist())) for r in rows]
     table["ends_a"], table["ends_b"] = table["a"].map(ends[0]), table["b"].map(ends[1])
     table["dataset"] = table["dataset"].map(tag)
     return table, pairs.how
@@ -70,8 +70,8 @@ def _other(page: Page) -> RunInfo | None:
 def _strips(a: RunInfo, b: RunInfo, row: pd.Series) -> None:
     first = None if pd.isna(row["first"]) else int(row["first"])
     cells = []
-    for info, rid in ((a, row["a"]), (b, row["b"])):
-        steps = data.request_steps(info.path, str(rid))
+    for info, number in ((a, row["a"]), (b, row["b"])):
+        steps = data.request_steps(info.path, int(number))
         steps = steps.assign(state=states.classify(steps))
         begin = 0 if first is None else max(0, first - BEFORE)
         window = steps[(steps["step"] >= begin) & (steps["step"] < begin + BEFORE + AFTER)]
@@ -87,12 +87,12 @@ def _strips(a: RunInfo, b: RunInfo, row: pd.Series) -> None:
         )
     st.html(f'<div class="mg-two">{"".join(cells)}</div>')
     with st.container(horizontal=True):
-        for info, rid in ((a, row["a"]), (b, row["b"])):
+        for info, number, rid in ((a, row["a"], row["id_a"]), (b, row["b"], row["id_b"])):
             st.page_link(
                 ui.PAGES["request"],
                 label=f"Open in Request ({ui.markdown_safe(info.name)})",
                 icon=":material/segment:",
-                query_params=links.params(info.name, str(rid), first),
+                query_params=links.params(info.name, str(rid), first, number=number),
             )
 
 

@@ -46,9 +46,9 @@ def count_flips(page: Page) -> Found:
         decode &= has_tag(steps["dataset"], page.datasets)
     state = steps["state"].to_numpy()[decode]
     seen, low = steps["verified"].to_numpy()[decode], steps["triggered"].to_numpy()[decode]
-    owner = steps["request_id"].cat.codes.to_numpy()[decode]
+    owner = pd.factorize(steps["request"], use_na_sentinel=False)[0][decode]
     flip = np.isin(state, FLIP_CODES)
-    requests = len(steps["request_id"].cat.categories) + 1
+    requests = int(owner.max(initial=0)) + 1
     known = data.vocabulary(page.data)
     return Found(
         steps=state.size,
@@ -85,7 +85,7 @@ def _figures(
 
 
 def _detail(page: Page, row: pd.Series) -> None:
-    request, step = str(row["request"]), int(row["step"])
+    request, number, step = str(row["request"]), int(row["number"]), int(row["step"])
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.markdown(f"**Step {step}** of request **{ui.markdown_safe(request)}**")
@@ -93,9 +93,9 @@ def _detail(page: Page, row: pd.Series) -> None:
                 ui.PAGES["request"],
                 label="Open in Request",
                 icon=":material/segment:",
-                query_params=links.params(page.run, request, step),
+                query_params=links.params(page.run, request, step, number=number),
             )
-        steps = data.request_steps(page.info.path, request)
+        steps = data.request_steps(page.info.path, number)
         steps = steps.assign(state=states.classify(steps))
         where = int((steps["step"] < step).sum())
         st.html(tokens.strip(steps.iloc[max(0, where - 40) : where + 25], data.vocabulary(page.data), step))

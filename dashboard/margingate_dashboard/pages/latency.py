@@ -20,6 +20,7 @@ from margingate_dashboard.ui import Page
 
 STEPS = ("dataset", "prefill", "batch_rows", "step_ms", "verify_ms", "window_rows", "verified")
 REQUESTS = (
+    "request",
     "request_id",
     "dataset",
     "policy",
@@ -45,15 +46,14 @@ def policies(page: Page) -> tuple[np.ndarray | None, list[str]]:
 
     The column that ties steps to requests is loaded only for runs that mix policies.
     """
-    every = page.data.requests("request_id", "policy")
+    every = page.data.requests("request", "policy")
     names = sorted(every["policy"].dropna().astype(str).unique())
     if len(names) < 2:
         return None, names or [str(page.info.manifest.get("policy") or "unknown")]
-    ids = page.data.steps("request_id")["request_id"]
-    known = every.drop_duplicates("request_id").set_index("request_id")["policy"].astype(str)
-    by_category = ids.cat.categories.astype(str).map(known)
-    index = np.array([names.index(p) if p in names else -1 for p in by_category] + [-1])
-    return index[ids.cat.codes.to_numpy()], names
+    codes, requests = pd.factorize(page.data.steps("request")["request"], use_na_sentinel=False)
+    known = dict(zip(every["request"].tolist(), every["policy"].astype(str).tolist()))
+    found = [known.get(number) if pd.notna(number) else None for number in requests.tolist()]
+    return np.array([names.index(p) if p in names else -1 for p in found])[codes], names
 
 
 class Times(NamedTuple):
@@ -156,12 +156,12 @@ def _worst(page: Page, requests: pd.DataFrame) -> None:
     )
     rows = [i for i in picked.selection.rows if i < len(shown)]
     if rows:
-        request = str(shown["request_id"].iloc[rows[0]])
+        request, number = str(shown["request_id"].iloc[rows[0]]), int(shown["request"].iloc[rows[0]])
         st.page_link(
             ui.PAGES["request"],
             label=f"Open {ui.markdown_safe(request)} in Request",
             icon=":material/segment:",
-            query_params=links.params(page.run, request),
+            query_params=links.params(page.run, request, number=number),
         )
     else:
         st.caption("Select a row to open its request.")
@@ -207,7 +207,7 @@ def _page() -> None:
             Card(
                 "First token",
                 milliseconds(float(requests["ttft_ms"].median())),
-                f"median of {len(requests):,} requests",
+                f"median of {of(requests['ttft_ms'].notna().sum(), len(requests))} requests",
                 PART_COLOURS["prefill"],
             ),
         ]

@@ -11,8 +11,7 @@ import streamlit as st
 from margingate_dashboard import ui
 from margingate_dashboard.cards import headline_cards
 from margingate_dashboard.figures import overview as figures
-from margingate_dashboard.rates import of
-from margingate_dashboard.summary import Headline, has_tag, headline
+from margingate_dashboard.summary import Headline, guarantee_notes, has_tag, headline
 from margingate_dashboard.tables import by_dataset, map_table
 
 STEPS = ("time", "dataset", "prefill", "state", "triggered", "verified", "batch_rows")
@@ -54,9 +53,8 @@ def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
     noted = manifest.get("notes")
     for note in noted if isinstance(noted, list) else []:
         st.caption(f":material/warning: Every guarantee of this server is lowered: {ui.markdown_safe(note)}")
-    notes = requests["guarantee_note"].dropna().value_counts()
-    for note, times in notes.head(5).items():
-        st.caption(f":material/info: {of(times, len(requests))} requests claim less: {ui.markdown_safe(note)}")
+    for line in guarantee_notes(requests):
+        st.caption(f":material/info: {ui.markdown_safe(line)}")
 
 
 def _map(page: ui.Page) -> None:

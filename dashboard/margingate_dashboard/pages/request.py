@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,13 @@ from margingate_dashboard.ui import Page
 ORDERS = ("most flips", "lowest margin", "slowest", "newest")
 LISTED = 200
 """Requests offered in the box; any other is found by its id."""
+HEALTH_CHECK = "HEALTH_CHECK"
+"""What the ids of SGLang's own requests begin with."""
 STRIP = 800
 """Tokens shown at once."""
 
 REQUESTS = (
+    "request",
     "request_id",
     "dataset",
     "policy",
@@ -55,87 +59,110 @@ REQUESTS = (
 
 
 class Listing(NamedTuple):
-    """The run's requests in one order."""
+    """The run's requests in one order, by their numbers: one id may stand for several."""
 
+    numbers: list[int]
+    place: dict[int, int]
+    """Where each number stands in ``numbers``."""
     ids: list[str]
-    place: dict[str, int]
-    """Where each id stands in ``ids``."""
     datasets: np.ndarray
     values: np.ndarray
     """The number that they are ordered by."""
+    live: bool
+    shared: set[str]
+    """Ids of more than one request."""
 
-    def label(self, request_id: str, order: str) -> str:
+    def name(self, number: int) -> str:
+        """Return the request's id."""
+        return self.ids[self.place[number]]
+
+    def label(self, number: int, order: str) -> str:
         """Return a request's line in the box; made for those alone that are offered."""
-        at = self.place.get(request_id)
+        at = self.place.get(number)
         if at is None:
-            return request_id
-        return f"{request_id}  ·  {tag(self.datasets[at])}  ·  {_note(float(self.values[at]), order)}"
+            return str(number)
+        name = self.ids[at] + (f" (request {number})" if self.ids[at] in self.shared else "")
+        return f"{name}  ·  {tag(self.datasets[at])}  ·  {_note(float(self.values[at]), order, self.live)}"
+
+    def asked(self, request_id: object, number: object) -> int | None:
+        """Return the request that a link names: by number and id, or the newest one with the id."""
+        wanted = links.parse_step(number)
+        if wanted in self.place and request_id in (None, self.name(wanted)):
+            return wanted
+        return max((n for n, name in zip(self.numbers, self.ids) if name == request_id), default=None)
 
 
-def _note(value: float, order: str) -> str:
+def _note(value: float, order: str, live: bool) -> str:
     if order == "most flips":
         return f"{value:,.0f} flip{'' if value == 1 else 's'}"
     if order == "lowest margin":
         return f"lowest margin {value:.4g}"
     if order == "slowest":
-        return milliseconds(value) if np.isfinite(value) else "running"
+        return milliseconds(value) if np.isfinite(value) else ("running" if live else "no row")
     return f"{value:,.0f} steps"
 
 
 def listing(page: Page, order: str) -> Listing:
     """Return the run's requests in the asked order.
 
-    Requests that are still running have steps but no request row; they are listed as well.
+    Requests without a row have steps all the same and are listed as well: they run, or the run ended before them. A
+    server's own health checks never get a row and are not listed.
     """
-    steps = page.data.steps("request_id", "dataset", "margin", "state", "prefill")
-    categories = steps["request_id"].cat.categories.tolist()
-    codes = steps["request_id"].cat.codes.to_numpy()
-    keep = codes >= 0
+    steps = page.data.steps("request", "request_id", "dataset", "margin", "state", "prefill")
+    numbers = steps["request"].to_numpy(dtype=np.int64, na_value=-1)
+    ids = steps["request_id"]
+    checks = ids.cat.categories.astype(str).str.startswith(HEALTH_CHECK)
+    keep = (numbers >= 0) & ~np.append(checks, False)[ids.cat.codes.to_numpy()]
     if page.datasets is not None:
         keep &= has_tag(steps["dataset"], page.datasets)
-    count = len(categories)
-    present = np.bincount(codes[keep], minlength=count)
+    rows = np.flatnonzero(keep)
+    codes, found = pd.factorize(numbers[rows])
+    count = len(found)
+    present = np.bincount(codes, minlength=count)
     first = np.zeros(count, dtype=np.int64)
-    first[codes[keep][::-1]] = np.flatnonzero(keep)[::-1]
+    first[codes[::-1]] = rows[::-1]
     if order == "most flips":
-        flips = np.isin(steps["state"].to_numpy(), FLIP_CODES) & keep
-        values = np.bincount(codes[flips], minlength=count)
+        values = np.bincount(codes[np.isin(steps["state"].to_numpy()[rows], FLIP_CODES)], minlength=count)
         key = -values
     elif order == "lowest margin":
         values = np.full(count, np.inf)
-        decode = keep & ~states.as_bool(steps["prefill"])
-        np.minimum.at(values, codes[decode], steps["margin"].to_numpy()[decode])
+        decode = ~states.as_bool(steps["prefill"])[rows]
+        np.minimum.at(values, codes[decode], steps["margin"].to_numpy()[rows][decode])
         key = values
     elif order == "slowest":
-        rows = page.data.requests("request_id", "e2e_ms")
-        times = dict(zip(rows["request_id"].tolist(), rows["e2e_ms"].tolist()))
-        values = np.array([times.get(name, np.nan) for name in categories], dtype=float)
-        key = -values  # NaN sorts last: those that still run
+        table = page.data.requests("request", "e2e_ms")
+        times = dict(zip(table["request"].tolist(), table["e2e_ms"].tolist()))
+        values = np.array([times.get(number, np.nan) for number in found.tolist()], dtype=float)
+        key = -values  # NaN sorts last: those without a row
     else:
         values, key = present, -first
     ranked = np.lexsort((first, key))
-    ranked = ranked[present[ranked] > 0]
-    ids = [str(categories[i]) for i in ranked]
+    ordered = [int(n) for n in found[ranked]]
+    names = ids.iloc[first[ranked]].astype(str).tolist()
     datasets = steps["dataset"].iloc[first[ranked]].to_numpy(dtype=object)
-    return Listing(ids, {name: at for at, name in enumerate(ids)}, datasets, values[ranked])
+    shared = {name for name, times in Counter(names).items() if times > 1}
+    place = {number: at for at, number in enumerate(ordered)}
+    return Listing(ordered, place, names, datasets, values[ranked], page.info.is_live, shared)
 
 
-def _choose(page: Page) -> str | None:
+def _choose(page: Page) -> tuple[int, str] | None:
+    """Return number and id of the chosen request."""
     left, middle, right = st.columns([0.4, 0.4, 0.2], vertical_alignment="bottom")
     order = left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order") or ORDERS[0]
-    found = page.memo("requests", lambda: listing(page, order), order)
-    if not found.ids:
+    found = page.memo("requests", lambda: listing(page, order), order, page.info.is_live)
+    if not found.numbers:
         ui.empty_state("No requests", "<p>No step of this run (or of the chosen datasets) has been recorded yet.</p>")
         return None
-    asked = st.query_params.get("request")
+    asked, asked_number = st.query_params.get("request"), st.query_params.get("number")
     typed = right.text_input("Find by id", key="find", placeholder="request id", max_chars=200).strip()
-    known = links.known_run(asked, found.place)
-    if asked is not None and known is None:
-        st.warning(f"Request “{ui.markdown_safe(asked[:80])}” is not in this run.", icon=":material/link_off:")
-    hits = [name for name in found.ids if typed in name] if typed else found.ids
+    known = found.asked(asked, asked_number)
+    if known is None and (asked is not None or asked_number is not None):
+        wanted = asked if asked is not None else str(asked_number)
+        st.warning(f"Request “{ui.markdown_safe(wanted[:80])}” is not in this run.", icon=":material/link_off:")
+    hits = [n for n, name in zip(found.numbers, found.ids) if typed in name] if typed else found.numbers
     if not hits:
         right.caption("no such id in this run")
-        hits, typed = found.ids, ""
+        hits, typed = found.numbers, ""
     offered = hits[:LISTED]
     if known is not None and known not in offered and not typed:
         offered = [known, *offered]
@@ -143,7 +170,8 @@ def _choose(page: Page) -> str | None:
     st.session_state["request_box"] = chosen
 
     def remember() -> None:
-        st.query_params["request"] = st.session_state["request_box"]
+        number = st.session_state["request_box"]
+        st.query_params["request"], st.query_params["number"] = found.name(number), str(number)
         st.query_params.pop("step", None)
 
     more = f", first {LISTED} of {len(hits):,}" if len(hits) > LISTED else f", {len(hits):,}"
@@ -152,15 +180,16 @@ def _choose(page: Page) -> str | None:
         offered,
         key="request_box",
         on_change=remember,
-        format_func=lambda name: found.label(name, order),
+        format_func=lambda number: found.label(number, order),
     )
-    if asked != chosen:
-        st.query_params["request"] = str(chosen)
+    if chosen != known:
         st.query_params.pop("step", None)
-    return str(chosen)
+    if (asked, asked_number) != (found.name(chosen), str(chosen)):
+        st.query_params["request"], st.query_params["number"] = found.name(chosen), str(chosen)
+    return chosen, found.name(chosen)
 
 
-def _cards(request: pd.Series | None, steps: pd.DataFrame) -> None:
+def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
     decode = steps[~states.as_bool(steps["prefill"])]
     state = decode["state"].to_numpy()
     flips = int(np.isin(state, FLIP_CODES).sum())
@@ -182,7 +211,7 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame) -> None:
             Card(
                 "First token",
                 milliseconds(number(request["ttft_ms"])),
-                f"then {milliseconds(float(request['tpot_ms']))} a token",
+                f"then {milliseconds(number(request['tpot_ms']))} a token",
             ),
             Card(
                 "Guarantee",
@@ -193,7 +222,8 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame) -> None:
             ),
         ]
     else:
-        items.append(Card("Status", "running", "times appear when it has finished"))
+        running = Card("Status", "running", "times appear when it has finished")
+        items.append(running if live else Card("Status", "no row", "the run ended before this request did"))
     ui.cards(items)
 
 
@@ -240,7 +270,7 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
     return selected
 
 
-def _strip(page: Page, chosen: str, steps: pd.DataFrame, selected: int | None) -> None:
+def _strip(page: Page, chosen: int, steps: pd.DataFrame, selected: int | None) -> None:
     pages = -(-len(steps) // STRIP)
     part = 0
     if pages > 1:
@@ -263,16 +293,17 @@ def _page() -> None:
     )
     if page is None:
         return
-    chosen = _choose(page)
-    if chosen is None:
+    found = _choose(page)
+    if found is None:
         return
+    chosen, request_id = found
     steps = data.request_steps(page.info.path, chosen)
     steps = steps.assign(state=states.classify(steps))
     steps["shown"] = [ui.safe(tokens.plain(t, i)) for t, i in zip(steps["token_text"], steps["token"])]
     rows = page.data.requests(*REQUESTS)
-    mine = rows[rows["request_id"] == chosen]
+    mine = rows[rows["request"] == chosen]
     request = None if mine.empty else mine.iloc[-1]
-    _cards(request, steps)
+    _cards(request, steps, page.info.is_live)
     _prompt(page, chosen, request)
     selected = _step_controls(steps)
     _strip(page, chosen, steps, selected)
@@ -298,7 +329,7 @@ def _page() -> None:
     if selected is not None:
         st.markdown(f"##### Step {selected} as text, for an issue")
         st.code(
-            flip_text(page.run, page.info.manifest, chosen, steps, selected, data.vocabulary(page.data)),
+            flip_text(page.run, page.info.manifest, request_id, steps, selected, data.vocabulary(page.data)),
             language=None,
             wrap_lines=True,
         )
@@ -310,7 +341,7 @@ def _page() -> None:
     page.exports.show(page.export_place, "request")
 
 
-def _follow_click(event: object, chosen: str, selected: int | None) -> None:
+def _follow_click(event: object, chosen: int, selected: int | None) -> None:
     """A click on a step of the margin plot selects it."""
     points = getattr(getattr(event, "selection", None), "points", None) or []
     step = links.parse_step(points[0].get("x")) if points else None
@@ -322,13 +353,13 @@ def _follow_click(event: object, chosen: str, selected: int | None) -> None:
             st.rerun()
 
 
-def _prompt(page: Page, chosen: str, request: pd.Series | None) -> None:
+def _prompt(page: Page, chosen: int, request: pd.Series | None) -> None:
     if request is None:
         return
     floored = int(number(request["floored_tokens"], 0))
     cache = f"{of(number(request['cached_tokens'], 0), number(request['prompt_tokens'], 0))} from the prefix cache"
-    text = page.data.requests("request_id", "prompt_text")
-    prompt = text.loc[text["request_id"] == chosen, "prompt_text"].dropna()
+    text = page.data.requests("request", "prompt_text")
+    prompt = text.loc[text["request"] == chosen, "prompt_text"].dropna()
     with st.expander(
         f"Prompt: {int(number(request['prompt_tokens'], 0)):,} tokens, {cache}"
         + (f", {floored} given up" if floored else "")
