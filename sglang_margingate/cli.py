@@ -118,7 +118,9 @@ def _guarded(call: Callable[[], int], command: str) -> int:
     import threading
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # a started server is stopped, and what was measured is kept
+        # A started server is stopped, and what was measured is kept. SIGINT too: a background shell has it ignored.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
     try:
         return int(call())
     except KeyboardInterrupt:

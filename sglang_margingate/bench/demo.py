@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dashboard-port", type=int, default=8501)
     parser.add_argument("--trace-dir", type=Path, default=Path("traces"))
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the server is stopped
+    # Both end like Ctrl-C, which stops the server; a background shell's children would ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     console = Console()
     flags = [*GATE_ALONE, "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
              "--margingate-trace-dir", str(args.trace_dir), "--enable-metrics"]  # fmt: skip

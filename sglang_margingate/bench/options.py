@@ -89,6 +89,9 @@ def add_prompts(p: argparse.ArgumentParser, dataset: str | None, limit: int | No
         metavar="[NAME=]FILE",
         help="file of a dataset: .jsonl with a field `prompt`, or the known one's own format; may be repeated",
     )
+    add(
+        "--field", metavar="NAME", help="field of the user text in the files of --data (prompt, or the known one's own)"
+    )
     add("--limit", type=whole(1), default=limit, metavar="N", help=f"prompts of each dataset ({limit or 'all'})")
     add("--only", type=names, default=[], metavar="ID[,ID]", help="these prompts only")
     add("--max-tokens", type=whole(1), default=64, metavar="N",

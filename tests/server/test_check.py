@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_margingate.bench.servers.client import Client
+from sglang_margingate.bench.servers.client import Client, Prompt
 from sglang_margingate.bench.servers.process import serve
 from sglang_margingate.cli import main
 from sglang_margingate.demo.paths import model_path
@@ -56,16 +58,49 @@ def test_gated_server_passes_over_the_openai_api(gate, capsys: pytest.CaptureFix
     assert "token ids and finish reasons" in capsys.readouterr().out
 
 
-def test_calibration_is_confirmed_and_resumes(gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_traffic_beside_alone_is_named(gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = threading.Event()
+
+    def neighbour() -> None:
+        client = Client(gate.base_url)
+        while not stop.is_set():
+            client.generate(Prompt("n", "Write a short story about a duck.", "story"), 32)
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    try:
+        words = ["--phases", "alone,together", "--repeats", "1", "--expect-fail"]
+        assert main(["check", "--base-url", gate.base_url, *FEW, *words]) == 2
+    finally:
+        stop.set()
+        thread.join()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "INVALID: alone was not alone: other requests ran in " in out
+
+
+def test_stock_bench_serving_runs_against_a_cpu_server(gate, tmp_path: Path) -> None:
+    out = tmp_path / "serving.jsonl"
+    command = [sys.executable, "-m", "sglang_margingate.stock", "bench_serving", "--backend", "sglang"]
+    command += ["--base-url", gate.base_url, "--model", str(model_path()), "--dataset-name", "random-ids"]
+    command += ["--num-prompts", "8", "--random-input-len", "24", "--random-output-len", "8"]
+    done = subprocess.run([*command, "--output-file", str(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert json.loads(out.read_text().splitlines()[-1])["completed"] == 8
+
+
+def test_a_small_calibration_confirms_nothing_and_resumes(
+    gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "profile.json"
     words = ["calibrate", "--base-url", gate.base_url, "--dataset", "arith", "--transfer", "story", "--limit", "6"]
     words += ["--max-tokens", "24", "-o", str(out)]
-    assert main(words) == 0
+    assert main(words) == 1
+    assert "arith: sample too small: " in capsys.readouterr().out
     profile = load_profile(out)
     assert (profile.model, profile.dtype, profile.repair) == ("margingate-demo", "bfloat16", "window")
-    assert set(profile.datasets) == {"arith", "story"}
+    assert (profile.datasets, profile.default_threshold) == ({}, 0.5)
     before = gate.client.status()["totals"]["requests"]
-    assert main(words) == 0
+    assert main(words) == 1
     assert gate.client.status()["totals"]["requests"] == before, "everything had been measured"
     assert "going on with" in capsys.readouterr().err
 

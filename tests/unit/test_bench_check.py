@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -187,3 +188,33 @@ def test_server_flags_stay_last_in_the_command_to_reproduce() -> None:
 def test_error_of_a_request_is_one_line() -> None:
     with FakeServer(native=False) as fake, pytest.raises(ServerError, match="HTTP 404"):
         Client(fake.base_url).generate(prompts(1)[0])
+
+
+def test_an_alone_that_was_not_alone_is_no_reference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The outputs are equal all the same: without its gauge the check would pass."""
+    stop = threading.Event()
+    with FakeServer(seconds=0.03) as fake:
+
+        def neighbour() -> None:
+            client = Client(fake.base_url)
+            while not stop.is_set():
+                client.generate(prompts(1)[0], 8)
+
+        others = [threading.Thread(target=neighbour) for _ in range(3)]
+        for thread in others:
+            thread.start()
+        report = tmp_path / "c.json"
+        try:
+            words = ["--base-url", fake.base_url, "--phases", "alone,together", "--json", str(report)]
+            assert check(*words) == 2
+            assert check(*words, "--expect-fail") == 2
+        finally:
+            stop.set()
+            for thread in others:
+                thread.join()
+        quiet = tmp_path / "quiet.json"
+        assert check(*words[:-1], str(quiet)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "INVALID: alone was not alone: other requests ran in " in out
+    assert "stop the other traffic and check again" in out
+    assert (json.loads(report.read_text())["alone"], json.loads(quiet.read_text())["alone"]) == (False, True)

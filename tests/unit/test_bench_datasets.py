@@ -52,13 +52,29 @@ def test_any_jsonl_with_a_prompt(tmp_path: Path) -> None:
     assert [p.text for p in load([], [str(file)], only=["x"])] == ["two"]
 
 
+def test_the_field_of_the_user_text_can_be_named(tmp_path: Path) -> None:
+    file = tmp_path / "gsm8k_test.jsonl"
+    file.write_text(lines({"question": "How many?", "answer": "3"}, {"question": "Why?", "answer": 4}))
+    with pytest.raises(
+        DatasetError, match=r"line 1 has no field 'prompt', but question, answer; name .* --field NAME$"
+    ):
+        load([], [str(file)])
+    assert [p.text for p in load([], [str(file)], field="question")] == ["How many?", "Why?"]
+    with pytest.raises(DatasetError, match=r"line 2: field 'answer' has an unknown form, not the user's text"):
+        load([], [str(file)], field="answer")
+    with pytest.raises(DatasetError, match=r"line 1 has no field 'text', but question, answer"):
+        load([], [str(file)], field="text")
+    with pytest.raises(DatasetError, match=r"--field question names a field of a file; give the file with --data"):
+        load(["arith"], field="question")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (lines({"prompt": "a"}, {"text": "b"}), r"line 2 has no field 'prompt'"),
         (lines({"prompt": "a"}) + "{oops\n", r"line 2 is not valid JSON"),
         (lines({"prompt": " "}), r"line 1: field 'prompt' is empty"),
-        (lines(3), r"line 1 has no field"),
+        (lines(3), r"line 1 is not an object with a field 'prompt'"),
         ("", r"no prompts in it"),
         ("[1", r"not valid JSON"),
     ],

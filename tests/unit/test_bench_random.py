@@ -199,10 +199,10 @@ def test_too_long_for_the_context(model: str, capsys: pytest.CaptureFixture[str]
 
 def test_calibration_without_a_tokenizer(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "p.json"
-    words = ["calibrate", "--dataset", "random:16:24", "--limit", "6", "--no-refine", "-o", str(out)]
+    words = ["calibrate", "--dataset", "random:16:24", "--limit", "140", "--no-refine", "-o", str(out)]
     with FakeServer(tokenizer=False, model=model, seconds=0) as fake:
         assert main([*words, "--base-url", fake.base_url]) == 0
         assert "\nrandom:16:24  " in capsys.readouterr().out, "the name is whole"
         assert main([*words, "--base-url", fake.base_url, "--seed", "1"]) == 2
-    assert load_profile(out).datasets["random:16:24"].steps == 6 * 23
+    assert load_profile(out).datasets["random:16:24"].steps == 140 * 23
     assert "recorded with random_ids" in capsys.readouterr().err, "other ids under the same names"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -66,3 +67,57 @@ def test_ports() -> None:
             check_port(taken.getsockname()[1])
     with pytest.raises(ServerError, match="port 99999"):
         check_port(99999)
+
+
+WRITER = """
+import json, pathlib, signal, sys, time
+from setproctitle import setproctitle
+
+setproctitle("sglang::scheduler")
+run = pathlib.Path(sys.argv[1])
+try:
+    (run / "manifest.json").write_text("{}")
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(3)  # a loaded machine
+    (run / "manifest.json").write_text(json.dumps({"closed_at": "now"}))
+"""
+
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+
+writer = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE)
+print(writer.stdout.readline(), flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    writer.kill()  # as SGLang's launcher does when it ends
+"""
+
+
+def test_a_run_is_closed_before_its_server_is_ended(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    pytest.importorskip("setproctitle")
+    command = [sys.executable, "-c", LAUNCHER, WRITER, str(tmp_path)]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert launcher.stdout is not None
+    assert b"ready" in launcher.stdout.readline()
+    stop(launcher, tmp_path)
+    assert launcher.poll() is not None
+    assert "closed_at" in (tmp_path / "manifest.json").read_text()
+
+
+def test_a_server_started_where_sigint_is_ignored_heeds_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with module._heeding_sigint():
+            child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"],
+                                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN, "this process's own way stays"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == -signal.SIGINT

@@ -158,3 +158,15 @@ def test_every_room_is_packed_and_no_test_double() -> None:
     }
     assert packed == rooms, "a folder with code lacks its __init__.py, or a pattern is missing"
     assert not [p for p in packed if p.split(".")[0] in ("tests", "kernels", "dashboard", "traces")]
+
+
+def test_stock_tools_say_how_they_are_called(capsys: pytest.CaptureFixture[str]) -> None:
+    from sglang_margingate import stock
+
+    assert stock.main([]) == 2
+    assert stock.main(["--help"]) == 0
+    assert "usage: python -m sglang_margingate.stock TOOL" in capsys.readouterr().out
+    # In a process of its own: the stand-ins would stay in this one.
+    done = subprocess.run([sys.executable, "-m", "sglang_margingate.stock", "moon"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "moon is no module" in done.stderr or "SGLang is not installed" in done.stderr

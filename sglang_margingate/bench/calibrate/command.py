@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,18 @@ The server verifies every step for the record (--margingate-policy gate --margin
 the next ones at the chosen threshold, so the final numbers are measured, not extrapolated. Samples are kept beside the
 profile: Ctrl-C loses nothing, the same command goes on.
 
-exit status: 0 every target met and confirmed; 1 not; 2 wrong input or no server.
+A dataset needs {floor.steps:,} verified steps with {floor.flips} flips, or {floor.steps_alone:,} steps: below that no
+threshold is taken from it, and the default stands.
+
+exit status: 0 every target met and confirmed; 1 not, or a sample too small; 2 wrong input or no server.
 """
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    p.epilog = EPILOG
+    from sglang_margingate.gate.profile import EVIDENCE_FLOOR
+
+    p.epilog = EPILOG.format(floor=EVIDENCE_FLOOR)
     options.add_server(p)
     options.add_prompts(p, "arith,code,story", 100)
     add = p.add_argument_group("calibration").add_argument
@@ -82,7 +88,7 @@ def _levels(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Calibrate, print the evidence, write the profile; return the exit status."""
     from sglang_margingate.bench.calibrate.binding import read_binding
-    from sglang_margingate.bench.calibrate.passes import SERVER_FLAGS, Goal, check_server
+    from sglang_margingate.bench.calibrate.passes import SERVER_FLAGS, Goal, NeedsServer, check_server
     from sglang_margingate.bench.console import make_console
     from sglang_margingate.bench.prompts.chosen import prompts_of
     from sglang_margingate.bench.servers.client import Client, ServerError
@@ -104,13 +110,20 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     plain = prompts_of(args)
     calibrated += [d for d in dict.fromkeys(p.dataset for p in plain) if d not in args.dataset]
     console = make_console()
+    complete = offline(args, plain, goal)
+    if complete is not None:
+        with suppress(NeedsServer):
+            calibrator, binding, start = complete
+            _passes(args, calibrator, console, calibrated, start)
+            console.print(f"everything is in {calibrator.store.path}; no server was started (--fresh measures again)")
+            return _finish(args, calibrator, binding)
     with options.server(args, console, [*SERVER_FLAGS]) as client:
         if not isinstance(client, Client):
             raise ServerError(f"{client.base_url} is no margingate server; calibration needs one")
         status = check_server(client)
         binding = read_binding(client, status)
         calibrator, store = _prepare(args, client, plain, goal, binding, status)
-        start = float(status["threshold"]) if args.start_threshold is None else args.start_threshold
+        start = _start(args, float(status["threshold"]))
         if store.resumed:
             console.print(f"going on with {store.resumed:,} prompts from {store.path} (--fresh measures again)")
         try:
@@ -120,6 +133,14 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
             console.print(f"kept {kept:,} measured prompts in {store.path}; the same command goes on from there")
             raise
     return _finish(args, calibrator, binding)
+
+
+def _start(args: argparse.Namespace, threshold: float) -> float:
+    return threshold if args.start_threshold is None else args.start_threshold
+
+
+def _samples(args: argparse.Namespace) -> Path:
+    return args.out.with_name(args.out.name + ".samples.jsonl")
 
 
 def _prepare(
@@ -142,9 +163,46 @@ def _prepare(
         # The same names with another seed or vocabulary are other prompts.
         "random_ids": digest(prompts) if any(p.ids for p in prompts) else None,
     }
-    store = SampleStore(args.out.with_name(args.out.name + ".samples.jsonl"), bound)
+    also = {"command": offline_key(args, plain), "threshold": status["threshold"]}
+    store = SampleStore(_samples(args), bound, also=also)
     store.open(args.fresh)
     return Calibrator(client, prompts, goal, store), store
+
+
+def offline_key(args: argparse.Namespace, plain: list[Prompt]) -> dict[str, Any]:
+    """Return what a started server and its prompts depend on: equal keys, equal samples.
+
+    A model or a machine that changed under the same flags is not seen; ``--fresh`` measures again.
+    """
+    from sglang_margingate.bench.prompts.random_ids import digest
+    from sglang_margingate.serving.versions import versions
+
+    return {
+        "flags": list(args.server_flags),
+        "versions": versions(),
+        "prompts": digest(sorted(plain, key=lambda p: (p.dataset, p.id))),
+        "template": [args.no_template, args.tokenizer, args.vocab, args.seed],
+    }
+
+
+def offline(args: argparse.Namespace, plain: list[Prompt], goal: Goal) -> tuple[Calibrator, Binding, float] | None:
+    """Return a calibrator that has every sample on disk, as far as the file's first line tells; else None."""
+    from sglang_margingate.bench.calibrate.binding import Binding
+    from sglang_margingate.bench.calibrate.passes import Calibrator, NoServer
+    from sglang_margingate.bench.calibrate.samples import SampleStore, read_header
+
+    if args.base_url or args.fresh:
+        return None
+    header = read_header(_samples(args))
+    also = header.pop("also", None) or {}
+    here = {"max_tokens": goal.max_tokens, "concurrency": list(goal.levels)}
+    if also.get("command") != offline_key(args, plain) or any(header.get(k) != v for k, v in here.items()):
+        return None
+    header.pop("schema")
+    store = SampleStore(_samples(args), header, also=also)
+    store.open()
+    binding = Binding(*(header[name] for name in Binding._fields))
+    return Calibrator(NoServer(), plain, goal, store), binding, _start(args, float(also["threshold"]))
 
 
 def _passes(
@@ -185,5 +243,5 @@ def _finish(args: argparse.Namespace, calibrator: Calibrator, binding: Binding) 
         f"default threshold {profile.default_threshold:g}; profile: {args.out} (serve --margingate-profile {args.out})"
     )
     own = [r for r in results.values() if not r.transferred]
-    good = all(r.last.calibration.met and (r.confirmed or args.no_refine) for r in own)
+    good = all(r.enough and r.last.calibration.met and (r.confirmed or args.no_refine) for r in own)
     return 0 if good else 1

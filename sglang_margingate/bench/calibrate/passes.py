@@ -21,6 +21,7 @@ from sglang_margingate.bench.calibrate.samples import SampleStore, covering
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, ServerError, run_together
 from sglang_margingate.bench.servers.process import GATE_ALONE
 from sglang_margingate.gate.calibration import Calibration, threshold_for
+from sglang_margingate.gate.profile import enough_evidence
 from sglang_margingate.gate.stats import Rate
 
 SERVER_FLAGS = (*GATE_ALONE, "--margingate-audit-rate", "1.0")
@@ -82,6 +83,11 @@ class DatasetResult:
         return self.passes[-1]
 
     @property
+    def enough(self) -> bool:
+        """Whether the last pass holds the evidence that a threshold needs, whatever it showed."""
+        return enough_evidence(self.last.flips.denominator, self.last.flips.numerator)
+
+    @property
     def confirmed(self) -> bool:
         """Whether the last pass ran at the final threshold and met the target there."""
         if not self.passes:
@@ -92,10 +98,28 @@ class DatasetResult:
         return self.last.calibration.threshold <= ran_at and (len(self.passes) > 1 or self.last.chosen == ran_at)
 
 
+class NeedsServer(Exception):
+    """Something is left to measure, and there is no server to measure it on."""
+
+
+class NoServer:
+    """Stands for a server that is not needed: every sample is on disk."""
+
+    base_url = ""
+
+    def generate(self, *_: Any, **__: Any) -> Completion:
+        """Refuse: only a server can."""
+        raise NeedsServer
+
+    def flush_cache(self) -> bool:
+        """Return False: there is no cache."""
+        return False
+
+
 class _ShadowClient:
     """Sends each prompt at its dataset's threshold and asks for the steps."""
 
-    def __init__(self, client: Client, thresholds: dict[str, float]) -> None:
+    def __init__(self, client: Client | NoServer, thresholds: dict[str, float]) -> None:
         self.client, self.base_url, self.thresholds = client, client.base_url, thresholds
 
     def generate(
@@ -160,7 +184,7 @@ class Calibrator:
 
     def __init__(
         self,
-        client: Client,
+        client: Client | NoServer,
         prompts: Sequence[Prompt],
         goal: Goal,
         store: SampleStore,
@@ -225,6 +249,8 @@ class Calibrator:
         self.tell(label, total)
         for _ in range(total - len(todo)):
             self.done()
+        if todo and isinstance(self.client, NoServer):
+            raise NeedsServer
         random.Random(f"{self.goal.seed}:{label}").shuffle(todo)
         dataset_of = {p.id: p.dataset for p in todo}
         shadow = _ShadowClient(self.client, thresholds)

@@ -10,18 +10,25 @@ from typing import Any
 from sglang_margingate.bench import tables
 from sglang_margingate.bench.calibrate.binding import Binding
 from sglang_margingate.bench.calibrate.passes import Calibrator, DatasetResult
+from sglang_margingate.config import DEFAULT_THRESHOLD
 from sglang_margingate.gate.calibration import transfer_matrix
-from sglang_margingate.gate.profile import DatasetThreshold, Profile
+from sglang_margingate.gate.profile import DatasetThreshold, Profile, too_small
 from sglang_margingate.gate.stats import percent
 
 
 def default_threshold(results: Mapping[str, DatasetResult]) -> float:
-    """Return the threshold for traffic of no known dataset: the largest calibrated one."""
-    return max(r.threshold for r in results.values() if not r.transferred)
+    """Return the threshold for traffic of no known dataset: the largest calibrated one.
+
+    A dataset whose sample is too small is such traffic, too: as long as there is one, the server's own default stands
+    wherever it is larger.
+    """
+    own = [r for r in results.values() if not r.transferred]
+    known = [r.threshold for r in own if r.enough]
+    return max(known) if len(known) == len(own) else max(DEFAULT_THRESHOLD, *known, 0.0)
 
 
 def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Profile:
-    """Return the profile, bound to the server that it was made on."""
+    """Return the profile, bound to the server that it was made on; datasets with too small a sample are not in it."""
     datasets = {
         name: DatasetThreshold(
             threshold=r.threshold,
@@ -32,6 +39,7 @@ def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Pro
             miss_upper_95=r.last.missed.upper(),
         )
         for name, r in results.items()
+        if r.enough
     }
     created = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
     return Profile(
@@ -64,6 +72,9 @@ def conclusions(results: Mapping[str, DatasetResult]) -> str:
 
 def _conclusion(result: DatasetResult) -> str:
     p = result.last
+    if not result.enough:
+        small = too_small(p.flips.denominator, p.flips.numerator)
+        return f"{small}. Not in the profile: the default threshold stands (give more prompts or --max-tokens)"
     if result.transferred:
         rate = p.missed.describe()
         return (
@@ -124,7 +135,8 @@ def to_dict(calibrator: Calibrator, binding: Binding) -> dict[str, Any]:
         "datasets": {
             name: {
                 "threshold": r.threshold,
-                "confirmed": r.confirmed,
+                "confirmed": r.confirmed and r.enough,
+                "sample_too_small": not r.enough,
                 "transferred": r.transferred,
                 "prompts": r.prompts,
                 "passes": [asdict(p) for p in r.passes],

@@ -55,6 +55,16 @@ def steps_of(completion: Completion) -> tuple[list[float], list[bool], int]:
     return [m for m, _ in rows], [f for _, f in rows], unverified
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the first line of a file of samples; empty where there is none that can be read."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) and header.get("schema") == SAMPLES_SCHEMA else {}
+
+
 @dataclass
 class SampleStore:
     """Samples by dataset and by the threshold that they were recorded at.
@@ -73,6 +83,9 @@ class SampleStore:
     resumed: int = 0
     """Prompts that were there already."""
 
+    also: dict[str, Any] = field(default_factory=dict)
+    """What stands in the file's first line beside that, to be read back; it is not compared."""
+
     def open(self, fresh: bool = False) -> None:
         """Read what is there, or begin the file.
 
@@ -86,7 +99,7 @@ class SampleStore:
             if self.path.exists() and not fresh:
                 self._read()
             else:
-                header = {"schema": SAMPLES_SCHEMA, **self.bound_to}
+                header = {"schema": SAMPLES_SCHEMA, **self.bound_to, "also": self.also}
                 self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         except OSError as error:
             raise SampleError(f"{self.path}: cannot be used ({error.strerror or error}); name another --out") from None

@@ -83,6 +83,12 @@ class CheckResult:
         return total
 
     @property
+    def company(self) -> BatchProof | None:
+        """What ran beside the requests of the phase `alone`, where it was not alone: they are no reference then."""
+        alone = self.phases.get("alone")
+        return alone.proof if alone is not None and alone.proof.largest > 1 else None
+
+    @property
     def unproven(self) -> list[str]:
         """Loaded phases in which a gauge exists but showed no batch of two."""
         return [p.name for p in self.phases.values() if p.name in LOADED and p.proof.source and p.proof.largest < 2]
@@ -136,6 +142,8 @@ def _phase(
     def keep(completion: Completion) -> None:
         phase.requests += 1
         phase.cached_tokens += int(completion.meta.get("cached_tokens") or 0)
+        if name == "alone" and phase.requests == 1 and not gauge.exact:
+            proof.by_rows.clear()  # a sampled gauge may lag, and show what ran before
         if completion.margingate:
             result.guarantees[str(completion.margingate.get("guarantee"))] += 1
         same = result.runs.add(run, completion)

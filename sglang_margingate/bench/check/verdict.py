@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as xml
 
+from sglang_margingate.bench import tables
 from sglang_margingate.bench.check.identity import Difference
 from sglang_margingate.bench.check.phases import LOADED, CheckResult
+from sglang_margingate.bench.servers.gauges import BatchProof
 from sglang_margingate.gate.stats import Rate, percent
 
 WIDTH = 80
@@ -28,19 +30,33 @@ def judge(result: CheckResult, expect_fail: bool = False) -> Verdict:
     """Return the outcome: a difference always counts; identity counts only where it was really put to the test."""
     runs = result.runs
     changed, prompts = len(runs.changed()), len(runs.by_prompt)
+    company = result.company
     if changed:
         reason = f"{changed:,}/{prompts:,} prompts change with the batch"
         if result.stopped_at_first:
             reason = f"a prompt changed at output {runs.outputs:,} (stopped there)"
+        if company is not None:
+            reason += f"; {_company(company)}"
         return Verdict(PASS, "PASS (expected to fail)", reason) if expect_fail else Verdict(FAIL, "FAIL", reason)
     if result.error:
         return Verdict(INVALID, "INCOMPLETE", result.error)
     if runs.pairs()[1] == 0:
         return Verdict(INVALID, "INVALID", "no prompt ran twice: nothing was compared")
+    if company is not None:
+        return Verdict(INVALID, "INVALID", f"{_company(company)}: stop the other traffic and check again")
     if result.unproven:
         return Verdict(INVALID, "INVALID", f"no batch formed in {', '.join(result.unproven)}: nothing was tested")
     reason = f"{prompts:,}/{prompts:,} prompts gave the same output in every run"
     return Verdict(FAIL, "FAIL (expected to fail)", reason) if expect_fail else Verdict(PASS, "PASS", reason)
+
+
+def _company(proof: BatchProof) -> str:
+    """Say what the server's own gauge showed beside the phase `alone`."""
+    what = "decode steps" if proof.unit == "steps" else "samples"
+    return (
+        f"alone was not alone: other requests ran in {proof.batched:,} of {proof.total:,} {what}, "
+        f"largest batch {proof.largest}"
+    )
 
 
 def reproduce(command: list[str], difference: Difference | None) -> list[str]:
@@ -101,12 +117,13 @@ def render(result: CheckResult, verdict: Verdict, command: list[str], server: Ma
     if result.guarantees:
         claims = ", ".join(f"{k} {v:,}" for k, v in result.guarantees.most_common())
         out += _item("guarantee", f"{claims} (claimed by the server, per request)")
-    out += ["", f"  {'phase':<11}{'requests':>8}{'changed':>13}{'cached tokens':>15}{'largest batch':>15}"]
+    rows = []
     for name, phase in result.phases.items():
         k, n = result.runs.against_first(name)
-        largest = str(phase.proof.largest) if phase.proof.by_rows else "-"
-        row = f"  {name:<11}{phase.requests:>8,}{f'{k:,}/{n:,}':>13}{phase.cached_tokens:>15,}{largest:>15}"
-        out.append(row)
+        largest = phase.proof.largest if phase.proof.by_rows else "-"
+        rows.append([name, f"{phase.requests:,}", f"{k:,}/{n:,}", f"{phase.cached_tokens:,}", largest])
+    table = tables.text(["phase", "requests", "changed", "cached tokens", "largest batch"], rows)
+    out += ["", *(f"  {line}" for line in table.splitlines())]
     k, n = _changed_outputs(result)
     out += _item("changed", f"{Rate(k, n)} of outputs against the prompt's first")
     if difference is not None:
@@ -202,6 +219,7 @@ def to_dict(result: CheckResult, verdict: Verdict, command: list[str], server: M
         "pairs": {"different": different, "total": pairs},
         "outputs": {"changed": k, "total": n, "upper_95": Rate(k, n).upper() if n else None},
         "batches": {"proven": result.proof.largest > 1, **result.proof.to_dict()},
+        "alone": result.company is None if "alone" in result.phases else None,
         "guarantees": dict(result.guarantees),
         "phases": [
             {

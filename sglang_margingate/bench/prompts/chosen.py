@@ -20,7 +20,7 @@ OVERRIDES = "--json-model-override-args"
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
     """Return the chosen prompts as plain text; before any server is started, so that a wrong name fails at once."""
-    prompts = load(args.dataset, args.data, args.limit, args.only, args.seed)
+    prompts = load(args.dataset, args.data, args.limit, args.only, args.seed, args.field)
     if SKIP_TOKENIZER in args.server_flags:
         _need_ids(prompts, "the flag after --", "leave the flag out")
     return prompts

@@ -58,7 +58,12 @@ ANY = Source("prompt", "", None, "")
 
 
 def load(
-    names: Sequence[str], data: Sequence[str] = (), limit: int | None = None, only: Sequence[str] = (), seed: int = 0
+    names: Sequence[str],
+    data: Sequence[str] = (),
+    limit: int | None = None,
+    only: Sequence[str] = (),
+    seed: int = 0,
+    field: str | None = None,
 ) -> list[Prompt]:
     """Return the prompts of the named datasets as plain user text, in a fixed order.
 
@@ -76,6 +81,8 @@ def load(
         Ids to keep; all by default.
     seed
         Of the lengths of random prompts.
+    field
+        Field of the user text in the rows of ``data``; by default the known dataset's, or ``prompt``.
 
     Raises
     ------
@@ -83,12 +90,14 @@ def load(
         One line: unknown name, unreadable file, missing field in line N, empty dataset.
     """
     files = _files(names, data)
+    if field is not None and not files:
+        raise DatasetError(f"--field {field} names a field of a file; give the file with --data [NAME=]FILE")
     wanted = list(dict.fromkeys([*names, *files]))
     if not wanted:
         raise DatasetError(f"no dataset named; use --dataset with {', '.join(EMBEDDED)} or --data FILE")
     out: list[Prompt] = []
     for name in wanted:
-        prompts = _one(name, files.get(name), limit, seed)
+        prompts = _one(name, files.get(name), limit, seed, field)
         if not prompts:
             raise DatasetError(f"dataset {name}: no prompts in it")
         taken = {p.id for p in out}
@@ -117,9 +126,10 @@ def _files(names: Sequence[str], data: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _one(name: str, file: Path | None, limit: int | None, seed: int) -> list[Prompt]:
+def _one(name: str, file: Path | None, limit: int | None, seed: int, field: str | None) -> list[Prompt]:
     if file is not None:
-        return _from_rows(name, KNOWN.get(name, ANY), read_rows(file), limit)
+        source = KNOWN.get(name, ANY) if field is None else Source(field, "", None, "", text=_plain)
+        return _from_rows(name, source, read_rows(file), limit, strict=field is not None)
     if random_ids.is_random(name):
         return random_ids.parse(name).prompts(limit, seed)
     if name in EMBEDDED:
@@ -156,20 +166,33 @@ def read_rows(file: Path) -> Iterable[tuple[str, Any]]:
         yield f"{file}: line {number}", row
 
 
-def _from_rows(name: str, source: Source, rows: Iterable[tuple[str, Any]], limit: int | None) -> list[Prompt]:
+def _plain(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _from_rows(
+    name: str, source: Source, rows: Iterable[tuple[str, Any]], limit: int | None, strict: bool = False
+) -> list[Prompt]:
     prompts: list[Prompt] = []
     ids: set[str] = set()
     for place, row in rows:
         if limit is not None and len(prompts) >= limit:
             break
         # A known dataset's file may have been converted to the plain `prompt` form.
-        field = source.field if isinstance(row, dict) and source.field in row else ANY.field
-        if not isinstance(row, dict) or field not in row:
-            raise DatasetError(f"{place} has no field {source.field!r}")
+        field = source.field if strict or (isinstance(row, dict) and source.field in row) else ANY.field
+        if not isinstance(row, dict):
+            raise DatasetError(f"{place} is not an object with a field {source.field!r}")
+        if field not in row:
+            found = ", ".join(map(str, row)) or "none at all"
+            raise DatasetError(
+                f"{place} has no field {source.field!r}, but {found}; name the user text's with --field NAME"
+            )
         try:
             text = source.text(row[field]) if field == source.field else str(row[field])
         except (TypeError, KeyError, AttributeError):
-            raise DatasetError(f"{place}: field {field!r} has an unknown form") from None
+            raise DatasetError(f"{place}: field {field!r} has an unknown form, not the user's text") from None
         if not text.strip():
             if field == source.field and source.text is _first_human_turn:
                 continue  # a conversation that the assistant opened

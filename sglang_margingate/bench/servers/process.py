@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,9 +10,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,10 @@ GATE_ALONE = ("--margingate-policy", "gate", "--margingate-fast-path", "stock")
 """Flags of a server whose gate does all the work: what looks at the gate itself asks for it, whatever the default is."""
 
 STOP_SECONDS = 15.0
+CLOSE_SECONDS = 30.0
+"""A scheduler gets this long to write its last rows and close its run; a loaded machine needs some of it."""
+SCHEDULER = "sglang::scheduler"
+"""How SGLang names the processes that decode, and that hold a run open."""
 POLL_SECONDS = 0.1
 _CAUSE = re.compile(r"margingate: error:|^\S*(Error|Exception|Interrupt)\b.*:|: error: |\b\w+Error: ")
 _HARMLESS = re.compile(r"OpenAI Responses API .* disabled: ")
@@ -135,7 +141,7 @@ def serve(
         str(port),
         *flags,
     ]
-    with log.open("wb") as out:
+    with log.open("wb") as out, _heeding_sigint():
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -151,7 +157,12 @@ def serve(
         failed = False
         yield server
     finally:
-        stop(process)
+        run = None if failed else _run_of(server)
+        stop(process, run)
+        if run is not None and not _closed(run):
+            print(
+                f"margingate: {run}: not closed in {CLOSE_SECONDS:g} s; its last rows may be missing", file=sys.stderr
+            )
         if not keep and not failed:
             log.unlink(missing_ok=True)
 
@@ -187,9 +198,61 @@ def _healthy(server: Server) -> bool:
         return False
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server: SIGINT to its group, then SIGKILL to whatever is left, children in other groups included."""
+@contextmanager
+def _heeding_sigint() -> Iterator[None]:
+    """Let a process that is started here end on SIGINT: a background shell's ignoring it would be inherited."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run_of(server: Server) -> Path | None:
+    """Return the folder of the run that a living server writes, if any."""
+    if not server.alive():
+        return None
+    try:
+        path = (Client(server.base_url, timeout=5).status().get("trace") or {}).get("path")
+    except (ServerError, AttributeError):
+        return None
+    return Path(path) if path else None
+
+
+def _closed(run: Path) -> bool:
+    try:
+        return bool(json.loads((run / "manifest.json").read_text()).get("closed_at"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _close_run(children: list[Any], run: Path) -> None:
+    """End the schedulers first and wait for their run to be closed: the launcher kills them as soon as it ends."""
+    schedulers = []
+    for child in _safe(children):
+        with suppress(Exception):  # psutil.Error: gone meanwhile
+            if any(SCHEDULER in word for word in child.cmdline()[:1]):
+                schedulers.append(child)
+                child.send_signal(signal.SIGINT)
+    end = time.monotonic() + CLOSE_SECONDS
+    while time.monotonic() < end and not _closed(run) and _living(schedulers):
+        time.sleep(POLL_SECONDS)
+
+
+def stop(process: subprocess.Popen[bytes], run: Path | None = None) -> None:
+    """End a server: SIGINT to its group, then SIGKILL to whatever is left, children in other groups included.
+
+    Parameters
+    ----------
+    run
+        Folder of the run that it writes, which is closed before.
+    """
     children = _descendants(process.pid)
+    if run is not None:
+        _close_run(children, run)
     for number, patience in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
@@ -223,8 +286,12 @@ def _descendants(pid: int) -> list[Any]:
 
 def _wait_gone(children: list[Any], seconds: float) -> None:
     end = time.monotonic() + seconds
-    while time.monotonic() < end and any(c.is_running() and c.status() != "zombie" for c in _safe(children)):
+    while time.monotonic() < end and _living(children):
         time.sleep(POLL_SECONDS)
+
+
+def _living(children: list[Any]) -> bool:
+    return any(c.is_running() and c.status() != "zombie" for c in _safe(children))
 
 
 def _safe(children: list[Any]) -> Iterator[Any]:
