@@ -22,6 +22,7 @@ from margingate_dashboard.figures.common import safe
 from margingate_dashboard.summary import tags
 from margingate_dashboard.theme import CSS
 from sglang_margingate.trace import RunInfo, TraceError
+from sglang_margingate.trace.export import harmless
 
 PAGES = {
     "runs": "runs.py",
@@ -82,7 +83,7 @@ class Exports:
 
 
 def _csv(frame: pd.DataFrame) -> bytes:
-    return frame.to_csv(index=False).encode()
+    return harmless(frame).to_csv(index=False).encode(errors="replace")
 
 
 def _figure_html(figure: go.Figure) -> bytes:

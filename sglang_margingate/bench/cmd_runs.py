@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sglang_margingate.bench.options import UsageError
+
+if TYPE_CHECKING:
+    from sglang_margingate.trace import RunInfo
 
 
 def add_runs(p: argparse.ArgumentParser) -> None:
     """Add the options of ``runs``."""
     p.add_argument("trace_dir", nargs="?", default="traces", metavar="DIR", help="folder of runs (%(default)s)")
+    p.add_argument(
+        "--compact", action="store_true", help="first merge the small files of runs that nobody writes any more"
+    )
 
 
 def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
-    """List the recorded runs, newest first."""
+    """List the recorded runs, newest first, and what is wrong with any of them."""
     from sglang_margingate.trace import list_runs
 
     if not Path(args.trace_dir).is_dir():
         raise UsageError(f"{args.trace_dir}: no such folder; a server writes runs where --margingate-trace-dir says")
     infos = list_runs(args.trace_dir)
+    if args.compact:
+        for info in infos:
+            _compact(info)
+        infos = list_runs(args.trace_dir)
     if not infos:
         print(f"no runs in {args.trace_dir}")
         return 0
     head = ("run", "model", "policy", "requests", "steps", "state")
     rows = [
         (
-            info.name,
-            str(info.manifest.get("model", "?")),
-            str(info.manifest.get("policy", "?")),
+            _shown(info.name),
+            _shown(info.manifest.get("model", "?")),
+            _shown(info.manifest.get("policy", "?")),
             f"{info.request_rows:,}",
             f"{info.step_rows:,}",
-            "live" if info.is_live else "closed" if info.manifest.get("closed_at") else "ended without closing",
+            info.state,
         )
         for info in infos
     ]
@@ -39,7 +51,31 @@ def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     for row in (head, *rows):
         cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
         print("  ".join(cells).rstrip())
+    for info in infos:
+        for warning in info.warnings:
+            print(f"margingate: {_shown(info.name)}: {_shown(warning.removeprefix(f'{info.path}: '))}", file=sys.stderr)
     return 0
+
+
+def _compact(info: RunInfo) -> None:
+    """Merge a run's small files and say so; a run that cannot be merged is named and left as it is."""
+    from sglang_margingate.trace import TraceError
+    from sglang_margingate.trace.compact import compact
+
+    if info.is_live or info.broken:
+        return
+    try:
+        before, after = compact(info.path)
+    except TraceError as error:
+        print(f"margingate: {_shown(error)}", file=sys.stderr)
+        return
+    if after < before:
+        print(f"{_shown(info.name)}: {before:,} files merged into {after:,}")
+
+
+def _shown(text: object) -> str:
+    """Return a text from a file or a folder's name as one line that no terminal obeys."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
 
 
 def add_report(p: argparse.ArgumentParser) -> None:
@@ -69,8 +105,6 @@ def add_export(p: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Write one run for other tools."""
-    import sys
-
     from sglang_margingate.trace import export_chrome_trace, export_csv, read_run
 
     run = read_run(args.run)

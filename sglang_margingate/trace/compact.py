@@ -7,6 +7,7 @@ parts. Whatever interrupts it, each row can be read, and readers count it once (
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ import pyarrow.parquet as pq
 from sglang_margingate.trace.errors import TraceError
 from sglang_margingate.trace.files import KINDS, list_files, name_of
 from sglang_margingate.trace.tables import compression, create_private, text_columns
+
+log = logging.getLogger(__name__)
+
+Span = tuple[int, int]
+"""First and last row of a file."""
 
 FAN = 12
 """Files of one size that are merged into one."""
@@ -52,7 +58,7 @@ def _tail(rows: Sequence[int], enough: int) -> int:
     return next((i for i, n in enumerate(reversed(rows)) if n >= enough), len(rows))
 
 
-def merge(folder: Path, kind: str, spans: Sequence[tuple[int, int]]) -> Iterator[None]:
+def merge(folder: Path, kind: str, spans: Sequence[Span]) -> Iterator[None]:
     """Merge adjacent files, a row group at each step: the writer's thread has other things to do between.
 
     Raises
@@ -109,6 +115,74 @@ def _remove(files: Sequence[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
+class ClosedFiles:
+    """The files that a writer has closed, and their merging, a little at a time."""
+
+    def __init__(self) -> None:
+        self._spans: dict[str, list[Span]] = {kind: [] for kind in KINDS}
+        self._from = dict.fromkeys(KINDS, 0)  # files from which on a merge is tried: raised where one failed
+        self._job: tuple[str, list[Span], Iterator[None]] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._spans.values()))
+
+    @property
+    def merging(self) -> bool:
+        """Whether a merge has begun and not ended."""
+        return self._job is not None
+
+    def add(self, kind: str, span: Span) -> None:
+        """Note a file that was just closed."""
+        self._spans[kind].append(span)
+
+    def clear(self) -> None:
+        """The folder was removed."""
+        self._spans = {kind: [] for kind in KINDS}
+
+    def merge_some(self, folder: Path) -> None:
+        """Go on with a merge by one row group, or begin one where it is due."""
+        if self._job is not None:
+            self._step(folder)
+            return
+        for kind, spans in self._spans.items():
+            chosen = due(_rows(spans)) if len(spans) >= self._from[kind] else None
+            if chosen is not None:
+                self._job = (kind, spans[chosen], merge(folder, kind, spans[chosen]))
+                return
+
+    def merge_small(self, folder: Path, enough: int) -> bool:
+        """Merge the last files with fewer rows than `enough`, all at once; return whether there were any."""
+        before = len(self)
+        self._job = None  # the temporary file goes with it
+        for kind, spans in self._spans.items():
+            chosen = small_tail(_rows(spans), enough)
+            if chosen is not None:
+                self._job = (kind, spans[chosen], merge(folder, kind, spans[chosen]))
+            while self._job is not None:
+                self._step(folder)
+        return len(self) < before
+
+    def _step(self, folder: Path) -> None:
+        assert self._job is not None
+        kind, parts, steps = self._job
+        spans = self._spans[kind]
+        try:
+            next(steps)
+            return
+        except StopIteration:
+            if parts[0] in spans:  # else the folder was removed meanwhile, and begun anew
+                at = spans.index(parts[0])
+                spans[at : at + len(parts)] = [(parts[0][0], parts[-1][1])]
+        except (OSError, ValueError, pa.ArrowException) as e:
+            self._from[kind] = len(spans) + FAN
+            log.warning("margingate trace: %s: small files stay apart: %s", folder, getattr(e, "strerror", None) or e)
+        self._job = None
+
+
+def _rows(spans: Sequence[Span]) -> list[int]:
+    return [last - first + 1 for first, last in spans]
+
+
 def compact(folder: Path, enough: int = TIERS[1]) -> tuple[int, int]:
     """Merge the small files of a run that nobody writes any more.
 
@@ -129,7 +203,7 @@ def compact(folder: Path, enough: int = TIERS[1]) -> tuple[int, int]:
         if any(f.first is None for f in listing.files):
             raise TraceError(f"{folder}: a run of schema 1.x keeps its files as they are")
         _remove([f.path for f in listing.replaced])
-        group: list[tuple[int, int]] = []
+        group: list[Span] = []
         for file in [*listing.files, None]:
             span = None if file is None else (file.first or 0, file.last or 0)
             joins = span is not None and span[1] - span[0] + 1 < enough and (not group or group[-1][1] + 1 == span[0])

@@ -7,10 +7,15 @@ import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_margingate.trace.errors import TraceError
 from sglang_margingate.trace.reader import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _STEP_FIELDS = ["step", "time", "token", "margin", "threshold", "reason", "flipped", "repaired", "batch_rows"]
 _STEP_FIELDS += ["prefill", "step_ms", "verify_ms", "hold_ms"]
@@ -19,7 +24,8 @@ _STEP_FIELDS += ["prefill", "step_ms", "verify_ms", "hold_ms"]
 def export_csv(run: Run, folder: str | os.PathLike[str]) -> list[Path]:
     """Write ``steps.csv`` and ``requests.csv`` into `folder` (made if absent) and return their paths.
 
-    Null and NaN are both empty fields; times are ISO 8601 with offset.
+    Null and NaN are both empty fields; times are ISO 8601 with offset. Text that a spreadsheet would take for a formula
+    gets an apostrophe in front (:func:`harmless`).
 
     Raises
     ------
@@ -30,10 +36,33 @@ def export_csv(run: Run, folder: str | os.PathLike[str]) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, frame in (("steps", run.steps), ("requests", run.requests)):
-            frame.to_csv(out / f"{name}.csv", index=False)
+            harmless(frame).to_csv(out / f"{name}.csv", index=False)
     except OSError as e:
         raise TraceError(f"cannot write CSV in {out}: {e.strerror or e}; choose another folder") from None
     return [out / "steps.csv", out / "requests.csv"]
+
+
+def harmless(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame for a spreadsheet: text that begins like a formula gets an apostrophe in front (OWASP's rule).
+
+    Request ids and texts come from clients. Numbers are left alone.
+    """
+    import pandas as pd
+
+    mended = {}
+    for name in frame.columns:
+        column = frame[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            words = column.cat.categories
+            if not any(str(word).startswith(_FORMULA) for word in words):
+                continue
+            column = column.astype(object)
+        elif not (pd.api.types.is_object_dtype(column.dtype) or pd.api.types.is_string_dtype(column.dtype)):
+            continue
+        risky = column.map(lambda value: isinstance(value, str) and value.startswith(_FORMULA), na_action=None)
+        if risky.any():
+            mended[name] = column.astype(object).where(~risky.astype(bool), "'" + column.astype(str))
+    return frame.assign(**mended)
 
 
 def export_chrome_trace(run: Run, file: str | os.PathLike[str], *, request_ids: Collection[str] | None = None) -> Path:
@@ -55,7 +84,7 @@ def export_chrome_trace(run: Run, file: str | os.PathLike[str], *, request_ids: 
     TraceError
         Columns are missing or the file cannot be written.
     """
-    missing = [c for c in ["request_id", *_STEP_FIELDS] if c not in run.steps.columns]
+    missing = [c for c in ["request", "request_id", *_STEP_FIELDS] if c not in run.steps.columns]
     if missing:
         raise TraceError(f"the Chrome trace needs step column {missing[0]!r}; read the run without step_columns")
     out = Path(file)
@@ -82,9 +111,14 @@ def chrome_events(run: Run, request_ids: Collection[str] | None = None) -> Itera
     yield {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": run.path.name}}
     if steps.empty:
         return
-    arrival: dict[str, float] = {}
-    if {"request_id", "time"} <= set(run.requests.columns):
-        arrival = dict(zip(run.requests["request_id"].astype(str), _micros(run.requests["time"])))
+    arrival: dict[int, float] = {}
+    if {"request", "time"} <= set(run.requests.columns):
+        timed = run.requests[run.requests["time"].notna()]
+        arrival = dict(zip(timed["request"].tolist(), _micros(timed["time"])))
+    names = steps["request_id"].astype(str)
+    shared = steps["request"].groupby(names).transform("nunique") > 1
+    # One id may stand for several requests: then the track says which.
+    steps = steps.assign(_name=names.where(~shared, names + " (request " + steps["request"].astype(str) + ")"))
     micros = _micros(steps["time"])
     # The first slice of the run begins at zero: Perfetto shows absolute microseconds badly.
     origin = float((micros - steps["step_ms"].fillna(0).to_numpy() * 1000.0).min())
@@ -92,13 +126,14 @@ def chrome_events(run: Run, request_ids: Collection[str] | None = None) -> Itera
     for column in ("step_ms", "verify_ms", "hold_ms"):
         steps[column] = steps[column].fillna(0.0)
     tid = 0
-    for rid, rows in steps.groupby("request_id", sort=False, observed=True)[[*_STEP_FIELDS, "_us"]]:
+    for number, rows in steps.groupby("request", sort=False)[[*_STEP_FIELDS, "_us", "_name"]]:
         tid += 2
-        yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": str(rid)}}
+        name = rows["_name"].iloc[0]
+        yield {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
         if rows["hold_ms"].gt(0).any():
-            yield {"ph": "M", "pid": 1, "tid": tid + 1, "name": "thread_name", "args": {"name": f"{rid} (held)"}}
-        if str(rid) in arrival:
-            yield _mark("arrived", tid, max(arrival[str(rid)] - origin, 0.0), {})
+            yield {"ph": "M", "pid": 1, "tid": tid + 1, "name": "thread_name", "args": {"name": f"{name} (held)"}}
+        if number in arrival:
+            yield _mark("arrived", tid, max(arrival[number] - origin, 0.0), {})
         yield from _request_events(rows, tid)
 
 

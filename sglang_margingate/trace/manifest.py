@@ -8,13 +8,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from sglang_margingate.trace.errors import SchemaVersionError, TraceError
 from sglang_margingate.trace.schema import MANIFEST_NAME, SCHEMA_VERSION
 from sglang_margingate.trace.tables import create_private
+
+_MOST_BYTES = 16 * 1024 * 1024
+_MOST_LEVELS = 64
 
 HEARTBEAT_SECONDS = 5.0
 """The writer rewrites the manifest at least this often while it lives, rows or no rows."""
@@ -23,8 +29,11 @@ LIVE_SECONDS = 20.0
 """A run without ``closed_at`` whose heartbeat is younger than this counts as live (three beats may be lost)."""
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
 class Manifest(TypedDict, total=False):
-    """The fields that this project writes; others are kept as they are."""
+    """The fields that this project writes, with the types that readers insist on; others are kept as they are."""
 
     schema_version: str
     """``major.minor`` of :data:`~sglang_margingate.trace.schema.SCHEMA_VERSION`; set by the writer."""
@@ -38,22 +47,36 @@ class Manifest(TypedDict, total=False):
     """ISO 8601, UTC: the writer was alive then; renewed every 5 s."""
     closed_at: str
     """ISO 8601, UTC: the writer closed the run; absent while it lives and after a crash."""
-    totals: dict[str, int]
+    totals: dict[str, _Count]
     """step_rows, request_rows, dropped_rows, dropped_requests, write_errors and files, renewed with the heartbeat."""
     model: str
     """Model path or name."""
+    dtype: str
+    """Of the model's weights and activations."""
     policy: str
     """off, log, gate or always."""
+    repair: str
+    """column or window."""
+    threshold: float | None
+    """The server's default threshold (tau)."""
     device: str
     """Device and its name."""
+    attention_backend: str | None
+    """SGLang's attention back end."""
     versions: dict[str, str]
     """Versions of SGLang, torch and this package."""
     flags: dict[str, Any]
     """Every flag of the server, ours and SGLang's."""
-    profile: dict[str, Any] | None
+    profile: Any
     """The threshold profile in force."""
-    self_test: dict[str, Any]
+    self_test: dict[str, Any] | None
     """Result of the start-up invariance self-test."""
+    invariance: dict[str, Any] | None
+    """What the probe of the canonical fast path found."""
+    notes: list[str]
+    """What lowers every guarantee of the server."""
+    synthetic: bool
+    """The run is made up."""
 
 
 def utc_now() -> str:
@@ -77,7 +100,7 @@ def is_live(manifest: dict[str, Any]) -> bool:
     beat = parse_time(manifest.get("heartbeat"))
     if beat is None or manifest.get("closed_at"):
         return False
-    return (datetime.now(timezone.utc) - beat).total_seconds() < LIVE_SECONDS
+    return abs((datetime.now(timezone.utc) - beat).total_seconds()) < LIVE_SECONDS
 
 
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
@@ -111,20 +134,83 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     TraceError
-        There is no manifest, or it is not a JSON object.
+        There is no manifest, or it is not what a writer of a known schema writes.
     """
     file = Path(path) / MANIFEST_NAME
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = _parse(_plain_text(file))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"a JSON object was expected, found {type(manifest).__name__}")
+        if not _is_newer(manifest.get("schema_version")):
+            msgspec.convert(manifest, Manifest, strict=True)
     except FileNotFoundError:
         raise TraceError(f"{path}: no {MANIFEST_NAME}; give the folder of one run, traces/<run>") from None
     except OSError as e:
         raise TraceError(f"{file}: cannot be read ({e.strerror or e})") from None
-    except ValueError as e:  # covers JSONDecodeError and UnicodeDecodeError
-        raise TraceError(f"{file}: not valid JSON ({e}); the run's rows can still be read") from None
-    if not isinstance(manifest, dict):
-        raise TraceError(f"{file}: a JSON object was expected, found {type(manifest).__name__}")
+    except RecursionError:
+        raise TraceError(f"{file}: nested too deeply; the run's rows can still be read") from None
+    except ValueError as e:  # covers JSON's, Unicode's and the schema library's errors
+        raise TraceError(f"{file}: {_first_line(e)}; the run's rows can still be read") from None
     return manifest
+
+
+def _plain_text(file: Path) -> str:
+    """Return the text of a plain file of sensible size; a FIFO or a device is not opened, a link not followed."""
+    found = os.lstat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a plain file (a link, a FIFO or a device)")
+    if found.st_size > _MOST_BYTES:
+        raise ValueError(f"{found.st_size:,} bytes, a manifest has less than {_MOST_BYTES:,}")
+    # Non-blocking: what lies there may have been replaced since it was looked at.
+    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as f:
+        return f.read(_MOST_BYTES)
+
+
+def _parse(text: str) -> Any:
+    """Return the JSON value; numbers that no column holds, and nesting that no page could show, are errors.
+
+    Raises
+    ------
+    ValueError, RecursionError
+        It is not valid JSON, or such.
+    """
+
+    def number(kind: type) -> Any:
+        def convert(digits: str) -> Any:
+            if len(digits) > 40:
+                raise ValueError(f"a number of {len(digits)} characters")
+            value = kind(digits)
+            if not -(2.0**64) < value < 2.0**64:
+                raise ValueError(f"a number out of range ({digits})")
+            return value
+
+        return convert
+
+    def constant(word: str) -> Any:
+        raise ValueError(f"{word} is not a JSON number")
+
+    found = json.loads(text, parse_int=number(int), parse_float=number(float), parse_constant=constant)
+    level = [found]
+    for _ in range(_MOST_LEVELS):
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return found
+    raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
+
+
+def _first_line(e: Exception) -> str:
+    text = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    if isinstance(e, msgspec.ValidationError):
+        what, _, where = text.partition(" - at ")
+        return f"{where.strip('`').removeprefix('$.') or 'it'}: {what[:1].lower()}{what[1:]}"
+    return f"not valid JSON ({text})" if isinstance(e, json.JSONDecodeError) else text
+
+
+def _is_newer(found: object) -> bool:
+    try:
+        return int(str(found).split(".")[0]) > int(SCHEMA_VERSION.split(".")[0])
+    except ValueError:
+        return False  # absent or garbled: the caller reads what it can and says so
 
 
 def check_version(found: object, where: str) -> None:
@@ -135,11 +221,7 @@ def check_version(found: object, where: str) -> None:
     SchemaVersionError
         The major number is newer.
     """
-    try:
-        major = int(str(found).split(".")[0])
-    except ValueError:
-        return  # absent or garbled: the caller reads what it can and says so
-    if major > int(SCHEMA_VERSION.split(".")[0]):
+    if _is_newer(found):
         raise SchemaVersionError(
             f"{where}: written with trace schema {found}, this version reads up to {SCHEMA_VERSION.split('.')[0]}.x; "
             "upgrade sglang-margingate (pip install -U sglang-margingate)"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_margingate.trace.errors import BAD_FILE, SchemaVersionError, TraceError
-from sglang_margingate.trace.files import KINDS, RowFile, list_files
+from sglang_margingate.trace.files import KINDS, Listing, RowFile, list_files
 from sglang_margingate.trace.frames import to_frame
 from sglang_margingate.trace.manifest import check_version, is_live, parse_time, read_manifest
 from sglang_margingate.trace.rows import Cursor, damaged, gap, read_rows, settled
@@ -136,7 +136,11 @@ def run_info(path: Path) -> RunInfo | None:
         warnings, broken = [str(e)], str(e)
     except (TraceError, OSError):
         return None
-    counts = {kind: _count(path, kind, manifest, warnings) for kind in KINDS}
+    listings = {kind: settled(path, kind) for kind in KINDS}
+    totals = manifest.get("totals") or {}
+    # Schema 1.x left tens of thousands of files: where none is missing, their footers say nothing new.
+    known = manifest.get("closed_at") and totals.get("files") == sum(len(found.files) for found in listings.values())
+    counts = {kind: _count(kind, listings[kind], totals if known else {}, warnings) for kind in KINDS}
     warnings += _missing(manifest, counts)
     created = parse_time(manifest.get("created"))
     live = is_live(manifest)
@@ -145,20 +149,25 @@ def run_info(path: Path) -> RunInfo | None:
     )
 
 
-def _count(path: Path, kind: str, manifest: dict[str, Any], warnings: list[str]) -> int:
-    """Return a run's rows of one kind, by names and footers; what is wrong with its files goes to the warnings."""
-    listing = settled(path, kind)
+def _count(kind: str, listing: Listing, totals: dict[str, int], warnings: list[str]) -> int:
+    """Return a run's rows of one kind, by names, totals and footers; what is wrong with its files is a warning."""
     warnings += listing.odd
     warnings += [gap(kind, *span) for span in listing.gaps]
-    rows = 0
+    promised = totals.get("step_rows" if kind == "steps" else "request_rows")
+    rows: list[int] = []
     for file in listing.files:
         try:
-            rows += _footer_rows(str(file.path), file.size, file.mtime_ns) if file.rows is None else _whole(file)
+            if promised is None and file.rows is None:
+                rows.append(_footer_rows(str(file.path), file.size, file.mtime_ns))
+            else:
+                rows.append(_whole(file))
         except FileNotFoundError:
-            rows += file.rows or 0  # merged into another since
+            rows.append(file.rows or 0)  # merged into another since
         except BAD_FILE as e:
             warnings.append(damaged(file.path, e))
-    return rows
+    if promised is None or all(file.rows is not None for file in listing.files):
+        return sum(rows)
+    return promised if len(rows) == len(listing.files) else _count(kind, listing, {}, [])
 
 
 def _whole(file: RowFile) -> int:

@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from sglang_margingate.trace.compact import FAN, due, merge, small_tail
+from sglang_margingate.trace.compact import ClosedFiles
 from sglang_margingate.trace.errors import TraceError
-from sglang_margingate.trace.files import KINDS, name_of
+from sglang_margingate.trace.files import name_of
+from sglang_margingate.trace.keep import Keep, parse_keep
 from sglang_margingate.trace.manifest import HEARTBEAT_SECONDS, Manifest, utc_now, write_manifest
+from sglang_margingate.trace.retention import limit_folder
 from sglang_margingate.trace.ring import StepRing
 from sglang_margingate.trace.schema import REQUEST_SCHEMA, SCHEMA_VERSION
 from sglang_margingate.trace.tables import StepChunk, rows_table, steps_batch, write_whole
 
 log = logging.getLogger(__name__)
+
+LIMIT_SECONDS = 3600.0
+"""How often the traces folder is held to its limits."""
 
 _PIECE_ROWS = 512  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
 _POLL_SECONDS = 0.5  # seldom: each awakening finds cold caches and takes the GIL from the scheduler
@@ -51,6 +57,10 @@ class TraceWriter:
         A file is closed at that many step rows, or when its first row is that old. Once the run is closed, its files
         with fewer rows are merged.
 
+    keep
+        Limits of the folder (:func:`~sglang_margingate.trace.keep.parse_keep`), enforced at start and hourly; by default
+        none.
+
     Raises
     ------
     TraceError
@@ -65,6 +75,7 @@ class TraceWriter:
         ring_rows: int = 200_000,
         rows_per_file: int = 50_000,
         seconds_per_file: float = 5.0,
+        keep: Keep | str | None = None,
     ) -> None:
         if ring_rows < 1 or rows_per_file < 1 or seconds_per_file <= 0:
             raise TraceError("ring_rows, rows_per_file and seconds_per_file must be positive")
@@ -76,6 +87,8 @@ class TraceWriter:
         """Request rows lost: the disk failed for long, or a row does not fit the schema."""
         self.write_errors = 0
         """Failed attempts to write."""
+        self._keep = parse_keep(keep) if isinstance(keep, str) else keep or Keep()
+        self._limited_at = -math.inf
         self._rows_per_file, self._seconds = rows_per_file, seconds_per_file
         self._lost_rows = 0  # taken off the ring, but not written
         self._lock = threading.Lock()  # guards the manifest's fields
@@ -84,9 +97,7 @@ class TraceWriter:
         self._open: list[pa.RecordBatch] = []  # the open steps file
         self._open_rows = 0
         self._open_since: float | None = None  # monotonic time of the open file's first row, steps or requests
-        self._files: dict[str, list[tuple[int, int]]] = {kind: [] for kind in KINDS}  # first and last row of each
-        self._merge_from = dict.fromkeys(KINDS, 0)  # files from which on a merge is tried: raised where one failed
-        self._merging: tuple[str, list[tuple[int, int]], Iterator[None]] | None = None
+        self._files = ClosedFiles()
         self._failing = False
         self._bad_row_seen = False
         self._wake = threading.Event()
@@ -144,7 +155,7 @@ class TraceWriter:
             "dropped_rows": self.dropped_rows,
             "dropped_requests": self.dropped_requests,
             "write_errors": self.write_errors,
-            "files": sum(map(len, self._files.values())),
+            "files": len(self._files),
         }
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -216,7 +227,11 @@ class TraceWriter:
                         self._manifest["closed_at"] = utc_now()
                 if closing or time.monotonic() - self._beat_at >= HEARTBEAT_SECONDS:
                     self._beat()
-                self._merge(closing)
+                if not closing:
+                    self._files.merge_some(self.path)
+                elif self._files.merge_small(self.path, self._rows_per_file):
+                    self._beat()  # fewer files than it said
+                self._limit(closing)
             except Exception:  # the thread must outlive anything: it is the only one that writes
                 log.exception("margingate trace: unexpected error; tracing goes on")
             with self._flushed:
@@ -228,7 +243,7 @@ class TraceWriter:
 
     def _pause(self) -> float:
         """Return the seconds until there is something to do without being woken."""
-        if self._merging is not None:
+        if self._files.merging:
             return 0.0
         if self._open_since is None:
             return min(_POLL_SECONDS, self._seconds)
@@ -309,57 +324,25 @@ class TraceWriter:
             if not self.path.is_dir():  # removed under us: begin it anew
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.mkdir(mode=0o700, exist_ok=True)
-                self._files = {kind: [] for kind in KINDS}
+                self._files.clear()
                 self._beat()
             write_whole(table, self.path / name_of(kind, *span))
         except (OSError, pa.ArrowException) as e:
             self._failed(e)
             return False
-        self._files[kind].append(span)
+        self._files.add(kind, span)
         if self._failing:
             self._failing = False
             log.warning("margingate trace: %s can be written again; %d step rows lost", self.path, self.dropped_rows)
         return True
 
-    def _merge(self, closing: bool) -> None:
-        """Go on with a merge by one row group, or begin one where it is due; when closing, do all at once."""
-        if closing:
-            self._merging = None  # its temporary file goes with it
-        elif self._merging is not None:
-            self._merge_step()
+    def _limit(self, closing: bool) -> None:
+        """Remove runs beyond the folder's limits, once an hour; on a thread of its own, as that may take seconds."""
+        if closing or not self._keep or time.monotonic() - self._limited_at < LIMIT_SECONDS:
             return
-        for kind in KINDS:
-            files = self._files[kind]
-            rows = [last - first + 1 for first, last in files]
-            if closing:
-                chosen = small_tail(rows, self._rows_per_file)
-            else:
-                chosen = due(rows) if len(files) >= self._merge_from[kind] else None
-            if chosen is not None:
-                spans = files[chosen]
-                self._merging = (kind, spans, merge(self.path, kind, spans))
-            while closing and self._merging is not None:
-                self._merge_step()
-            if self._merging is not None:
-                return
-
-    def _merge_step(self) -> None:
-        assert self._merging is not None
-        kind, spans, steps = self._merging
-        try:
-            next(steps)
-            return
-        except StopIteration:
-            files = self._files[kind]
-            if spans[0] in files:  # else the folder was removed meanwhile, and begun anew
-                at = files.index(spans[0])
-                files[at : at + len(spans)] = [(spans[0][0], spans[-1][1])]
-        except (OSError, ValueError, pa.ArrowException) as e:
-            self._merge_from[kind] = len(self._files[kind]) + FAN
-            log.warning(
-                "margingate trace: %s: small files stay apart: %s", self.path, getattr(e, "strerror", None) or e
-            )
-        self._merging = None
+        self._limited_at = time.monotonic()
+        args = (self.path.parent, self._keep, self.path)
+        threading.Thread(target=limit_folder, args=args, name="margingate-trace-keep", daemon=True).start()
 
     def _beat(self) -> None:
         """Renew the manifest with heartbeat and totals."""

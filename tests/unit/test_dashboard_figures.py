@@ -93,6 +93,8 @@ def test_nothing_to_draw_is_said() -> None:
     assert "No matched" in says(compare.still_identical(pd.DataFrame({"dataset": []})))
     assert "no recorded steps" in says(request.margins(pd.DataFrame()))
     assert "finished" in says(request.waterfall(pd.Series(dtype=float)))
+    unseen = pd.Series({"e2e_ms": 50.0, "prefill_ms": 5.0, "ttft_ms": np.nan, "verify_ms": 0.0, "hold_ms": 0.0})
+    assert "not known" in says(request.waterfall(unseen)), "a first token that nobody saw did not come at once"
 
 
 def test_a_requests_margins_have_a_trace_per_state(steps: pd.DataFrame) -> None:

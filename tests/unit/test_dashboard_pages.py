@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -66,6 +67,22 @@ def manifest_garbled(folder: Path) -> None:
 def manifest_of_odd_types(folder: Path) -> None:
     run = write_run(folder / "odd", SMALL)
     rewrite_manifest(run, model=["a"], flags="none", versions=7, created=12, device=None)
+
+
+def manifests_of_all_kinds(folder: Path) -> None:
+    write_run(folder / "good", SMALL)
+    texts = {
+        "deep": "[" * 100_000,
+        "long": '{"threshold": ' + "1" * 401 + "}",
+        "nan": '{"threshold": NaN}',
+        "list": "[1]",
+    }
+    for name, text in texts.items():
+        (write_run(folder / name, SMALL) / "manifest.json").write_text(text)
+    fifo = write_run(folder / "fifo", SMALL)
+    (fifo / "manifest.json").unlink()
+    os.mkfifo(fifo / "manifest.json")
+    os.mkfifo(fifo / "steps-9999.parquet")
 
 
 def all_files_damaged(folder: Path) -> None:
@@ -150,7 +167,7 @@ def two_runs_without_common_requests(folder: Path) -> None:
 
 SCENARIOS: list[Callable[[Path], None]] = [
     empty_folder, missing_folder, half_written, nothing_but_a_manifest, manifest_missing, manifest_garbled,
-    manifest_of_odd_types, all_files_damaged, newer_schema, no_flips, one_request, without_text, ten_thousand_requests,
+    manifest_of_odd_types, manifests_of_all_kinds, all_files_damaged, newer_schema, no_flips, one_request, without_text, ten_thousand_requests,
     unknown_datasets, policy_off, live, first_tokens_only, nulls_wherever_possible, two_runs,
     two_runs_without_common_requests,
 ]  # fmt: skip
@@ -187,6 +204,17 @@ def shown(at: AppTest) -> str:
 def test_an_empty_folder_says_how_to_make_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at = open_app(tmp_path, monkeypatch).run()
     assert "launch_server" in shown(at)
+
+
+def test_a_broken_manifest_marks_its_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests_of_all_kinds(tmp_path)
+    at = open_app(tmp_path, monkeypatch).run()
+    table = at.dataframe[0].value
+    status = dict(zip(table["run"], table["status"]))
+    assert status.pop("good") == "made up"
+    assert set(status.values()) == {"broken"}
+    said = " ".join(c.value for c in at.caption)
+    assert all(word in said for word in ("nested too deeply", "401 characters", "NaN", "found list", "FIFO"))
 
 
 def test_a_newer_run_is_listed_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,15 @@ import pandas as pd
 import pytest
 
 from sglang_margingate.trace import Run, TraceError, TraceWriter, export_chrome_trace, export_csv, read_run
+from sglang_margingate.trace.export import harmless
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     base = {"dataset": "arith", "margin": 0.5, "threshold": float("nan"), "batch_rows": 2, "prefill": False}
     rows = []
-    for rid, at in (("a", 100.0), ("b", 100.005)):
+    for number, rid, at in ((1, "a", 100.0), (2, "b", 100.005)):
+        base = {**base, "request": number}
         rows.append({**base, "request_id": rid, "step": 0, "time": at, "prefill": True, "step_ms": 10.0})
         rows.append({**base, "request_id": rid, "step": 1, "time": at + 0.004, "step_ms": 4.0})
         flip = {"verify_ms": 2.0, "flipped": True, "repaired": True, "reason": "margin", "verify_token": 3}
@@ -23,7 +25,7 @@ def run(tmp_path: Path) -> Run:
     names = sorted({k for r in rows for k in r})
     with TraceWriter(tmp_path, {"model": "m"}) as w:
         w.add_steps({n: [r.get(n) for r in rows] for n in names})
-        w.add_request({"request_id": "a", "time": 99.985, "output_tokens": 3})
+        w.add_request({"request": 1, "request_id": "a", "time": 99.985, "output_tokens": 3})
     return read_run(w.path)
 
 
@@ -33,6 +35,31 @@ def test_csv(run: Run, tmp_path: Path) -> None:
     assert list(back.columns) == list(run.steps.columns)
     assert back["step"].tolist() == [0, 1, 2, 0, 1, 2]
     assert pd.read_csv(files[1])["request_id"].tolist() == ["a"]
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_text(run: Run, tmp_path: Path) -> None:
+    attacks = ['=HYPERLINK("http://x")', "+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "plain", None]
+    columns = {
+        "text": pd.array(attacks, dtype="str"),
+        "object": attacks,
+        "category": pd.Categorical(attacks),
+        "number": [-1.5] * len(attacks),
+    }
+    found = harmless(pd.DataFrame(columns))
+    for name in ("text", "object", "category"):
+        assert [None if pd.isna(v) else v for v in found[name]] == [f"'{a}" for a in attacks[:6]] + ["plain", None]
+    assert found["number"].tolist() == columns["number"]
+    run.requests["request_id"] = "=cmd|' /C calc'!A0"
+    run.steps["request_id"] = pd.Categorical(["=1"] * len(run.steps))
+    for file in export_csv(run, tmp_path / "out"):
+        assert pd.read_csv(file)["request_id"].str.startswith("'=").all()
+
+
+def test_two_requests_with_one_id_have_a_track_each(run: Run, tmp_path: Path) -> None:
+    run.steps["request_id"] = pd.Categorical(["same"] * len(run.steps))
+    events = json.loads(export_chrome_trace(run, tmp_path / "t.json").read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert [n for n in names if "held" not in n] == ["same (request 1)", "same (request 2)"]
 
 
 def test_chrome_trace(run: Run, tmp_path: Path) -> None:

@@ -117,7 +117,6 @@ def latency_parts(request: pd.Series) -> dict[str, float]:
 
     whole = value("e2e_ms")
     prefill = min(value("prefill_ms"), whole)
-    # Without a first token nobody saw where the wait ended: it stays within "decode".
     queue = min(max(0.0, value("ttft_ms") - prefill), whole - prefill)
     verify = min(value("verify_ms"), whole - prefill - queue)
     hold = min(value("hold_ms"), whole - prefill - queue - verify)
@@ -132,6 +131,8 @@ def waterfall(request: pd.Series, subtitle: str = "") -> go.Figure:
     title = "Where the time went"
     if whole <= 0:
         return empty(title, "Times appear when the request has finished.")
+    if not np.isfinite(number(request.get("ttft_ms"))):
+        return empty(title, "No step of this request was observed: when its first token came is not known.")
     names = [*parts, "total"]
     starts = np.concatenate([[0.0], np.cumsum(list(parts.values()))[:-1], [0.0]])
     widths = [*parts.values(), whole]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import pandas as pd
@@ -23,11 +24,15 @@ def _missed(total: Headline) -> str:
     return f"{total.missed:,} of {total.examined:,} audited, ≤ {at_most(total.miss_upper)}"
 
 
+def _ended(manifest: Mapping[str, object]) -> str:
+    return "made up" if manifest.get("synthetic") else "closed"
+
+
 def _row(info: RunInfo) -> dict[str, object]:
     manifest = info.manifest
     row: dict[str, object] = {
         "run": info.name,
-        "status": "● live" if info.is_live else ("made up" if manifest.get("synthetic") else "closed"),
+        "status": "broken" if info.broken else "● live" if info.is_live else _ended(manifest),
         "created": info.created,
         "model": str(manifest.get("model") or "–"),
         "policy": str(manifest.get("policy") or "–"),

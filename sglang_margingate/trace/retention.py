@@ -1,0 +1,142 @@
+"""The traces folder within its limits: old runs go, the oldest first.
+
+Only a folder whose manifest says that it is this very run, and that the run has ended, is ever removed, and only if it
+holds nothing but a run's files. So a run that was renamed by hand, or has somebody's notes in it, stays for good. No
+symbolic link is followed: files are removed by name within the opened folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_margingate.trace.errors import TraceError
+from sglang_margingate.trace.keep import Keep
+from sglang_margingate.trace.manifest import is_live, parse_time, read_manifest
+from sglang_margingate.trace.schema import MANIFEST_NAME
+
+log = logging.getLogger(__name__)
+
+DEAD_SECONDS = 3600.0
+"""A run that was not closed counts as ended once its writer has been silent for that long."""
+
+_OURS = re.compile(r"manifest\.json|\.manifest\.json\.tmp|\.?(steps|requests)-[0-9-]+\.parquet(\.tmp)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class OldRun:
+    """A run that has ended, as far as removing it goes."""
+
+    path: Path
+    ended: float
+    size: int
+    files: tuple[str, ...]
+
+
+def limit_folder(folder: Path, keep: Keep, own: Path | None = None, now: float | None = None) -> list[OldRun]:
+    """Remove the runs that are too old or too much, and return them; the run at `own` stays.
+
+    Never raises for what lies there; each removal is a line of the log.
+    """
+    if not keep:
+        return []
+    now = time.time() if now is None else now
+    total = 0
+    ended: list[OldRun] = []
+    for path in _folders(folder):
+        names, size = _content(path)
+        total += size
+        if path != own and (end := _ended(path, now)) is not None and all(map(_OURS.fullmatch, names)):
+            ended.append(OldRun(path, end, size, tuple(names)))
+    removed = []
+    for run in sorted(ended, key=lambda r: (r.ended, r.path.name)):
+        too_old = keep.seconds is not None and now - run.ended > keep.seconds
+        too_much = keep.size is not None and total > keep.size
+        if not (too_old or too_much) or not _remove(run):
+            continue
+        total -= run.size
+        removed.append(run)
+        why = "older than" if too_old else "beyond the size of"
+        log.info(
+            "margingate trace: removed run %s (%.1f MB): %s --margingate-trace-keep %s",
+            run.path.name, run.size / 1e6, why, keep.text,
+        )  # fmt: skip
+    if keep.size is not None and total > keep.size:
+        log.warning(
+            "margingate trace: %s holds %.1f MB, above --margingate-trace-keep %s; what is left is live or not a run "
+            "of ours",
+            folder, total / 1e6, keep.text,
+        )  # fmt: skip
+    return removed
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders that hold a manifest, themselves no links."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                try:
+                    if entry.is_dir(follow_symlinks=False) and stat.S_ISREG(os.lstat(path / MANIFEST_NAME).st_mode):
+                        yield path
+                except OSError:
+                    continue
+    except OSError:
+        return
+
+
+def _content(path: Path) -> tuple[list[str], int]:
+    """Return the names in a folder, and the bytes of its plain files."""
+    names, size = [], 0
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                names.append(entry.name)
+                found = entry.stat(follow_symlinks=False)
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    except OSError:
+        pass  # it changes while we look: a live run, or one that another server removes
+    return names, size
+
+
+def _ended(path: Path, now: float) -> float | None:
+    """Return when the run ended; None where it has not, or where the manifest is not this run's own."""
+    try:
+        manifest = read_manifest(path)
+    except TraceError:
+        return None
+    if manifest.get("run") != path.name or not manifest.get("schema_version") or is_live(manifest):
+        return None
+    closed, beat = parse_time(manifest.get("closed_at")), parse_time(manifest.get("heartbeat"))
+    if closed is not None:
+        return closed.timestamp()
+    if beat is None or now - beat.timestamp() < DEAD_SECONDS:
+        return None
+    return beat.timestamp()
+
+
+def _remove(run: OldRun) -> bool:
+    """Remove a run, its manifest last: cut short, it is removed the next time."""
+    try:
+        where = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        for name in sorted(run.files, key=lambda n: n == MANIFEST_NAME):
+            try:
+                os.unlink(name, dir_fd=where)
+            except FileNotFoundError:
+                continue
+        os.rmdir(run.path)
+    except OSError as e:
+        log.warning("margingate trace: cannot remove run %s: %s", run.path, e.strerror or e)
+        return False
+    finally:
+        os.close(where)
+    return True

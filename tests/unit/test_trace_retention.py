@@ -1,0 +1,185 @@
+"""The traces folder within its limits: what goes, and what never does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from sglang_margingate.trace import TraceError, TraceWriter, list_runs
+from sglang_margingate.trace import retention as retention_module
+from sglang_margingate.trace.keep import Keep, parse_keep
+from sglang_margingate.trace.manifest import read_manifest, write_manifest
+from sglang_margingate.trace.retention import limit_folder
+
+DAY = 86_400.0
+
+
+def iso(seconds_ago: float) -> str:
+    return datetime.fromtimestamp(time.time() - seconds_ago, timezone.utc).isoformat()
+
+
+def a_run(
+    folder: Path, name: str, *, ended: float | None, beat: float = 0.0, size: int = 1000, **fields: object
+) -> Path:
+    """Write a run that ended some seconds ago, or (None) was never closed and was silent for `beat` seconds."""
+    path = folder / name
+    path.mkdir(parents=True)
+    manifest = {"schema_version": "2.0", "run": name, "created": iso(9 * DAY), "heartbeat": iso(beat), **fields}
+    if ended is not None:
+        manifest["closed_at"] = iso(ended)
+    write_manifest(path, manifest)
+    (path / "steps-000000000-000000009.parquet").write_bytes(bytes(size))
+    (path / ".steps-000000010-000000019.parquet.tmp").write_bytes(b"")
+    return path
+
+
+def left(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_old_runs_go_and_live_ones_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a_run(tmp_path, "old", ended=3 * DAY)
+    a_run(tmp_path, "young", ended=0.5 * DAY)
+    a_run(tmp_path, "dead", ended=None, beat=2 * DAY)
+    a_run(tmp_path, "live", ended=None, beat=1.0)
+    a_run(tmp_path, "silent", ended=None, beat=600.0)
+    own = a_run(tmp_path, "own", ended=5 * DAY)
+    with caplog.at_level(logging.INFO):
+        removed = limit_folder(tmp_path, parse_keep("1d"), own)
+    assert [r.path.name for r in removed] == ["old", "dead"], "the oldest first"
+    assert left(tmp_path) == {"young", "live", "silent", "own"}
+    assert sum("removed run" in r.getMessage() and "1d" in r.getMessage() for r in caplog.records) == 2
+
+
+def test_too_much_goes_oldest_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for day in range(5):
+        a_run(tmp_path, f"day{day}", ended=day * DAY + 1, size=1_000_000)
+    a_run(tmp_path, "live", ended=None, size=1_000_000)
+    limit_folder(tmp_path, parse_keep("3.2MB"))
+    assert left(tmp_path) == {"day0", "day1", "live"}, "live ones count, and stay"
+    limit_folder(tmp_path, parse_keep("0.5MB"))
+    assert left(tmp_path) == {"live"}
+    assert "above --margingate-trace-keep 0.5MB" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["renamed", "no_manifest", "broken", "deep", "foreign", "note", "subfolder", "link", "linked_manifest", "a_file"],
+)
+def test_what_is_never_removed(tmp_path: Path, why: str) -> None:
+    """Somebody's own things may lie in or beside the folder of runs."""
+    traces, outside = tmp_path / "traces", tmp_path / "outside"
+    path = a_run(outside if why == "link" else traces, "old", ended=9 * DAY)
+    traces.mkdir(exist_ok=True)
+    if why == "renamed":
+        path = path.rename(traces / "kept-by-hand")
+    elif why == "no_manifest":
+        (path / "manifest.json").unlink()
+    elif why == "broken":
+        (path / "manifest.json").write_text('{"closed_at": 7}')
+    elif why == "deep":
+        (path / "manifest.json").write_text("[" * 100_000)
+    elif why == "foreign":
+        (path / "manifest.json").write_text('{"run": "old", "closed_at": "2020-01-01T00:00:00Z"}')
+    elif why == "note":
+        (path / "notes.txt").write_text("do not lose me")
+    elif why == "subfolder":
+        (path / "more").mkdir()
+    elif why == "link":
+        (traces / "old").symlink_to(path)
+    elif why == "linked_manifest":
+        (path / "manifest.json").rename(tmp_path / "manifest.json")
+        (path / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    else:
+        (traces / "manifest.json").write_text("{}")
+        path = traces / "manifest.json"
+        limit_folder(traces, parse_keep("1m"))
+        assert left(traces) == {"manifest.json"}
+        return
+    before = sorted(p.name for p in path.iterdir())
+    assert limit_folder(traces, parse_keep("1m,1MB")) == []
+    assert sorted(p.name for p in path.iterdir()) == before
+
+
+def test_a_link_within_a_run_goes_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "precious.parquet").write_text("precious")
+    path = a_run(tmp_path / "traces", "old", ended=9 * DAY)
+    (path / "steps-000000010-000000019.parquet").symlink_to(tmp_path / "precious.parquet")
+    assert limit_folder(tmp_path / "traces", parse_keep("1d"))
+    assert (tmp_path / "precious.parquet").read_text() == "precious"
+    assert left(tmp_path / "traces") == set()
+
+
+def test_a_removal_cut_short_is_finished_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = a_run(tmp_path, "old", ended=9 * DAY)
+    real = os.unlink
+
+    def stop(name: str, **kwargs: int) -> None:
+        if name == "manifest.json":
+            raise PermissionError(13, "Permission denied")
+        real(name, **kwargs)
+
+    monkeypatch.setattr(retention_module.os, "unlink", stop)
+    assert limit_folder(tmp_path, parse_keep("1d")) == []
+    assert [p.name for p in path.iterdir()] == ["manifest.json"]
+    monkeypatch.undo()
+    assert len(limit_folder(tmp_path, parse_keep("1d"))) == 1
+
+
+def test_the_writer_does_it_at_start_and_hourly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_run(tmp_path, "old", ended=3 * DAY)
+    done = threading.Event()
+    real = retention_module.limit_folder
+
+    def limit(*args: object) -> None:
+        real(*args)
+        done.set()
+
+    from sglang_margingate.trace import writer as writer_module
+
+    monkeypatch.setattr(writer_module, "limit_folder", limit)
+    with TraceWriter(tmp_path, {"model": "m"}, keep="1d") as w:
+        assert done.wait(20)
+        assert left(tmp_path) == {w.path.name}
+        done.clear()
+        a_run(tmp_path, "later", ended=3 * DAY)
+        w._limited_at -= 3601
+        assert done.wait(20)
+        assert left(tmp_path) == {w.path.name}
+    assert read_manifest(w.path)["run"] == w.path.name
+    assert len(list_runs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        ("30d,20GB", (30 * DAY, 20e9)), ("20gb, 12H", (12 * 3600, 20e9)), ("1.5TB", (None, 1.5e12)),
+        ("2w", (14 * DAY, None)), ("5m", (300, None)), ("off", (None, None)),
+    ],
+)  # fmt: skip
+def test_limits_in_words(text: str, keep: tuple[float | None, float | None]) -> None:
+    found = parse_keep(text)
+    assert (found.seconds, found.size) == keep
+    assert bool(found) is (text != "off")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "30", "d", "-1d", "0d", "30d,20d", "1GB,2MB", "30 days", "20KB", "1e9d", "nan", "٣d"]
+)
+def test_limits_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="30d,20GB"):
+        parse_keep(text)
+
+
+def test_no_limit_removes_nothing(tmp_path: Path) -> None:
+    a_run(tmp_path, "old", ended=900 * DAY)
+    assert limit_folder(tmp_path, Keep()) == []
+    assert limit_folder(tmp_path / "absent", parse_keep("1d")) == []
+    with pytest.raises(TraceError):
+        read_manifest(tmp_path)
