@@ -18,15 +18,17 @@ class Reason(str, Enum):
     """The policy verifies every step."""
     RESUME = "resume"
     """First token after a retraction: generated columns were re-prefilled at another shape, so all are recomputed."""
+    LIMIT = "limit"
+    """The open window reached its limit (``--margingate-window``): verified, whatever its margin, to close it."""
 
 
 class Guarantee(str, Enum):
     """What a finished response may claim, strongest first."""
 
     STRUCTURAL = "structural"
-    """All its forwards ran in the canonical class."""
+    """Every forward that it stands on ran in the canonical class."""
     VERIFIED = "verified"
-    """Every step was verified."""
+    """Every step was verified, on canonical columns."""
     GATED = "gated"
     """Only low-margin steps were verified: empirical, with the audit's bound."""
     NONE = "none"

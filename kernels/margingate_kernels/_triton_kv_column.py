@@ -29,7 +29,7 @@ def copy_kernel(
 ):
     """Copy row i of plane p (K of layer p, or V of layer p - layers) between pool and staging, bit for bit."""
     i = tl.program_id(0).to(tl.int64)
-    plane = tl.program_id(1)
+    plane = tl.program_id(1).to(tl.int64)  # a layer times its stride exceeds int32 where much is staged
     half = plane // layers
     layer = plane - half * layers
     slot = tl.load(slots + i).to(tl.int64)
@@ -71,7 +71,7 @@ def change_kernel(
     and NaN lies above inf, so a NaN comes out as NaN.
     """
     i = tl.program_id(0).to(tl.int64)
-    layer = tl.program_id(1)
+    layer = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + i).to(tl.int64)
     largest = tl.zeros([BLOCK], tl.int32)
     if slot >= 0:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sglang_margingate.config import Repair
 from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.request import RequestParams
-from sglang_margingate.words import Guarantee, Reason
+from sglang_margingate.words import Reason
 
 
 class LedgerError(RuntimeError):
@@ -27,18 +27,25 @@ class Counters:
 
     steps: int = 0
     triggers: int = 0
+    structural: int = 0
     verified: int = 0
+    repaired: int = 0
+    """Steps whose verify was put in place: all verified ones but the audited."""
     audited: int = 0
     flips: int = 0
     missed: int = 0
     verify_ms: float = 0.0
 
-    def add(self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float) -> None:
+    def add(
+        self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float = 0.0, structural: bool = False
+    ) -> None:
         """Count one step."""
         self.steps += 1
         self.triggers += triggered
         self.verify_ms += verify_ms
+        self.structural += structural
         self.verified += reason is not Reason.NONE
+        self.repaired += reason not in (Reason.NONE, Reason.AUDIT)
         self.audited += reason is Reason.AUDIT
         self.flips += flipped
         self.missed += missed(reason, triggered, flipped)
@@ -56,18 +63,24 @@ class RequestLedger:
         The request's resolved parameters.
     repair
         Which columns a verify puts in place.
-    greedy
-        Whether the request decodes at temperature 0; others pass through untouched.
+    ungated
+        Why the request's steps are not verified although its policy would, in words: sampled, given up. None: they are.
+    number
+        Number of the request, unique in its run (an id may be used twice).
     """
 
     request_id: str
     params: RequestParams
     repair: Repair
-    greedy: bool
+    ungated: str | None = None
+    number: int = 0
     window_start: int = 0
     window: list[int] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
     notes: list[str] = field(default_factory=list)
+    """Why this request claims nothing."""
+    prefills: int = 0
+    """Prefill forwards of this request that were seen to end, canonical or not."""
     outside: int = 0
     """Decode steps whose column is not canonical by its shape: outside the class, or reading a column that is."""
     _stale: bool = False
@@ -80,9 +93,29 @@ class RequestLedger:
         return not self.window and not self._stale
 
     @property
+    def stale(self) -> bool:
+        """True when `column` repair left batch-shaped columns behind for good."""
+        return self._stale
+
+    @property
     def gated(self) -> bool:
         """True when this request's steps may be verified."""
-        return self.greedy and self.params.policy.verifies
+        return self.ungated is None and self.params.policy.verifies
+
+    def note(self, text: str) -> None:
+        """Note once why this request claims nothing."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def note_prefill(self, why_not: str | None) -> None:
+        """Note that a prefill forward of this request ended, and why its columns are not canonical (or None)."""
+        self.prefills += 1
+        if why_not is not None:
+            self.note(why_not)
+
+    def full(self, limit: int) -> bool:
+        """Return whether the open window has reached ``limit`` columns; `column` repair never reads it back."""
+        return self.repair is Repair.WINDOW and len(self.window) >= limit
 
     def start(self, prompt_tokens: int, generated: list[int]) -> None:
         """Begin after a prefill: prompt columns are canonical, re-prefilled generated ones are open.
@@ -132,21 +165,3 @@ class RequestLedger:
         self._stale |= self.repair is Repair.COLUMN and len(self.window) > 1
         self.window_start += len(self.window)
         self.window.clear()
-
-    def guarantee(self, server_notes: tuple[str, ...] = (), structural: bool = False) -> tuple[Guarantee, str | None]:
-        """Return what the finished response may claim, and why it is less than its policy's claim (or None).
-
-        ``structural`` says that this server's forwards run inside a probed class unless noted here.
-        """
-        if not self.gated:
-            return Guarantee.NONE, None
-        reasons = [*server_notes, *self.notes]
-        if reasons:
-            return Guarantee.NONE, "; ".join(dict.fromkeys(reasons))
-        c = self.counters
-        if structural and not self.outside:
-            return Guarantee.STRUCTURAL, None
-        # The prefill's own token comes from canonical prefill and needs no verify.
-        if c.verified - c.audited >= c.steps - 1:
-            return Guarantee.VERIFIED, None
-        return Guarantee.GATED, None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from sglang_margingate.config import Policy
 from sglang_margingate.words import Reason
 
+NEVER_MISSED = (Reason.RESUME, Reason.LIMIT)
+"""Reasons that verify a step whatever its margin and put the answer in place: no flip of it can be missed."""
+
 
 def triggers(margin: float, threshold: float) -> bool:
     """Return whether a step's margin is low: ``margin <= threshold``, so exact ties always trigger.
@@ -15,14 +18,18 @@ def triggers(margin: float, threshold: float) -> bool:
 
 
 def missed(reason: Reason, triggered: bool, flipped: bool) -> bool:
-    """Return whether a step is a missed flip: it flipped and nothing would have verified it.
+    """Return whether a step is a missed flip: it flipped and its margin would not have had it verified.
 
-    A resumed step is verified whatever its margin, so its flip is repaired and never missed.
+    Known only where a step was verified all the same: by the audit, or by the policy ``always`` (which repairs it; the
+    margin would have missed it). A structural step never triggers, so its flip is missed. This is the one definition;
+    server, dashboard and report share it.
     """
-    return flipped and not triggered and reason is not Reason.RESUME
+    return flipped and not triggered and reason not in NEVER_MISSED
 
 
-def decide(policy: Policy, margin: float, threshold: float, audit: bool = False, structural: bool = False) -> Reason:
+def decide(
+    policy: Policy, margin: float, threshold: float, audit: bool = False, structural: bool = False, full: bool = False
+) -> Reason:
     """Return why a step is to be verified, or :attr:`Reason.NONE`.
 
     Parameters
@@ -37,6 +44,8 @@ def decide(policy: Policy, margin: float, threshold: float, audit: bool = False,
         Whether this step was drawn for the audit.
     structural
         Whether the step ran inside the canonical class, so that its margin decides nothing.
+    full
+        Whether the request's open window has reached its limit.
     """
     if policy is Policy.ALWAYS:
         return Reason.ALWAYS
@@ -44,4 +53,6 @@ def decide(policy: Policy, margin: float, threshold: float, audit: bool = False,
         return Reason.NONE
     if not structural and triggers(margin, threshold):
         return Reason.MARGIN
+    if full:
+        return Reason.LIMIT
     return Reason.AUDIT if audit else Reason.NONE

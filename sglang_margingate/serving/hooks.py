@@ -13,12 +13,13 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
 ``torchvision::nms`` (cpu.py)             PyPI's torchvision fails to import beside a CPU       wheels match
                                           torch; its two operators are declared
 ``Req`` attribute ``margingate_state``    per-request state that dies with the request          SGLang offers a place
-``ForwardBatch`` attributes               reqs and start time travel with the batch, so that    ForwardBatch keeps reqs
-``margingate_reqs``, ``margingate_start`` delayed sampling (grammar, overlap) finds them; and the shape that
-``margingate_shape``                      it really ran at (runtime/shape.py)
+``ForwardBatch`` attributes               the requests behind its rows and when it began (views.py)    ForwardBatch keeps reqs
+``margingate_view``,                      travel with the batch, so that delayed sampling
+``margingate_shape``                      (grammar, overlap) finds them; and the shape that it
+                                          really ran at (runtime/shape.py)
 ========================================  ====================================================  =======================
 
-State of a process, all of it: ``scheduler._runtime``, ``scheduler._step``, ``shape_hooks._classes``,
+State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
 ``shape_hooks._captured``, ``attention_hooks._decode``, ``launcher._rules`` and ``plugin._loaded`` are set once at start-up;
 ``shape_hooks._running`` is the forward that runs now, None between forwards.
 """
@@ -38,7 +39,7 @@ from sglang_margingate.serving import (
     cpu,
     launcher,
     openai_answers,
-    scheduler,
+    scheduler_hooks,
     shape_hooks,
     weight_hooks,
 )
@@ -83,49 +84,55 @@ class Hook:
 GATE_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
-        "after", scheduler.tag_batch, (SCHEDULER,),
+        "after", scheduler_hooks.begin_forward, (SCHEDULER,),
         "the step hook needs the requests behind the rows and the time the forward began",
         "ForwardBatch carries its requests",
     ),
     Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        "after", scheduler_hooks.end_forward, (SCHEDULER,),
+        "what a forward did is noted where it ends: not every forward has its tokens sampled",
+        "SGLang has a forward-done event",
+    ),
+    Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.sample",
-        "around", scheduler.sample, (SCHEDULER,),
+        "around", scheduler_hooks.sample, (SCHEDULER,),
         "margin, gate, verify and repair happen between the logits and the choice of the token",
         "SGLang has a hook between logits and sampling",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch.Req.__init__",
-        "after", scheduler.open_request, (SCHEDULER,),
+        "after", scheduler_hooks.open_request, (SCHEDULER,),
         "a request's policy decides its prefill and its name space in the radix cache before it is first scheduled",
         "SGLang has a request-created event",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch.Req.update_finish_state",
-        "after", scheduler.after_finish_state, (SCHEDULER,),
+        "after", scheduler_hooks.after_finish_state, (SCHEDULER,),
         "a finished request's row and summary are made while its K/V still stands",
         "SGLang has a request-finished event",
     ),
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
-        "around", scheduler.add_one_req, (SCHEDULER,),
+        "around", scheduler_hooks.add_one_req, (SCHEDULER,),
         "a gated prompt is prefilled alone, its chunks on a fixed grid",
         "SGLang has a per-request prefill policy",
     ),
     Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
-        "around", scheduler.add_chunked_req, (SCHEDULER,),
+        "around", scheduler_hooks.add_chunked_req, (SCHEDULER,),
         "the same for the later chunks of a prompt",
         "SGLang has a per-request prefill policy",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_init_info",
-        "after", scheduler.set_up, (SCHEDULER,),
+        "after", scheduler_hooks.set_up, (SCHEDULER,),
         "builds the verifier, runs the self-test, and attests both to the launcher",
         "SGLang has a scheduler-ready event",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
-        "after", scheduler.add_status, (SCHEDULER,),
+        "after", scheduler_hooks.add_status, (SCHEDULER,),
         "GET /margingate/status and /server_info show the gate's counters",
         "SGLang lets plugins add server info",
     ),

@@ -24,8 +24,8 @@ from typing import Any
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.runtime.state import state_of
 from sglang_margingate.serving.radix_names import BACKEND_NAME, opened_gated, uses_backend
-from sglang_margingate.serving.state import state_of
 
 MAX_CHILDREN = 256
 

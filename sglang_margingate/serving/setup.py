@@ -1,8 +1,9 @@
-"""Builds a scheduler process's runtime: checks, verifier, self-test, trace, metrics. Refuses rather than degrades."""
+"""Builds a scheduler process's runtime: checks, verifier, self-test, trial, trace, metrics. Refuses rather than degrades."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,21 @@ from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
 from sglang_margingate.canonical.path_probe import try_fast_path
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
+from sglang_margingate.gate.audit import AuditSampler
 from sglang_margingate.machine import device_name, model_name, versions
+from sglang_margingate.runtime.clock import clock_of
+from sglang_margingate.runtime.faults import TestKnobs, leak_companions, split_attention
+from sglang_margingate.runtime.labels import Labels
+from sglang_margingate.runtime.metrics import Metrics
+from sglang_margingate.runtime.prefill import PrefillRules
+from sglang_margingate.runtime.record import Recorder
+from sglang_margingate.runtime.requests import Requests
+from sglang_margingate.runtime.status import BatchSizes, Runtime
+from sglang_margingate.runtime.step import Step
+from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
 from sglang_margingate.serving import shape_hooks, support
-from sglang_margingate.serving.metrics import Metrics
-from sglang_margingate.serving.runtime import Runtime
-from sglang_margingate.serving.testknobs import TestKnobs, leak_companions, split_attention
 from sglang_margingate.serving.trial_engine import TrialEngine
-from sglang_margingate.serving.verifier import EagerVerifier, VerifierCounters
+from sglang_margingate.serving.verify_engines import make_verifier
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +60,49 @@ def build_runtime(scheduler: Any) -> Runtime:
     fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
     if verifier is not None:
         verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
-    return Runtime(config, scheduler, verifier, self_test, _writer(config, scheduler, self_test, attached, fast),
-                   Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path)), fast)  # fmt: skip
+    facts = {
+        "model": model_name(args.model_path),
+        "dtype": str(model_runner.dtype).removeprefix("torch."),
+        "attention_backend": args.attention_backend,
+        "device": device_name(args.device),
+        "self_test": None if self_test is None else self_test.to_dict(),
+        "invariance": None if fast is None else fast.to_dict(),
+    }
+    writer = _writer(config, scheduler, facts, attached)
+    metrics = Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path))
+    return assemble(config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler))
 
 
-def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier) -> FastPath:
+def assemble(
+    config: MarginGateConfig, fast: FastPath | None, verifier: Verifier | None, writer: Any, metrics: Metrics,
+    facts: dict[str, Any], device: Any, text: Callable[[list[int]], str | None] = lambda _: None,
+) -> Runtime:  # fmt: skip
+    """Put the parts of one scheduler process together; they need no SGLang."""
+    knobs, batches = TestKnobs(), BatchSizes()
+    recorder = Recorder(clock_of(device), writer, metrics, lambda token: text([token]))
+    trial = None if fast is None else fast.trial
+    prefill = "grid" if trial is None else trial.prefill
+    labels = Labels(config, recorder, metrics, prefill, trial is not None and trial.decode_ok)
+    requests = Requests(config, recorder, labels, writer, text)
+    step = Step(
+        recorder, PrefillRules(config.chunk, prefill != "batched"), verifier, AuditSampler(config.audit_rate),
+        config.verify_rows, knobs, metrics, batches.note,
+    )  # fmt: skip
+    runtime = Runtime(config, recorder, labels, requests, step, batches, metrics, fast, facts, writer)
+    if knobs.active:
+        runtime.lower(f"test knobs are set ({', '.join(knobs.active)}): faults are injected on purpose")
+    return runtime
+
+
+def _decoder(config: MarginGateConfig, scheduler: Any) -> Callable[[list[int]], str | None]:
+    """Return what turns tokens into the trace's text; None where the run records none."""
+    tokenizer = scheduler.tokenizer
+    if not (config.trace and config.trace_text) or tokenizer is None:
+        return lambda _: None
+    return lambda tokens: tokenizer.decode(tokens)
+
+
+def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> FastPath:
     """Try the canonical fast path out; what does not hold is left to the gate."""
     model_runner = scheduler.tp_worker.model_runner
     classes, captured, graphs = shape_hooks.probed(model_runner, config), shape_hooks.captured(), RowSizes()
@@ -65,7 +112,7 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
     if rows:
         log.warning("margingate: decode attention of up to %d rows rounds otherwise on purpose", rows)
         split_attention(model_runner.attn_backend, rows)
-    trial = try_fast_path(classes, TrialEngine(verifier), model_runner.model_config.vocab_size, graphs,
+    trial = try_fast_path(classes, TrialEngine(verifier, model_runner), model_runner.model_config.vocab_size, graphs,
                           captured.decode_attention, captured.notes)  # fmt: skip
     fast = FastPath(classes, trial)
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
@@ -83,7 +130,7 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: EagerVerifier
     return fast
 
 
-def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifier | None, SelfTestResult | None]:
+def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[Verifier | None, SelfTestResult | None]:
     if not config.policy.verifies:
         return None, None
     capacity = model_runner.max_total_num_tokens
@@ -100,7 +147,7 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
             "margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear)
         )
     verifier = make_verifier(model_runner, config.verify_rows)
-    result = run_self_test(TrialEngine(verifier), model_runner.model_config.vocab_size)
+    result = run_self_test(TrialEngine(verifier, model_runner), model_runner.model_config.vocab_size)
     if not result.passed:
         raise SelfTestError(
             f"self-test failed: at {result.rows} rows a row's bits depend on its companions; first layer that differs: "
@@ -110,51 +157,26 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[EagerVerifie
     return verifier, result
 
 
-def make_verifier(model_runner: Any, rows: int) -> EagerVerifier:
-    """Return the verifier that fits the device: a CUDA graph where graphs are on, plain forwards elsewhere."""
-    if model_runner.device == "cpu":
-        return EagerVerifier(model_runner, rows)
-    if model_runner.decode_cuda_graph_runner is None:
-        raise ConfigError(
-            "the gate needs decode CUDA graphs on a GPU: its verify graph fixes the attention plan. "
-            "Leave out --disable-cuda-graph and --disable-decode-cuda-graph"
-        )
-    from sglang_margingate.serving.graph_verifier import GraphVerifier
-
-    return GraphVerifier(model_runner, rows)
-
-
-def _writer(
-    config: MarginGateConfig,
-    scheduler: Any,
-    self_test: SelfTestResult | None,
-    attached: list[str],
-    fast: FastPath | None,
-) -> Any:
+def _writer(config: MarginGateConfig, scheduler: Any, facts: dict[str, Any], attached: list[str]) -> Any:
     if not config.trace or scheduler.ps.tp_rank != 0:
         return None
     from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
 
     args = scheduler.server_args
-    model_runner = scheduler.tp_worker.model_runner
     return TraceWriter(
         Path(config.trace_dir),
         {
-            "model": model_name(args.model_path),
+            **facts,
             "model_path": str(args.model_path),
-            "dtype": str(model_runner.dtype).removeprefix("torch."),
             "policy": config.policy.value,
             "repair": config.repair.value,
             "threshold": config.threshold,
-            "device": device_name(args.device),
-            "attention_backend": args.attention_backend,
             "versions": versions(),
             "flags": {"margingate": _plain(config), "sglang": _changed_flags(args)},
             "profile": config.profile,
-            "self_test": None if self_test is None else self_test.to_dict(),
             "hooks": attached,
-            "invariance": None if fast is None else fast.to_dict(),
             "notes": list(config.notes),
+            "test_knobs": TestKnobs().active,
         },
     )
 

@@ -27,10 +27,11 @@ from sglang_margingate.canonical.invariance import RowSizes, rows_to_probe
 from sglang_margingate.canonical.map_store import map_of
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, MarginGateConfig
 from sglang_margingate.machine import kernel_environment
+from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks
+from sglang_margingate.serving.fault_hooks import split_sums
 from sglang_margingate.serving.layers import layer_kinds, unknown_layers
-from sglang_margingate.serving.testknobs import TestKnobs, split_sums
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sglang_margingate.canonical.engine import Extend
+from sglang_margingate.runtime.verifier import Verifier
 from sglang_margingate.serving.batches import decode_batch, extend_batch
-from sglang_margingate.serving.verifier import EagerVerifier
 
 
 class TrialEngine:
@@ -19,11 +19,13 @@ class TrialEngine:
     ----------
     verifier
         The verifier of this process.
+    model_runner
+        SGLang's ``ModelRunner``.
     """
 
-    def __init__(self, verifier: EagerVerifier) -> None:
+    def __init__(self, verifier: Verifier, model_runner: Any) -> None:
         self._verifier = verifier
-        self._runner = verifier.model_runner
+        self._runner = model_runner
         self.device: str = self._runner.device
         self.rows = verifier.rows
         self.capacity: int = self._runner.max_total_num_tokens - 1  # slot 0 is SGLang's padding

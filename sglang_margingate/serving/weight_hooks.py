@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_margingate.serving import scheduler
+from sglang_margingate.serving import scheduler_hooks
 
 WHAT = {
     "UpdateWeightFromDiskReqInput": "an update from disk",
@@ -21,17 +21,17 @@ def after_update(result: Any, _manager: Any, request: Any) -> None:
 
     A failed update counts as well: SGLang loads in place, so some weights may be new ones by then.
     """
-    runtime = scheduler.runtime()
+    runtime = scheduler_hooks.runtime()
     if runtime is not None:
         failed = "" if getattr(result, "success", True) else ", which failed half-way or before"
         what = WHAT.get(type(request).__name__, type(request).__name__)
-        runtime.weights += 1
-        runtime.lower(f"the weights may not be those that were checked at the start, after {what}{failed}")
+        runtime.weights_changed(f"the weights may not be those that were checked at the start, after {what}{failed}")
 
 
 def after_adapter(result: Any, _scheduler: Any, request: Any) -> None:
     """Lower the server's guarantee once an adapter was loaded or unloaded: its layers were never probed."""
-    runtime = scheduler.runtime()
+    runtime = scheduler_hooks.runtime()
     if runtime is not None and result.success:
-        runtime.weights += 1
-        runtime.lower(f"the LoRA adapter {request.lora_name!r:.80} was loaded or unloaded after the start-up checks")
+        runtime.weights_changed(
+            f"the LoRA adapter {request.lora_name!r:.80} was loaded or unloaded after the start-up checks"
+        )

@@ -289,6 +289,22 @@ def test_kv_column_special_values():
     assert pool.max_abs_change(slots, staging)[0, 2].isnan()
 
 
+def test_kv_column_staged_beyond_two_gigabytes():
+    """A layer times its stride exceeds int32 where an audit stages much; the memory is only reserved, not touched."""
+    layers, stride = 9, 1 << 28
+    pool = pool_of(layers, 4, 1, 5, torch.bfloat16)
+    flat = torch.empty(stride * (layers - 1) + 64, dtype=torch.bfloat16, device=DEVICE)
+    staging = flat.as_strided((layers, 2, 2, 5), (stride, 16, 5, 1))
+    slots = torch.tensor([3, 1], device=DEVICE)
+    pool.save(slots, staging)
+    want = pool.staging(2)
+    save_reference(pool, slots, want)
+    assert torch.equal(bits(staging), bits(want))
+    assert not pool.max_abs_change(slots, staging).any()
+    staging[layers - 1, 1, 0, 2] += 1
+    assert (pool.max_abs_change(slots, staging) > 0).tolist() == [[False, False]] * (layers - 1) + [[True, False]]
+
+
 def test_kv_column_no_slots():
     pool = pool_of(2, 4, 2, 24, torch.bfloat16)
     slots = torch.empty(0, dtype=torch.int64, device=DEVICE)

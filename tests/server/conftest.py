@@ -39,7 +39,7 @@ def gate_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("gate")
     flags = ["--margingate-policy", "gate", "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
              "--margingate-trace-dir", str(folder / "traces"), "--enable-metrics"]  # fmt: skip
-    with serve(flags, log=folder / "server.log", env={"MARGINGATE_TEST_KV_DIGEST": "1"}) as server:
+    with serve(flags, log=folder / "server.log", env={"MARGINGATE_KV_DIGEST": "1"}) as server:
         yield server
 
 

@@ -66,7 +66,7 @@ def test_poisoned_fast_path_is_repaired(gate_server: Server, prompts: list[Promp
     """Every 7th step the fast path picks the runner-up and spoils its K/V column; the verify must restore both."""
     few = prompts[:6]
     clean = run_alone(gate_server.client, few, max_new_tokens=60, custom={"margingate_policy": "always"})
-    env = {"MARGINGATE_TEST_POISON": "7", "MARGINGATE_TEST_KV_DIGEST": "1"}
+    env = {"MARGINGATE_TEST_POISON": "7", "MARGINGATE_KV_DIGEST": "1"}
     with serve(
         ["--margingate-policy", "always", "--margingate-trace", "off"], log=tmp_path / "server.log", env=env
     ) as bad:

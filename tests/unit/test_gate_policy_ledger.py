@@ -6,13 +6,13 @@ import pytest
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.ledger import LedgerError, RequestLedger
-from sglang_margingate.gate.policy import decide, triggers
+from sglang_margingate.gate.policy import decide, missed, triggers
 from sglang_margingate.gate.request import RequestParams
-from sglang_margingate.words import Guarantee, Reason
+from sglang_margingate.words import Reason
 
 
-def ledger(policy: Policy = Policy.GATE, repair: Repair = Repair.WINDOW, greedy: bool = True) -> RequestLedger:
-    return RequestLedger("r", RequestParams(policy, 0.5, "", False), repair, greedy)
+def ledger(policy: Policy = Policy.GATE, repair: Repair = Repair.WINDOW, ungated: str | None = None) -> RequestLedger:
+    return RequestLedger("r", RequestParams(policy, 0.5, "", False), repair, ungated)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,12 @@ def test_trigger_at_or_below_the_threshold(margin: float, threshold: float, expe
 )
 def test_reasons(policy: Policy, margin: float, audit: bool, reason: Reason) -> None:
     assert decide(policy, margin, 0.5, audit) is reason
+
+
+def test_a_full_window_is_verified_before_an_audit_and_after_a_trigger() -> None:
+    assert decide(Policy.GATE, 9.0, 0.5, audit=True, full=True) is Reason.LIMIT
+    assert decide(Policy.GATE, 0.1, 0.5, full=True) is Reason.MARGIN
+    assert decide(Policy.LOG, 9.0, 0.5, full=True) is Reason.NONE
 
 
 def test_window_holds_every_column_since_the_last_verify() -> None:
@@ -70,6 +76,26 @@ def test_resume_opens_every_generated_column() -> None:
     assert book.rows() == [(10, 5), (11, 6), (12, 7)]
 
 
+def test_a_window_is_full_at_its_limit() -> None:
+    book, column = ledger(), ledger(repair=Repair.COLUMN)
+    for each in (book, column):
+        each.start(10, [])
+        for k in range(3):
+            each.read(10 + k, 5)
+    assert (book.full(3), book.full(4)) == (True, False)
+    assert not column.full(3), "`column` repair never reads its window back"
+
+
+@pytest.mark.parametrize(
+    ("reason", "missed_flip"),
+    [(Reason.RESUME, False), (Reason.LIMIT, False), (Reason.AUDIT, True), (Reason.ALWAYS, True)],
+)
+def test_missed_is_a_flip_that_its_margin_would_have_let_through(reason: Reason, missed_flip: bool) -> None:
+    assert missed(reason, False, True) is missed_flip
+    assert not missed(reason, True, True)
+    assert not missed(reason, False, False)
+
+
 @pytest.mark.parametrize("position", [9, 11, 30])
 def test_a_position_that_does_not_follow_is_an_error(position: int) -> None:
     book = ledger()
@@ -78,14 +104,14 @@ def test_a_position_that_does_not_follow_is_an_error(position: int) -> None:
         book.read(position, 1)
 
 
-def test_counts_and_guarantees() -> None:
+def test_counts() -> None:
     book = ledger()
     book.counters.add(Reason.NONE, False, False, 0.0)
     book.counters.add(Reason.MARGIN, True, True, 1.0)
     book.counters.add(Reason.AUDIT, False, True, 2.0)
     c = book.counters
     assert (c.steps, c.triggers, c.verified, c.audited, c.flips, c.missed, c.verify_ms) == (3, 1, 2, 1, 2, 1, 3.0)
-    assert book.guarantee() == (Guarantee.GATED, None)
+    assert c.repaired == 1, "an audit is for the record only"
 
 
 def test_a_flip_at_a_resumed_step_is_repaired_and_not_missed() -> None:
@@ -94,23 +120,9 @@ def test_a_flip_at_a_resumed_step_is_repaired_and_not_missed() -> None:
     assert (book.counters.flips, book.counters.missed) == (1, 0)
 
 
-def test_every_step_verified_is_more_than_gated() -> None:
-    book = ledger(Policy.ALWAYS)
-    book.counters.add(Reason.NONE, False, False, 0.0)  # the prefill's token
-    book.counters.add(Reason.ALWAYS, False, False, 1.0)
-    assert book.guarantee() == (Guarantee.VERIFIED, None)
-
-
-def test_notes_lower_the_guarantee_and_say_why() -> None:
-    book = ledger()
-    book.notes.append("a chunk left the grid")
-    assert book.guarantee(("TP over 1",)) == (Guarantee.NONE, "TP over 1; a chunk left the grid")
-
-
-@pytest.mark.parametrize("book", [ledger(Policy.LOG), ledger(greedy=False)])
-def test_ungated_requests_claim_nothing(book: RequestLedger) -> None:
+@pytest.mark.parametrize("book", [ledger(Policy.LOG), ledger(ungated="sampled")])
+def test_ungated_requests_are_not_gated(book: RequestLedger) -> None:
     assert not book.gated
-    assert book.guarantee() == (Guarantee.NONE, None)
 
 
 def test_a_step_inside_the_class_needs_no_window() -> None:
@@ -119,9 +131,7 @@ def test_a_step_inside_the_class_needs_no_window() -> None:
     assert book.read(10, 5, in_class=True)
     assert book.read(11, 6, in_class=True)
     assert book.rows() == [(11, 6)]
-    assert book.guarantee(structural=True)[0] is Guarantee.STRUCTURAL
-    book.counters.steps = 3
-    assert book.guarantee()[0] is Guarantee.GATED
+    assert (book.outside, book.clean) == (0, True)
 
 
 def test_a_step_outside_opens_the_window_until_a_verify() -> None:
@@ -134,8 +144,6 @@ def test_a_step_outside_opens_the_window_until_a_verify() -> None:
     book.repaired()
     assert book.read(13, 8, in_class=True)
     assert book.outside == 2
-    book.counters.steps = 5
-    assert book.guarantee(structural=True)[0] is Guarantee.GATED
 
 
 def test_column_repair_leaves_columns_that_spoil_later_steps() -> None:
@@ -147,6 +155,7 @@ def test_column_repair_leaves_columns_that_spoil_later_steps() -> None:
     book.repaired()
     assert not book.read(12, 7, in_class=True)
     assert not book.clean
+    assert book.stale
 
 
 def test_column_repair_of_a_resumed_request_starts_at_its_newest_token() -> None:

@@ -116,9 +116,9 @@ def test_help_shows_ours_with_units() -> None:
     [(0, 150, 64), (64, 150, 64), (128, 150, 22), (150, 150, None), (100, 150, 28), (0, 10, 10), (0, 64, 64)],
 )
 def test_chunks_stay_on_the_grid_and_stop_at_the_prompts_end(prefix: int, prompt: int, limit: int | None) -> None:
-    from sglang_margingate.serving.prefill import PrefillRules
+    from sglang_margingate.runtime.prefill import PrefillRules
 
-    assert PrefillRules(MarginGateConfig(chunk=64)).chunk_limit(prefix, prompt) == limit
+    assert PrefillRules(64).chunk_limit(prefix, prompt) == limit
 
 
 @needs_sglang
@@ -269,31 +269,11 @@ def test_the_plugin_is_inert_without_a_configuration(monkeypatch: pytest.MonkeyP
 
 
 def test_test_knobs_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_margingate.serving.testknobs import TestKnobs
+    from sglang_margingate.runtime.faults import TestKnobs
 
-    for name in ("POISON", "FLIP_RATE", "KV_DIGEST", "BREAK"):
+    for name in ("POISON", "FLIP_RATE", "SHARE", "BREAK"):
         monkeypatch.delenv(f"MARGINGATE_TEST_{name}", raising=False)
     assert TestKnobs().active == []
     monkeypatch.setenv("MARGINGATE_TEST_POISON", "x")
     with pytest.raises(ConfigError, match="MARGINGATE_TEST_POISON"):
         TestKnobs()
-
-
-@pytest.mark.parametrize(("inside", "notes"), [(True, 0), (False, 1), (None, 1)])
-def test_a_batched_prefill_is_noted_only_outside_its_class(inside: bool | None, notes: int) -> None:
-    from types import SimpleNamespace
-
-    from sglang_margingate.config import Repair
-    from sglang_margingate.gate.ledger import RequestLedger
-    from sglang_margingate.gate.request import RequestParams
-    from sglang_margingate.runtime.shape import SHAPE, ForwardShape
-    from sglang_margingate.serving.prefill import PrefillRules
-    from sglang_margingate.serving.state import RequestState
-
-    state = RequestState(RequestLedger("r", RequestParams(Policy.GATE, 0.5, "", False), Repair.WINDOW, True))
-    batch = SimpleNamespace(
-        **({} if inside is None else {SHAPE: ForwardShape(16, 16, inside)}), extend_seq_lens_cpu=[7, 9]
-    )
-    rules = PrefillRules(MarginGateConfig(), isolated=False)
-    rules.note_chunk(SimpleNamespace(origin_input_ids=[1]), state, batch, 0)
-    assert len(state.ledger.notes) == notes

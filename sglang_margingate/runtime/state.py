@@ -1,4 +1,4 @@
-"""What the hooks know about one live request: its ledger, its clocks, and the step that is not committed yet.
+"""What is known about one live request: its ledger, its clocks, and the step that is not committed yet.
 
 The state hangs on SGLang's own ``Req`` object and dies with it, so an abort, a disconnect or a retraction can leave
 nothing behind in a table of ours.
@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.policy import triggers
-from sglang_margingate.serving.verifier import KvDelta
+from sglang_margingate.runtime.verifier import KvDelta
 from sglang_margingate.words import Reason
 
 ATTRIBUTE = "margingate_state"
 
 
-class Forward(NamedTuple):
-    """What the rows of one forward share."""
+@dataclass(slots=True)
+class Forward:
+    """What the rows of one forward share, once its tokens are chosen."""
 
-    time: float
-    """When its tokens were known, in seconds since the epoch."""
-    ms: float
-    """Wall time up to then."""
-    rows: int
     decode: bool
-    canonical: bool
-    """It was a canonical prefill."""
+    requests: int
+    """Requests in it."""
+    padded: int | None = None
+    """Rows the linear layers really ran with; None where nobody saw it."""
+    canonical: bool = False
+    """It ran inside the canonical class, or as a prefill alone on the canonical grid."""
+    time: float = 0.0
+    """When its tokens were chosen, in seconds since the epoch; on a GPU the device's time, not when the host looked."""
+    ms: float = 0.0
+    """From its begin to its tokens, verifies included."""
 
 
 UNVERIFIED = (Reason.NONE.value, None, None, False, False, None, None, 0)
@@ -49,10 +54,16 @@ class StepRow:
     """The request's row in SGLang's table of K/V slots (``req_pool_idx``)."""
     state: RequestState
     position: int
+    step: int
+    """Index of the output token that the row chooses."""
+    observed: bool = True
+    """Its margin is taken; False for sampled requests and policy off, of which only the times are kept."""
     resumed: bool = False
     threshold: float = 0.0
     structural: bool = False
     """The step and every column it read ran inside the canonical class: it needs no verify, whatever its margin."""
+    audit: bool = False
+    """Drawn for the audit, before its margin was known."""
     fast_token: int = -1
     second_token: int = -1
     margin: float = float("nan")
@@ -62,8 +73,7 @@ class StepRow:
     window_rows: int = 0
     delta: KvDelta | None = None
     forward: Forward | None = None
-    """None while the forward runs, as are the defaults of the fields below."""
-    step: int = -1
+    """None while the forward runs."""
     token: int = -1
     waited_ms: float = 0.0
 
@@ -95,9 +105,9 @@ class StepRow:
                 *(self.delta or (None, None)), self.window_rows,
             )  # fmt: skip
         return (
-            self.state.number, ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token,
-            self.fast_token, self.second_token, self.margin, params.threshold, self.triggered, *verdict, forward.rows,
-            None, self.structural or forward.canonical, self.structural, not forward.decode, forward.ms,
+            ledger.number, ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token,
+            self.fast_token, self.second_token, self.margin, params.threshold, self.triggered, *verdict,
+            forward.requests, forward.padded, forward.canonical, self.structural, not forward.decode, forward.ms,
             self.waited_ms, 0.0, text,
         )  # fmt: skip
 
@@ -107,12 +117,15 @@ class RequestState:
     """Live record of one request in the scheduler."""
 
     ledger: RequestLedger
-    number: int = 0
-    """Of the request, unique in the run: clients may use one request id twice."""
     arrival: float = field(default_factory=time.time)
+    hidden: bool = False
+    """A health check of SGLang's: in no count and in no trace."""
+    plain: bool = True
+    """Its tokens are the argmax of logits that we can compute: neither sampled nor behind a logit processor of its own."""
     pending: StepRow | None = None
     """The newest step, until it is known whether its token is shown."""
-    next_step: int = 0
+    late: int = 0
+    """Steps whose numbers are still on the device."""
     prompt_tokens: int = 0
     prefill_ms: float = 0.0
     prefill_chunks: int = 0
@@ -120,12 +133,18 @@ class RequestState:
     cached_tokens: int = 0
     first_token_time: float | None = None
     last_token_time: float | None = None
+    """Times of the first and the newest committed token."""
     max_batch_rows: int = 0
-    structural_steps: int = 0
-    last_token: int = -1
+    last_token: int = 0
+    """The token that the next decode step reads: 0 before any was chosen, as SGLang's own dummy."""
     closed: bool = False
     steps: dict[str, list[Any]] | None = None
     """Per-token detail for ``margingate_return_steps``; None when not asked for."""
+
+    @property
+    def observed(self) -> bool:
+        """Whether the margins of this request's steps are taken."""
+        return self.plain and self.ledger.params.policy is not Policy.OFF
 
 
 def state_of(req: Any) -> RequestState | None:

@@ -5,7 +5,6 @@
                                 is lifted just above the best one and the K/V column of all layers is shifted
 ``MARGINGATE_TEST_FLIP_RATE=P`` in a batch of two or more, each decode step's logits are corrupted with probability P
                                 (what `margingate check` must find)
-``MARGINGATE_TEST_KV_DIGEST=1`` ``meta_info.margingate.kv_digest``: SHA-256 of the request's generated K/V columns
 ``MARGINGATE_TEST_BREAK=NAME``  the linear layer whose name ends with NAME leaks its companions into each row
                                 (what the start-up self-test must refuse)
 ``MARGINGATE_TEST_SPLIT=NAME@M`` the linear layer whose name ends with NAME sums in two parts where it has M rows or fewer
@@ -15,6 +14,10 @@
 ``MARGINGATE_TEST_SHARE=1``     a request's threshold is read as a share: that part of its steps triggers, drawn by step
                                 (cost at a set trigger rate; bf16 margins take few values, so thresholds cannot set it)
 ==============================  =====================================================================================
+
+A server with one of these set claims nothing: every label is `none`, and status, manifest and summaries name it.
+``MARGINGATE_KV_DIGEST=1`` breaks nothing and is no fault: ``meta_info.margingate.kv_digest`` then holds the SHA-256 of the
+request's generated K/V columns.
 """
 
 from __future__ import annotations
@@ -47,7 +50,6 @@ class TestKnobs:
 
     poison_every: int = field(default_factory=lambda: _number("MARGINGATE_TEST_POISON", int))
     flip_rate: float = field(default_factory=lambda: _number("MARGINGATE_TEST_FLIP_RATE", float))
-    kv_digest: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_KV_DIGEST") == "1")
     trigger_by_share: bool = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SHARE") == "1")
     break_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_BREAK", ""))
     split_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SPLIT", ""))
@@ -64,9 +66,14 @@ class TestKnobs:
             return True
         return bool(self.flip_rate) and batch_rows > 1 and random.random() < self.flip_rate
 
-    def draws(self, state: Any, share: float) -> bool:
+    def draws(self, request_id: str, step: int, share: float) -> bool:
         """Return whether a step triggers under ``trigger_by_share``: the same steps in every run of a request id."""
-        return AuditSampler(share, seed=1).draw(state.ledger.request_id, state.next_step)
+        return AuditSampler(share, seed=1).draw(request_id, step)
+
+
+def wants_digest() -> bool:
+    """Return whether responses carry the digest of their K/V columns."""
+    return os.environ.get("MARGINGATE_KV_DIGEST") == "1"
 
 
 def swap_best_two(logits_row: torch.Tensor) -> None:
@@ -112,35 +119,3 @@ def split_attention(backend: Any, most_rows: int) -> None:
         return out if len(q) > most_rows else (out.float() * (1 + 2**-8)).to(out.dtype)
 
     backend.forward_decode = forward_decode
-
-
-class _SplitLinear:
-    """``torch.nn.functional`` with a ``linear`` that sums one weight's products in two parts where there are few rows."""
-
-    def __init__(self, weight: torch.Tensor, most_rows: int) -> None:
-        self._weight, self._most_rows = weight, most_rows
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.nn.functional, name)
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if weight is not self._weight or len(x) > self._most_rows:
-            return torch.nn.functional.linear(x, weight, bias)
-        first = torch.zeros_like(x)
-        first[:, ::3] = x[:, ::3]
-        return torch.nn.functional.linear(first, weight, bias) + torch.nn.functional.linear(x - first, weight)
-
-
-def split_sums(model: torch.nn.Module, knob: str) -> str:
-    """Make one linear layer's bits depend on the number of rows; ``knob`` is NAME@M. Return the layer's full name.
-
-    The map tries one layer of each shape, the first: name that one.
-    """
-    from sglang.srt.layers.quantization import unquant
-
-    suffix, _, rows = knob.rpartition("@")
-    for name, module in model.named_modules():
-        if suffix and name.endswith(suffix) and rows.isdigit() and hasattr(module, "quant_method"):
-            unquant.F = _SplitLinear(module.weight, int(rows))
-            return name
-    raise ConfigError(f"MARGINGATE_TEST_SPLIT: {knob!r} is not NAME@M with a linear layer's name")

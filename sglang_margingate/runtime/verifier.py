@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from margingate_kernels import KVColumns
-
-from sglang_margingate.serving.batches import decode_batch
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,14 @@ class VerifierCounters:
 
 @dataclass
 class KvAccess:
-    """Reads and writes whole K/V columns of SGLang's pool."""
+    """Reads and writes whole K/V columns of a pool with a buffer a layer (SGLang's ``MHATokenToKVPool``)."""
 
     pool: Any
     layers: range
 
     @classmethod
-    def of(cls, model_runner: Any) -> KvAccess:
-        """Return access to the pool of ``model_runner``."""
-        pool = model_runner.token_to_kv_pool
+    def of(cls, pool: Any) -> KvAccess:
+        """Return access to all layers of a pool."""
         return cls(pool, range(pool.start_layer, pool.start_layer + pool.layer_num))
 
     @cached_property
@@ -114,24 +112,45 @@ class KvAccess:
             self.pool.get_value_buffer(layer)[slots] = next(pairs)
 
 
-@dataclass
-class EagerVerifier:
-    """Runs verify passes without CUDA graphs, through the model's own attention backend.
+class Batch(Protocol):
+    """A decode forward that is ready to run."""
+
+    out_cache_loc: torch.Tensor
+    """[M] pool slots that its columns are written to."""
+
+
+class Engine(Protocol):
+    """Runs decode forwards of a fixed number of rows."""
+
+    device: Any
+    kv: KvAccess
+    table: torch.Tensor
+    """[requests, tokens]: the pool slot of each column."""
+
+    def prepare(self, pools: list[int], positions: list[int], tokens: list[int], real: int) -> Batch:
+        """Return the decode of these rows; those from ``real`` on are padding and write slot 0."""
+        ...
+
+    def run(self, batch: Any) -> torch.Tensor:
+        """Run it; return its logits, [M, V] float32, which the next run may overwrite."""
+        ...
+
+
+class Verifier:
+    """Runs verify passes of exactly M rows.
 
     Parameters
     ----------
-    model_runner
-        SGLang's ``ModelRunner``.
+    engine
+        Runs the passes.
     rows
-        The canonical M. Passes are padded to it with dummy rows that write slot 0, which SGLang reserves for that.
+        The canonical M. Passes are padded to it with dummy rows.
     """
 
-    model_runner: Any
-    rows: int
-    counters: VerifierCounters = field(default_factory=VerifierCounters)
-
-    def __post_init__(self) -> None:
-        self.kv = KvAccess.of(self.model_runner)
+    def __init__(self, engine: Engine, rows: int) -> None:
+        self.engine, self.rows = engine, rows
+        self.kv = engine.kv
+        self.counters = VerifierCounters()
 
     def slots(self, pool_index: int, positions: list[int]) -> torch.Tensor:
         """Return the pool slots that hold ``positions`` of a request, int64."""
@@ -139,7 +158,7 @@ class EagerVerifier:
 
     def _slots_of(self, places: list[tuple[int, int]]) -> torch.Tensor:
         """Return the pool slots of (request, position) pairs in one lookup, int64."""
-        table = self.model_runner.req_to_token_pool.req_to_token
+        table = self.engine.table
         index = torch.tensor(places, dtype=torch.int64).to(table.device)
         return table[index[:, 0], index[:, 1]].long()
 
@@ -147,37 +166,50 @@ class EagerVerifier:
         """Run one pass of at most M rows; return their logits, [len(rows), V] float32."""
         return self._pass(self._padded(list(zip(pool_indices, positions, tokens))), len(tokens))
 
-    def _padded(self, rows: list[tuple[int, int, int]]) -> Any:
+    def _padded(self, rows: list[tuple[int, int, int]]) -> Batch:
         """Return the batch of one pass: (request, position, token) rows and as much padding as M needs."""
         pad = self.rows - len(rows)
         if pad < 0:
             raise ValueError(f"{len(rows)} rows do not fit a pass of {self.rows}")
         pools, positions, tokens = map(list, zip(*rows))
-        return self.forward_batch(pools + [0] * pad, positions + [0] * pad, tokens + [0] * pad, len(rows))
+        return self.engine.prepare(pools + [0] * pad, positions + [0] * pad, tokens + [0] * pad, len(rows))
 
-    def _pass(self, batch: Any, rows: int) -> torch.Tensor:
-        logits: torch.Tensor = self._run(batch).next_token_logits
+    def _pass(self, batch: Batch, rows: int) -> torch.Tensor:
+        logits = self.engine.run(batch)
         self.counters.passes += 1
         self.counters.rows += rows
         self.counters.padded_rows += self.rows - rows
         return logits[:rows]
 
-    def forward_batch(self, pool_indices: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
-        """Return SGLang's ``ForwardBatch`` of a decode of these rows; those from ``real`` on are padding."""
-        return decode_batch(self.model_runner, pool_indices, positions, tokens, real)
+    def verify(self, jobs: Sequence[VerifyJob]) -> VerifyResult:
+        """Run all jobs' rows, oldest first, in as few passes of M rows as they need.
 
-    def _run(self, batch: Any) -> Any:
-        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-
-        mr = self.model_runner
-        # Not through ModelRunner.forward: that also counts the pass as a step of the server (EPLB, dumper, recorder).
-        with torch.no_grad(), forward_context(ForwardContext(attn_backend=mr.attn_backend)):
-            mr.attn_backend.init_forward_metadata(batch)
-            return mr.model.forward(batch.input_ids, batch.positions, batch)
-
-    def verify(self, jobs: list[VerifyJob]) -> VerifyResult:
-        """Run all jobs' rows, oldest first, in as few passes of M rows as they need."""
+        What shadow verifies stage is bounded: where their rows exceed M, the jobs are run in several groups.
+        """
         start = time.perf_counter()
+        parts = [self._verify(group) for group in self._groups(jobs)]
+        seconds = time.perf_counter() - start
+        self.counters.seconds += seconds
+        logits = parts[0].logits if len(parts) == 1 else torch.cat([part.logits for part in parts])
+        return VerifyResult(
+            logits, [delta for part in parts for delta in part.kv_delta], seconds, sum(part.passes for part in parts),
+            sum(part.rows for part in parts),
+        )  # fmt: skip
+
+    def _groups(self, jobs: Sequence[VerifyJob]) -> Iterator[list[VerifyJob]]:
+        """Cut the jobs where the rows of shadow verifies, whose columns are staged, would exceed M."""
+        group: list[VerifyJob] = []
+        staged = 0
+        for job in jobs:
+            more = len(job.rows) if job.shadow else 0
+            if staged and more and staged + more > self.rows:
+                yield group
+                group, staged = [], 0
+            group.append(job)
+            staged += more
+        yield group
+
+    def _verify(self, jobs: list[VerifyJob]) -> VerifyResult:
         flat = [(job.pool_index, position, token) for job in jobs for position, token in job.rows]
         ends = list(accumulate(len(job.rows) for job in jobs))  # a job's newest row is the one before its end
         kept = [(job.pool_index, position) for job in jobs if job.shadow for position, _ in job.rows]
@@ -206,13 +238,11 @@ class EagerVerifier:
         if kept:
             self.kv.columns.restore(kept_slots, staging)
         assert answers is not None
-        seconds = time.perf_counter() - start
-        self.counters.seconds += seconds
         deltas = [KvDelta(*pair) for pair in zip(first_layer, last_layer)]
-        return VerifyResult(answers, deltas, seconds, passes, len(flat))
+        return VerifyResult(answers, deltas, 0.0, passes, len(flat))
 
     def _index(self, rows: list[int]) -> torch.Tensor | slice:
         """Return what picks ``rows`` of a pass; a slice, which costs no copy, where they are its first."""
         if rows == list(range(len(rows))):
             return slice(len(rows))
-        return torch.tensor(rows, dtype=torch.int64).to(self.model_runner.device)
+        return torch.tensor(rows, dtype=torch.int64).to(self.engine.device)

@@ -1,0 +1,169 @@
+"""Requests: what is known when one is opened, and what is told of it when it has ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_margingate.config import MarginGateConfig, Policy
+from sglang_margingate.gate.ledger import RequestLedger
+from sglang_margingate.gate.request import RequestParams, RequestRules
+from sglang_margingate.runtime.labels import Labels
+from sglang_margingate.runtime.record import Recorder
+from sglang_margingate.runtime.state import RequestState
+
+log = logging.getLogger(__name__)
+
+HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What SGLang tells of a new request."""
+
+    request_id: str
+    custom_params: object
+    greedy: bool
+    temperature: float = 0.0
+    seed: int | None = None
+    custom_processor: bool = False
+    """It brings a custom logit processor."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What SGLang tells of a request that has ended."""
+
+    shown: int
+    """Tokens of the answer."""
+    finish: str
+    """stop, length or abort."""
+    retractions: int = 0
+    prompt: Callable[[], list[int]] = field(default=list)
+    """Returns the prompt's tokens."""
+    digest: Callable[[], str] | None = None
+    """Returns the digest of the generated K/V columns; None where nobody asked."""
+
+
+class Requests:
+    """Opens and closes requests.
+
+    Parameters
+    ----------
+    config
+        The server's configuration.
+    recorder
+        Takes the steps of the requests.
+    labels
+        What the server may claim.
+    sink
+        Takes request rows (``add_request``), or None.
+    text
+        Returns the text of tokens, or None where the run records none.
+    """
+
+    def __init__(
+        self, config: MarginGateConfig, recorder: Recorder, labels: Labels, sink: Any,
+        text: Callable[[list[int]], str | None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.rules = RequestRules(config)
+        self._config, self._recorder, self._labels, self._sink, self._text = config, recorder, labels, sink, text
+        self._opened = 0
+
+    def open(self, new: Opened) -> RequestState:
+        """Return the state of a new request."""
+        try:
+            params = self.rules.parse(new.custom_params)
+        except ValueError as error:
+            # The launcher answers these with HTTP 400; only an embedding of the engine without it gets here.
+            log.warning("margingate: request %s: %s; served without a guarantee", new.request_id, error)
+            params = RequestParams(Policy.OFF, 0.0, "", False)
+        hidden = new.request_id.startswith(HEALTH_CHECK_PREFIX)
+        if hidden:
+            params = RequestParams(Policy.OFF, 0.0, "", False)
+        else:
+            self._opened += 1
+        ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._opened)
+        state = RequestState(ledger, hidden=hidden, plain=new.greedy and not new.custom_processor)
+        if params.return_steps:
+            state.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
+        return state
+
+    def finish(self, state: RequestState, ended: Ended) -> dict[str, Any] | None:
+        """Close a request's record and return its summary; None where it was closed before or is none of ours."""
+        if state.closed:
+            return None
+        self._recorder.finish(state, ended.shown)
+        if state.hidden:
+            return None
+        self._recorder.totals.requests += 1
+        guarantee, note = self._labels.label(state, ended.shown, ended.finish == "abort")
+        about = self._about(state, ended)
+        label = {"guarantee": guarantee.value, "guarantee_note": note}
+        if self._sink is not None:
+            row = {**about, **self._times(state, ended.shown), **label, "request_id": state.ledger.request_id}
+            self._sink.add_request({**row, "finish_reason": ended.finish, "prompt_text": self._text(ended.prompt())})
+        summary = {**about, "steps": state.ledger.counters.steps, "repaired": state.ledger.counters.repaired, **label}
+        for name in ("prompt_tokens", "output_tokens"):
+            del summary[name]  # SGLang tells them itself
+        summary["verify_ms"] = round(summary["verify_ms"], 3)
+        if state.steps is not None:
+            summary["per_token"] = state.steps
+        if ended.digest is not None:
+            summary["kv_digest"] = ended.digest()
+        return summary
+
+    @staticmethod
+    def _about(state: RequestState, ended: Ended) -> dict[str, Any]:
+        """Return what summary and trace row share."""
+        c, ledger = state.ledger.counters, state.ledger
+        return {
+            "request": ledger.number,
+            "policy": ledger.params.policy.value,
+            "repair": ledger.repair.value,
+            "threshold": ledger.params.threshold,
+            "dataset": ledger.params.dataset,
+            "prompt_tokens": state.prompt_tokens,
+            "output_tokens": ended.shown,
+            "triggers": c.triggers,
+            "structural": c.structural,
+            "verified": c.verified,
+            "audited": c.audited,
+            "flips": c.flips,
+            "missed": c.missed,
+            "verify_ms": c.verify_ms,
+            "cached_tokens": state.cached_tokens,
+            "floored_tokens": state.floored_tokens,
+            "prefill_chunks": state.prefill_chunks,
+            "retractions": ended.retractions,
+            "max_batch_rows": state.max_batch_rows,
+        }
+
+    @staticmethod
+    def _times(state: RequestState, shown: int) -> dict[str, Any]:
+        first, last = state.first_token_time, state.last_token_time
+        e2e_ms = max(0.0, ((time.time() if last is None else last) - state.arrival) * 1e3)
+        verify_ms = state.ledger.counters.verify_ms
+        return {
+            "time": state.arrival,
+            "ttft_ms": None if first is None else max(0.0, (first - state.arrival) * 1e3),
+            "tpot_ms": None if first is None or last is None or shown < 2 else (last - first) * 1e3 / (shown - 1),
+            "e2e_ms": e2e_ms,
+            "prefill_ms": state.prefill_ms,
+            "hold_ms": 0.0,
+            "overhead_ms": verify_ms,
+            "overhead_share": verify_ms / e2e_ms if e2e_ms else 0.0,
+        }
+
+
+def _why_ungated(new: Opened) -> str | None:
+    """Return why a request's steps cannot be verified, or None where they can."""
+    if not new.greedy:
+        seed = "" if new.seed is None else ", and its seed makes no promise yet"
+        return f"sampled at temperature {new.temperature:g}{seed}: only greedy requests (temperature 0) are gated"
+    if new.custom_processor:
+        return "a custom logit processor may keep state, so its steps are not verified"
+    return None

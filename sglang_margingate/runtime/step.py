@@ -1,0 +1,392 @@
+"""The step: margin, gate, verify and repair between a forward's logits and the choice of its tokens.
+
+One call per forward. The fast path's logits are there, its K/V columns are written, no token is chosen yet, so a
+verify can still put its logits and columns in place and everything after it (penalties, grammar, logprobs, streaming)
+sees only the repaired step. What a forward is arrives as a :class:`ForwardView`; how its tokens are drawn as a
+:class:`Sampling`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from margingate_kernels import Top2, Top2Workspace, top2_margin
+from margingate_kernels.top2_margin import top2_host
+
+from sglang_margingate.config import Policy
+from sglang_margingate.gate.audit import AuditSampler
+from sglang_margingate.gate.ledger import LedgerError
+from sglang_margingate.gate.policy import decide
+from sglang_margingate.runtime.faults import TestKnobs, shift_column, swap_best_two
+from sglang_margingate.runtime.metrics import Metrics
+from sglang_margingate.runtime.prefill import Chunk, PrefillRules
+from sglang_margingate.runtime.record import Numbers, Recorder
+from sglang_margingate.runtime.shape import ForwardShape
+from sglang_margingate.runtime.state import Forward, RequestState, StepRow
+from sglang_margingate.runtime.verifier import Verifier, VerifyJob
+from sglang_margingate.words import Reason
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ForwardView:
+    """One forward of the server's, as the step sees it; made when it begins, completed where it ends.
+
+    Parameters
+    ----------
+    states
+        The requests behind its rows, in order; None for one that was made before set-up.
+    decode
+        It decodes; False: it prefills.
+    began
+        A mark of the clock.
+    """
+
+    states: list[RequestState | None]
+    decode: bool
+    began: Any
+    chooses: bool = True
+    """Tokens are chosen from it; False where all of its requests want none."""
+    shape: ForwardShape | None = None
+    """What it ran at; None where nobody saw it."""
+    chunks: list[Chunk] = field(default_factory=list)
+    """The requests' parts, of a prefill."""
+    canonical: list[bool] = field(default_factory=list)
+    """Whether each request's part is canonical, of a prefill."""
+
+
+class Sampling(Protocol):
+    """How SGLang would choose a forward's tokens."""
+
+    logits: torch.Tensor
+    """[B, V] float32; a repair is written into it."""
+    all_greedy: bool
+    plain_argmax: bool
+    """SGLang's sampler would do nothing but take the argmax of the logits as they are."""
+    processes: bool
+    """Penalties, bias or a grammar change the logits before the argmax."""
+    slots: list[Any]
+    """Each request's row in the table of K/V slots; None for one that has ended."""
+    columns: torch.Tensor | None
+    """[B] pool slots of the K/V columns that a decode wrote."""
+
+    def positions(self) -> Sequence[int]:
+        """Return the position of the token that each row of a decode read."""
+        ...
+
+    def processed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return what argmax is taken from, leaving ``logits`` untouched; the same result however often it is asked."""
+        ...
+
+    def choose(self) -> torch.Tensor:
+        """Let SGLang choose the tokens, [B]."""
+        ...
+
+
+class Step:
+    """Gates the steps of one scheduler process.
+
+    Parameters
+    ----------
+    recorder
+        Takes the chosen steps.
+    rules
+        Which prefill chunks are canonical.
+    verifier
+        None where the policy never verifies.
+    sampler
+        Draws the steps of the audit.
+    window
+        Most open columns of a request.
+    knobs
+        Faults injected on purpose.
+    metrics
+        Prometheus counters.
+    """
+
+    def __init__(
+        self, recorder: Recorder, rules: PrefillRules, verifier: Verifier | None, sampler: AuditSampler,
+        window: int, knobs: TestKnobs, metrics: Metrics, note_batch: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.recorder, self.rules, self.verifier, self.window = recorder, rules, verifier, window
+        self._sampler, self._knobs, self._metrics, self._note_batch = sampler, knobs, metrics, note_batch
+        self._workspace: Top2Workspace | None = None
+        self._zeros = torch.empty(0)
+
+    # ---- where a forward ends -------------------------------------------------------------------------------------
+
+    def ended(self, view: ForwardView) -> None:
+        """Note what a forward did, whether or not a token is chosen from it."""
+        if view.decode:
+            self._note_batch(len(view.states))
+            return
+        for state, chunk in zip(view.states, view.chunks):
+            if state is None:
+                view.canonical.append(False)
+                continue
+            why_not = self.rules.why_not_canonical(chunk, len(view.states), view.shape)
+            view.canonical.append(why_not is None)
+            state.prefill_chunks += 1
+            if state.ledger.gated:
+                state.ledger.note_prefill(why_not)
+            if chunk.last:
+                self._start(state, chunk)
+        if not view.chooses:
+            self._hand_over(view, [])
+
+    def _start(self, state: RequestState, chunk: Chunk) -> None:
+        self.recorder.restart(state, len(chunk.generated))
+        state.prompt_tokens, state.cached_tokens = chunk.prompt, chunk.cached
+        state.last_token = chunk.generated[-1] if chunk.generated else 0
+        state.ledger.start(chunk.prompt, list(chunk.generated))
+
+    # ---- where its tokens are chosen ------------------------------------------------------------------------------
+
+    def sample(self, view: ForwardView, sampling: Sampling) -> torch.Tensor:
+        """Choose the tokens of a forward that has ended, [B]."""
+        rows = self._open_decode(view, sampling) if view.decode else self._open_prefill(view, sampling)
+        logits = sampling.logits
+        observed = [row for row in rows if row.observed]
+        if not observed:
+            tokens = sampling.choose()
+            self._hand_over(view, rows)
+            return tokens
+        self._inject_faults(observed, sampling, view.decode)
+        if logits.is_cuda and not any(self._waits(row, view.decode) for row in observed):
+            return self._observe(view, rows, observed, sampling)
+        self.recorder.catch_up()  # steps that are still on their way come before this one
+        best, numbers = self._measure(sampling.processed(logits))
+        for row in observed:
+            row.fast_token, row.second_token, row.margin = (
+                numbers.token[row.index], numbers.second[row.index], numbers.margin[row.index]
+            )  # fmt: skip
+        waited_ms = self._verify(observed, sampling, view.decode)
+        tokens = self._argmax(observed, best) if sampling.plain_argmax else sampling.choose()
+        chosen = self._enforce(observed, tokens, sampling)
+        for row in observed:
+            if row.state.ledger.gated:
+                row.waited_ms = waited_ms
+        numbers = numbers._replace(chosen=chosen)
+        self.recorder.chosen(rows, self._forward(view), view.began, numbers, self._prefilled(view))
+        return tokens
+
+    def _hand_over(
+        self, view: ForwardView, rows: list[StepRow], read: Callable[[], Numbers | None] = lambda: None
+    ) -> None:
+        """Give the recorder a forward that nothing waits for; ``read`` gives its numbers once they have arrived."""
+        clock = self.recorder.clock
+        if clock.late:
+            self.recorder.chosen_late(
+                rows, self._forward(view), view.began, clock.mark(), read, self._prefilled(view)
+            )  # fmt: skip
+        else:
+            self.recorder.chosen(rows, self._forward(view), view.began, read(), self._prefilled(view))
+
+    @staticmethod
+    def _forward(view: ForwardView) -> Forward:
+        shape = view.shape
+        canonical = shape is not None and shape.in_class if view.decode else all(view.canonical)
+        return Forward(view.decode, len(view.states), None if shape is None else shape.padded, canonical)
+
+    @staticmethod
+    def _prefilled(view: ForwardView) -> list[RequestState]:
+        return [] if view.decode else [state for state in view.states if state is not None]
+
+    # ---- opening a step -------------------------------------------------------------------------------------------
+
+    def _open_decode(self, view: ForwardView, sampling: Sampling) -> list[StepRow]:
+        in_class = view.shape is not None and view.shape.in_class
+        rows = []
+        for index, (state, slot, position) in enumerate(zip(view.states, sampling.slots, sampling.positions())):
+            if state is None or slot is None:
+                # Sampling delayed by a grammar runs after the last step's results: a request without a slot has ended
+                # meanwhile and its columns are free, so its row must not be verified.
+                continue
+            ledger = state.ledger
+            step = position - state.prompt_tokens + 1
+            row = StepRow(index, slot, state, position, step, state.observed)
+            if ledger.gated:
+                row.audit = self._audits(state, step)
+                if not in_class or self._needs_tokens(row):
+                    self.recorder.catch_up()  # the token that this step reads is known once the last step was read
+                try:
+                    row.structural = ledger.read(position, state.last_token, in_class)
+                except LedgerError as error:
+                    self._give_up(state, str(error))
+            row.threshold = self._threshold(state, step)
+            rows.append(row)
+        return rows
+
+    def _audits(self, state: RequestState, step: int) -> bool:
+        sampler, ledger = self._sampler, state.ledger
+        return sampler.rate > 0 and ledger.params.policy is Policy.GATE and sampler.draw(str(ledger.number), step)
+
+    @staticmethod
+    def _needs_tokens(row: StepRow) -> bool:
+        """Return whether a verify may ask for the token that this step reads."""
+        ledger = row.state.ledger
+        return not ledger.clean or ledger.params.policy is Policy.ALWAYS or row.audit
+
+    def _waits(self, row: StepRow, decode: bool) -> bool:
+        """Return whether this row's margin decides something before the next forward."""
+        if not row.state.ledger.gated:
+            return False
+        if not decode:
+            return row.resumed  # a prefill is canonical by its own rules, and not verified
+        return not row.structural or self._needs_tokens(row)
+
+    def _open_prefill(self, view: ForwardView, sampling: Sampling) -> list[StepRow]:
+        rows = []
+        for index, (state, chunk, slot) in enumerate(zip(view.states, view.chunks, sampling.slots)):
+            if state is None or not chunk.last:
+                continue  # made before set-up; or a middle chunk: its logits choose nothing
+            done = len(chunk.generated)
+            row = StepRow(index, slot, state, chunk.end - 1, done, state.observed, done > 0)
+            row.threshold = state.ledger.params.threshold
+            rows.append(row)
+        return rows
+
+    def _threshold(self, state: RequestState, step: int) -> float:
+        params = state.ledger.params
+        if not self._knobs.trigger_by_share:
+            return params.threshold
+        return float("inf") if self._knobs.draws(state.ledger.request_id, step, params.threshold) else -1.0
+
+    def _give_up(self, state: RequestState, why: str) -> None:
+        log.error("margingate: %s; the request goes on without verifies, guarantee none", why)
+        state.ledger.ungated = why
+        self.recorder.totals.ledger_errors += 1
+
+    # ---- margin ---------------------------------------------------------------------------------------------------
+
+    def _top2(self, logits: torch.Tensor) -> Top2:
+        """Return token, runner-up and margin of every row on the GPU; valid until the next call."""
+        work = self._workspace
+        if work is None or work.max_rows < len(logits) or work.device != logits.device:
+            work = self._workspace = Top2Workspace(max(len(logits), 64), logits.shape[1], logits.device)
+            # The gate decides on the host, from the margin: the kernel's own trigger mask is not used here.
+            self._zeros = torch.zeros(work.max_rows, device=logits.device)
+        return top2_margin(logits, self._zeros[: len(logits)], workspace=work)
+
+    def _measure(self, logits: torch.Tensor) -> tuple[torch.Tensor, Numbers]:
+        """Return the argmax of every row of the logits, and the rows' numbers on the host."""
+        if logits.is_cuda:
+            top = self._top2(logits)
+            best, second, margin = top.token.clone(), top.second.tolist(), top.margin.tolist()
+        else:
+            best, second, margin = top2_host(logits)
+        return best, Numbers(best.tolist(), second, margin, ())
+
+    @staticmethod
+    def _argmax(rows: list[StepRow], best: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of a greedy batch; SGLang would take the argmax of the same logits in a pass of its own."""
+        for row in rows:
+            if row.repairs and row.verify_token is not None:
+                best[row.index] = row.verify_token
+        return best
+
+    # ---- verify and repair ----------------------------------------------------------------------------------------
+
+    def _reason(self, row: StepRow, decode: bool) -> Reason:
+        ledger = row.state.ledger
+        if not ledger.gated:
+            return Reason.NONE
+        if row.resumed:
+            return Reason.RESUME
+        if not decode:
+            return Reason.NONE  # the prefill is canonical by its own rules
+        full = ledger.full(self.window)
+        return decide(ledger.params.policy, row.margin, row.threshold, row.audit, row.structural, full)
+
+    def _verify(self, rows: list[StepRow], sampling: Sampling, decode: bool) -> float:
+        """Verify the rows whose margin, or another reason, asks for it; return the milliseconds that it took."""
+        if self.verifier is None:
+            return 0.0
+        for row in rows:
+            row.reason = self._reason(row, decode)
+        chosen = [r for r in rows if r.reason is not Reason.NONE]
+        if not chosen:
+            return 0.0
+        logits = sampling.logits
+        jobs = [VerifyJob(int(r.slot), r.state.ledger.rows(), shadow=r.reason is Reason.AUDIT) for r in chosen]
+        result = self.verifier.verify(jobs)
+        index = torch.tensor([r.index for r in chosen], device=logits.device)
+        thresholds = torch.zeros(len(chosen), device=logits.device)
+        if sampling.processes:
+            mixed = logits.clone()
+            mixed[index] = result.logits
+            top = top2_margin(sampling.processed(mixed)[index], thresholds)
+        else:
+            top = top2_margin(result.logits, thresholds)
+        for row, job, token, margin, delta in zip(
+            chosen, jobs, top.token.tolist(), top.margin.tolist(), result.kv_delta
+        ):
+            row.verify_token, row.verify_margin = token, margin
+            row.window_rows, row.delta = len(job.rows), delta
+        repairs = [k for k, r in enumerate(chosen) if r.repairs]
+        if repairs:
+            logits[index[repairs]] = result.logits[repairs]
+            for k in repairs:
+                chosen[k].state.ledger.repaired()
+        self._metrics.verify(result.passes, result.rows, result.seconds)
+        return result.seconds * 1e3
+
+    def _enforce(self, rows: list[StepRow], tokens: torch.Tensor, sampling: Sampling) -> list[int]:
+        """Return every row's chosen token, making sure that gated rows got the argmax that was measured.
+
+        In a batch with sampling neighbours SGLang picks greedy rows by a top-1 sort, whose order among exact ties is
+        not argmax's: the tie rule must not depend on the neighbours.
+        """
+        if not sampling.all_greedy:
+            fixed = [(r.index, r.verify_token if r.repairs else r.fast_token) for r in rows if r.state.ledger.gated]
+            if fixed:
+                index = torch.tensor([i for i, _ in fixed], device=tokens.device)
+                tokens[index] = torch.tensor([t for _, t in fixed], device=tokens.device, dtype=tokens.dtype)
+        chosen: list[int] = tokens.tolist()
+        return chosen
+
+    # ---- observed without a wait ----------------------------------------------------------------------------------
+
+    def _observe(
+        self, view: ForwardView, rows: list[StepRow], observed: list[StepRow], sampling: Sampling
+    ) -> torch.Tensor:
+        """Measure a step that waits for no verdict (ungated, structural, a prefill) on a GPU without waiting for it.
+
+        A wait after each prefill would keep SGLang from preparing the next one meanwhile: 17 ms of every 8,192 tokens.
+        """
+        top = self._top2(sampling.processed(sampling.logits))
+        if sampling.plain_argmax:
+            tokens = top.token.clone()  # no verify, so no row differs from what was measured
+        else:
+            tokens = sampling.choose()
+            gated = [r.index for r in observed if r.state.ledger.gated]
+            if gated and not sampling.all_greedy:  # as _enforce does, without waiting for the GPU
+                index = torch.tensor(gated).pin_memory().to(tokens.device, non_blocking=True)
+                tokens[index] = top.token[index].to(tokens.dtype)
+        packed = torch.stack([top.token, top.second, top.margin.view(torch.int32).long(), tokens.long()])
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+
+        def read() -> Numbers:
+            token, second, _, chosen = host.tolist()
+            return Numbers(token, second, host[2].int().view(torch.float32).tolist(), chosen)
+
+        self._hand_over(view, rows, read)
+        return tokens
+
+    # ---- test faults ----------------------------------------------------------------------------------------------
+
+    def _inject_faults(self, rows: list[StepRow], sampling: Sampling, decode: bool) -> None:
+        knobs = self._knobs
+        if not decode or not (knobs.poison_every or knobs.flip_rate):
+            return
+        for row in rows:
+            if knobs.corrupts(row.step, len(sampling.logits)):
+                swap_best_two(sampling.logits[row.index])
+                if self.verifier is not None and sampling.columns is not None:
+                    shift_column(self.verifier.kv, sampling.columns[row.index : row.index + 1])

@@ -1,0 +1,158 @@
+"""Hook functions that run in SGLang's scheduler processes: they translate, the runtime decides."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from sglang_margingate.runtime.faults import column_digest, wants_digest
+from sglang_margingate.runtime.shape import SHAPE, ForwardShape
+from sglang_margingate.runtime.state import ATTRIBUTE, RequestState, state_of
+from sglang_margingate.runtime.status import Runtime
+from sglang_margingate.serving import views
+from sglang_margingate.serving.radix_names import namespace, uses_backend
+from sglang_margingate.serving.setup import build_runtime
+from sglang_margingate.serving.summary import FIELD, PerRequest
+
+_runtime: Runtime | None = None
+
+
+def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """Build this process's runtime right before the event loop, and attest it to the launcher.
+
+    An exception here ends the scheduler before it takes a request, and SGLang then ends the launcher.
+    """
+    global _runtime
+    try:
+        _runtime = build_runtime(scheduler)
+    except Exception as error:
+        # SGLang prints the traceback; this line is for the person who started the server.
+        print(f"margingate: refusing to serve: {error}", file=sys.stderr, flush=True)
+        raise
+    info["margingate"] = _runtime.status()
+    return info
+
+
+def runtime() -> Runtime | None:
+    """Return this process's runtime, None before :func:`set_up`."""
+    return _runtime
+
+
+# ---- the way of a request ----------------------------------------------------------------------------------------------
+
+
+def open_request(_result: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Attach a state to a new request. SGLang's own requests before set-up (warm-up forwards) get none."""
+    if _runtime is None:
+        return
+    state = _runtime.requests.open(views.opened(req))
+    setattr(req, ATTRIBUTE, state)
+    if uses_backend(_runtime.config):
+        req.extra_key = namespace(state.ledger.gated, req.extra_key, req.lora_id, _runtime.labels.weight_changes)
+
+
+def begin_forward(result: Any, _cls: Any, batch: Any, *_: Any, **__: Any) -> None:
+    """Attach the view of a forward to its batch."""
+    if _runtime is not None and batch.reqs is not None:
+        views.begin(result, batch.reqs, _runtime.recorder.clock)
+
+
+def end_forward(output: Any, model_runner: Any, batch: Any, *_: Any, **__: Any) -> Any:
+    """Note what a forward did, whether or not a token is chosen from it."""
+    found = getattr(batch, views.VIEW, None)
+    if _runtime is not None and found is not None and not model_runner.is_draft_worker:
+        found[0].shape = _shape(model_runner, batch, output.can_run_graph)
+        _runtime.step.ended(found[0])
+    return output
+
+
+def _shape(model_runner: Any, batch: Any, graph: bool) -> ForwardShape | None:
+    """Return what a forward ran at, as far as anybody saw it."""
+    fast = None if _runtime is None else _runtime.fast
+    decode, seen = batch.forward_mode.is_decode(), getattr(batch, SHAPE, None)
+    if seen is None and graph:
+        if not decode:
+            return None  # SGLang's own prefill graphs: nobody sees their size
+        padded = int(model_runner.decode_cuda_graph_runner.bs)  # the graph that was replayed
+        seen = ForwardShape(len(batch.seq_lens), padded, fast is not None and padded in fast.classes.decode.sizes)
+    elif seen is None:
+        rows = len(batch.input_ids)
+        seen = ForwardShape(rows, rows, False)  # SGLang's eager runner pads nothing
+    return fast.decode_shape(seen.rows, seen) if fast is not None and decode else seen
+
+
+def sample(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
+    """Gate one step."""
+    found = getattr(batch, views.VIEW, None)
+    logits = logits_output.next_token_logits
+    if _runtime is None or found is None or model_runner.is_draft_worker or logits is None:
+        return original(model_runner, logits_output, batch)
+    view, reqs = found
+    if len(view.states) != len(logits):
+        return original(model_runner, logits_output, batch)
+    return _runtime.step.sample(view, views.BatchSampling(original, model_runner, logits_output, batch, reqs))
+
+
+def after_finish_state(_result: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Close a request's record once it has finished, and attach its summary."""
+    state = state_of(req)
+    if _runtime is None or state is None or not req.finished():
+        return
+    summary = _runtime.requests.finish(state, views.ended(req, _digest(req)))
+    if summary is not None:
+        req.customized_info = {**(req.customized_info or {}), FIELD: PerRequest([summary])}
+
+
+def _digest(req: Any) -> Any:
+    verifier = None if _runtime is None else _runtime.step.verifier
+    if verifier is None or not wants_digest():
+        return None
+    first = len(req.origin_input_ids)
+    positions = list(range(first, first + len(req.output_ids) - 1))
+    return lambda: column_digest(verifier.kv, verifier.slots(int(req.req_pool_idx), positions)) if positions else ""
+
+
+# ---- prefill admission -------------------------------------------------------------------------------------------------
+
+
+def _alone(req: Any) -> bool:
+    """Return whether a request is prefilled by itself, on the grid."""
+    state: RequestState | None = state_of(req)
+    return _runtime is not None and _runtime.step.rules.isolated and state is not None and state.ledger.gated
+
+
+def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Admit a waiting request to the prefill batch; a gated one only alone and with its chunk on the grid."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    alone = _alone(req)
+    if adder.can_run_list and (alone or any(_alone(r) for r in adder.can_run_list)):
+        return AddReqResult.OTHER
+    if alone:
+        _cap(adder, req)
+    return original(adder, req, *args, **kwargs)
+
+
+def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:
+    """Continue a chunked prompt; a gated one's next chunk stays on the grid."""
+    if _alone(req):
+        _cap(adder, req)
+    return original(adder, req)
+
+
+def _cap(adder: Any, req: Any) -> None:
+    assert _runtime is not None
+    limit = _runtime.step.rules.chunk_limit(len(req.prefix_indices), len(req.origin_input_ids))
+    if limit is not None:
+        # The adder lives for one scheduling round and admits nobody beside a gated request: no need to restore.
+        adder.rem_chunk_tokens = limit if adder.rem_chunk_tokens is None else min(adder.rem_chunk_tokens, limit)
+
+
+# ---- status ------------------------------------------------------------------------------------------------------------
+
+
+def add_status(result: Any, *_: Any, **__: Any) -> Any:
+    """Add the gate's counters to SGLang's internal state."""
+    if _runtime is not None:
+        result.internal_state["margingate"] = _runtime.status()
+    return result

@@ -1,0 +1,128 @@
+"""Labels: a response claims what was observed, never more, and always says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_margingate.config import Policy, Repair
+from sglang_margingate.gate.claims import Claims, label
+from sglang_margingate.gate.ledger import RequestLedger
+from sglang_margingate.gate.request import RequestParams
+from sglang_margingate.words import Guarantee, Reason
+
+CANONICAL = Claims(prefill="grid", decode=True)
+BATCHED = Claims(prefill="batched", decode=True)
+PLAIN = Claims(prefill="grid")
+NO_CLASS = Claims(prefill="grid", decode=False)
+
+
+def a_ledger(policy: Policy = Policy.GATE, repair: Repair = Repair.WINDOW, **more: Any) -> RequestLedger:
+    book = RequestLedger("r", RequestParams(policy, 0.5, "", False), repair, **more)
+    book.note_prefill(None)
+    book.start(10, [])
+    return book
+
+
+def count(book: RequestLedger, *reasons: Reason, structural: bool = False) -> RequestLedger:
+    for reason in reasons:
+        book.counters.add(reason, reason is Reason.MARGIN, False, structural=structural)
+    return book
+
+
+def decoded(steps: int, in_class: bool, reason: Reason = Reason.NONE, **more: Any) -> RequestLedger:
+    """Return the record of a request whose decode steps all ran the same way."""
+    book = count(a_ledger(**more), Reason.NONE)  # the prefill's token
+    for k in range(steps):
+        structural = book.read(10 + k, 5, in_class)
+        count(book, reason, structural=structural)
+        if reason is not Reason.NONE:
+            book.repaired()
+    return book
+
+
+def test_structural_needs_every_step_inside_and_a_trial_that_held() -> None:
+    assert label(decoded(4, True), CANONICAL, 5) == (
+        Guarantee.STRUCTURAL, "the prefill and all of 4 decode steps ran inside the probed class",
+    )  # fmt: skip
+    assert label(decoded(4, True), PLAIN, 5)[0] is Guarantee.GATED
+    assert label(decoded(4, False), CANONICAL, 5)[0] is Guarantee.GATED
+
+
+@pytest.mark.parametrize(
+    ("claims", "expected"),
+    [
+        (CANONICAL, Guarantee.STRUCTURAL),
+        (BATCHED, Guarantee.STRUCTURAL),
+        (Claims(prefill="batched"), Guarantee.STRUCTURAL),
+        (PLAIN, Guarantee.GATED),
+        (NO_CLASS, Guarantee.GATED),
+    ],
+)
+@pytest.mark.parametrize("policy", [Policy.GATE, Policy.ALWAYS])
+def test_a_one_token_answer_stands_on_its_prefill_alone_and_says_so(
+    claims: Claims, expected: Guarantee, policy: Policy
+) -> None:
+    found, why = label(count(a_ledger(policy), Reason.NONE), claims, 1)
+    assert found is expected
+    assert "one token" in why
+
+
+def test_verified_counts_verifies_that_were_put_in_place() -> None:
+    always = decoded(4, False, Reason.ALWAYS, policy=Policy.ALWAYS)
+    assert label(always, PLAIN, 5)[0] is Guarantee.VERIFIED
+    audited = count(a_ledger(), Reason.NONE, Reason.AUDIT, Reason.AUDIT)
+    assert label(audited, PLAIN, 3)[0] is Guarantee.GATED
+
+
+def test_stale_columns_are_not_verified() -> None:
+    """After a retraction, `column` repair leaves the re-prefilled columns as they are."""
+    book = count(a_ledger(Policy.ALWAYS, Repair.COLUMN), Reason.NONE)
+    book.start(10, [5, 6, 7])
+    book.repaired()
+    count(book, Reason.RESUME, Reason.ALWAYS, Reason.ALWAYS)
+    found, why = label(book, PLAIN, 4)
+    assert found is Guarantee.GATED
+    assert "column" in why
+
+
+def test_a_resumed_request_on_the_canonical_path_keeps_its_label() -> None:
+    book = decoded(2, True)
+    book.start(10, [5, 6])
+    book.repaired()
+    count(book, Reason.RESUME)
+    assert label(book, CANONICAL, 4)[0] is Guarantee.STRUCTURAL
+
+
+@pytest.mark.parametrize(
+    ("book", "shown", "says"),
+    [
+        (a_ledger(Policy.OFF), 3, "policy is off"),
+        (a_ledger(Policy.LOG), 3, "policy is log"),
+        (a_ledger(ungated="sampled at temperature 1"), 3, "sampled"),
+        (a_ledger(), 0, "no token"),
+        (a_ledger(), 3, "only 0 of 3 steps"),
+        (RequestLedger("r", RequestParams(Policy.GATE, 0.5, "", False), Repair.WINDOW), 1, "no prefill"),
+    ],
+)
+@pytest.mark.parametrize("claims", [CANONICAL, PLAIN])
+def test_no_evidence_claims_nothing_and_says_why(book: RequestLedger, shown: int, says: str, claims: Claims) -> None:
+    found, why = label(book, claims, shown)
+    assert found is Guarantee.NONE
+    assert says in why
+
+
+def test_a_chunk_off_the_grid_an_abort_and_a_lowered_server_cost_the_label() -> None:
+    book = decoded(2, True)
+    assert label(book, CANONICAL, 3, aborted=True)[0] is Guarantee.NONE
+    assert label(book, Claims(("weights changed",), "grid", True), 3) == (Guarantee.NONE, "weights changed")
+    book.note_prefill("prompt chunk [0, 5) left the grid of 64")
+    assert label(book, CANONICAL, 3) == (Guarantee.NONE, "prompt chunk [0, 5) left the grid of 64")
+
+
+def test_an_audit_that_has_not_shown_its_bound_costs_unverified_steps_only() -> None:
+    claims = Claims(prefill="grid", decode=True, gated_note="too little audited")
+    assert label(decoded(2, False), claims, 3) == (Guarantee.NONE, "too little audited")
+    assert label(decoded(2, True), claims, 3)[0] is Guarantee.STRUCTURAL
+    assert label(decoded(2, False, Reason.ALWAYS), claims, 3)[0] is Guarantee.VERIFIED

@@ -1,0 +1,264 @@
+"""The step without SGLang: what is verified, what is put in place, and what is noted where a forward ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_margingate.config import Policy, Repair
+from sglang_margingate.gate.audit import AuditSampler
+from sglang_margingate.gate.ledger import RequestLedger
+from sglang_margingate.gate.request import RequestParams
+from sglang_margingate.runtime.clock import HostClock
+from sglang_margingate.runtime.faults import TestKnobs
+from sglang_margingate.runtime.metrics import Metrics
+from sglang_margingate.runtime.prefill import Chunk, PrefillRules
+from sglang_margingate.runtime.record import Recorder
+from sglang_margingate.runtime.shape import ForwardShape
+from sglang_margingate.runtime.state import RequestState
+from sglang_margingate.runtime.step import ForwardView, Step
+from sglang_margingate.runtime.verifier import KvDelta, VerifyJob, VerifyResult
+from sglang_margingate.trace.schema import STEP_COLUMNS
+
+VOCAB = 16
+PROMPT = 10
+
+
+class Verifier:
+    """Answers every job with the token that the test wants."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.jobs: list[VerifyJob] = []
+
+    def verify(self, jobs: list[VerifyJob]) -> VerifyResult:
+        self.jobs += jobs
+        logits = torch.zeros(len(jobs), VOCAB)
+        logits[:, self.answer] = 9.0
+        return VerifyResult(logits, [KvDelta(0.0, 0.5)] * len(jobs), 0.001, 1, sum(len(j.rows) for j in jobs))
+
+
+class FakeSampling:
+    """A forward whose row r has the best token ``best[r]`` and the given margin."""
+
+    processes = False
+    columns = None
+
+    def __init__(
+        self, best: Sequence[int], margin: float, positions: Sequence[int], all_greedy: bool = True,
+        drawn: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.logits = torch.zeros(len(best), VOCAB)
+        for row, token in enumerate(best):
+            self.logits[row, token] = 5.0
+            self.logits[row, (token + 1) % VOCAB] = 5.0 - margin
+        self.all_greedy = self.plain_argmax = all_greedy
+        self.slots: list[Any] = list(range(len(best)))
+        self._positions, self._drawn = positions, list(drawn if drawn is not None else best)
+
+    def positions(self) -> Sequence[int]:
+        return self._positions
+
+    def processed(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def choose(self) -> torch.Tensor:
+        return torch.tensor(self._drawn)
+
+
+class Bench:
+    """A step with one verifier, and the rows that it traced."""
+
+    def __init__(self, answer: int = 3, isolated: bool = True, audit: float = 0.0, window: int = 16) -> None:
+        self.rows: list[dict[str, Any]] = []
+        names = [c.name for c in STEP_COLUMNS]
+        sink: Any = SimpleNamespace(add_steps=lambda rows: self.rows.extend(dict(zip(names, r)) for r in rows))
+        self.recorder = Recorder(HostClock(), sink, Metrics(False, "m"))
+        self.verifier = Verifier(answer)
+        verifier: Any = self.verifier
+        self.step = Step(
+            self.recorder, PrefillRules(64, isolated), verifier, AuditSampler(audit), window, TestKnobs(), Metrics(False, "m")
+        )  # fmt: skip
+
+    def prefill(
+        self, state: RequestState, generated: tuple[int, ...] = (), shape: ForwardShape | None = None, chooses: bool = True,
+        token: int = 3, start: int = 0,
+    ) -> torch.Tensor | None:  # fmt: skip
+        chunk = Chunk(start, PROMPT + len(generated), PROMPT, generated)
+        view = ForwardView([state], False, time.time(), chooses, shape, [chunk])
+        self.step.ended(view)
+        return self.step.sample(view, FakeSampling([token], 9.0, [])) if chooses else None
+
+    def decode(
+        self, states: list[RequestState | None], margin: float, position: int, in_class: bool = False, token: int = 3,
+        **sampling: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = len(states)
+        view = ForwardView(states, True, time.time(), True, ForwardShape(rows, rows + 1, in_class))
+        self.step.ended(view)
+        return self.step.sample(view, FakeSampling([token] * rows, margin, [position] * rows, **sampling))
+
+
+def a_state(
+    policy: Policy = Policy.GATE, repair: Repair = Repair.WINDOW, plain: bool = True, **more: Any
+) -> RequestState:
+    ungated = None if plain else "sampled"
+    params = RequestParams(policy, 0.5, "", False)
+    return RequestState(RequestLedger("r", params, repair, ungated, number=1), plain=plain, **more)
+
+
+def test_a_low_margin_is_verified_and_put_in_place() -> None:
+    bench, state = Bench(answer=7), a_state()
+    bench.prefill(state)
+    assert bench.decode([state], 3.0, PROMPT).tolist() == [3]
+    assert bench.decode([state], 0.25, PROMPT + 1).tolist() == [7]
+    assert [job.rows for job in bench.verifier.jobs] == [[(PROMPT, 3), (PROMPT + 1, 3)]]
+    bench.recorder.finish(state, 3)
+    assert [row["reason"] for row in bench.rows] == ["none", "none", "margin"]
+    assert (bench.rows[-1]["flipped"], bench.rows[-1]["repaired"], bench.rows[-1]["token"]) == (True, True, 7)
+
+
+def test_an_audited_step_is_for_the_record_only() -> None:
+    bench, state = Bench(answer=7, audit=1.0), a_state()
+    bench.prefill(state)
+    assert bench.decode([state], 3.0, PROMPT).tolist() == [3], "an audit must not change the answer"
+    assert bench.verifier.jobs[0].shadow
+    bench.decode([state], 3.0, PROMPT + 1)
+    assert len(bench.verifier.jobs[1].rows) == 2, "its columns stay open"
+    bench.recorder.finish(state, 3)
+    assert [row["repaired"] for row in bench.rows] == [False, False, False]
+    assert state.ledger.counters.missed == 2
+
+
+def test_a_resumed_step_is_verified_whatever_its_margin() -> None:
+    bench, state = Bench(answer=7), a_state()
+    bench.prefill(state)
+    bench.decode([state], 9.0, PROMPT)
+    tokens = bench.prefill(state, generated=(3, 3))
+    assert tokens is not None
+    assert tokens.tolist() == [7]
+    assert bench.verifier.jobs[0].rows == [(PROMPT, 3), (PROMPT + 1, 3)]
+    bench.recorder.finish(state, 3)
+    assert bench.rows[-1]["reason"] == "resume"
+
+
+def test_the_argmax_is_enforced_beside_sampled_rows() -> None:
+    """SGLang's sampler takes greedy rows by another tie rule where a neighbour samples."""
+    bench, gated, sampled = Bench(), a_state(), a_state(plain=False)
+    bench.prefill(gated)
+    bench.prefill(sampled)
+    tokens = bench.decode([gated, sampled], 3.0, PROMPT, all_greedy=False, drawn=[12, 12])
+    assert tokens.tolist() == [3, 12]
+    assert gated.last_token == 3
+
+
+def test_a_window_is_closed_at_its_limit() -> None:
+    """Thousands of open columns would be recomputed in one silence."""
+    bench, state = Bench(window=4), a_state()
+    bench.prefill(state)
+    for k in range(9):
+        bench.decode([state], 9.0, PROMPT + k)
+    assert [len(job.rows) for job in bench.verifier.jobs] == [4, 4]
+    bench.recorder.finish(state, 10)
+    assert [row["reason"] for row in bench.rows].count("limit") == 2
+    assert state.ledger.counters.missed == 0
+
+
+def test_column_repair_has_no_window_to_close() -> None:
+    bench, state = Bench(window=2), a_state(repair=Repair.COLUMN)
+    bench.prefill(state)
+    for k in range(6):
+        bench.decode([state], 9.0, PROMPT + k)
+    assert bench.verifier.jobs == []
+
+
+def test_steps_inside_the_class_need_no_verify_and_are_noted_as_structural() -> None:
+    bench, state = Bench(isolated=False), a_state()
+    bench.prefill(state, shape=ForwardShape(PROMPT, 64, True))
+    bench.decode([state], 0.0, PROMPT, in_class=True)
+    bench.recorder.finish(state, 2)
+    assert bench.verifier.jobs == []
+    assert [row["structural"] for row in bench.rows] == [False, True]
+    assert [row["canonical"] for row in bench.rows] == [True, True]
+    assert [row["padded_rows"] for row in bench.rows] == [64, 2], "rows the kernels saw, not the requests"
+    assert not state.ledger.notes
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+def test_a_prefill_outside_its_class_is_noted_though_no_token_is_chosen_from_it(chooses: bool) -> None:
+    """SGLang prefills a prompt without sampling before every n > 1: the n answers read its columns."""
+    bench, state = Bench(isolated=False), a_state()
+    bench.prefill(state, shape=ForwardShape(PROMPT, PROMPT, False), chooses=chooses)
+    assert state.ledger.notes == ["a prefill forward ran outside the canonical class"]
+    assert state.ledger.prefills == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "says"), [(0, 70, "left the grid"), (5, 64, "left the grid"), (0, 64, None), (64, 100, None)]
+)
+def test_a_chunk_off_the_grid_is_noted(start: int, end: int, says: str | None) -> None:
+    bench, state = Bench(), a_state()
+    view = ForwardView([state], False, time.time(), chunks=[Chunk(start, end, 100)])
+    bench.step.ended(view)
+    assert (state.ledger.notes == []) is (says is None)
+    assert says is None or says in state.ledger.notes[0]
+    assert view.canonical == [says is None]
+
+
+def test_a_chunk_that_shared_its_forward_is_noted() -> None:
+    bench, one, other = Bench(), a_state(), a_state(Policy.OFF)
+    view = ForwardView([one, other], False, time.time(), chunks=[Chunk(0, 10, 10), Chunk(0, 9, 9)])
+    bench.step.ended(view)
+    assert one.ledger.notes == ["a prompt chunk shared its forward with another request"]
+
+
+def test_a_decode_after_a_prefill_that_chose_nothing_is_no_error() -> None:
+    """SGLang overlaps one decode of a request that wanted no token."""
+    bench, state, other = Bench(), a_state(), a_state()
+    bench.prefill(state, chooses=False)
+    bench.prefill(other)
+    bench.decode([state, other], 0.1, PROMPT)
+    assert state.ledger.ungated is None
+    assert bench.recorder.totals.ledger_errors == 0
+    assert all(token >= 0 for job in bench.verifier.jobs for _, token in job.rows), "no embedding has row -1"
+    bench.recorder.finish(state, 0)
+    assert state.ledger.counters.steps == 0
+
+
+def test_a_position_that_does_not_follow_gives_up_and_says_so() -> None:
+    bench, state = Bench(), a_state()
+    bench.prefill(state)
+    bench.decode([state], 0.1, PROMPT + 5)
+    assert state.ledger.ungated is not None
+    assert "expects 10" in state.ledger.ungated
+    assert bench.verifier.jobs == []
+
+
+@pytest.mark.parametrize("slot", [None])
+def test_a_request_that_has_ended_is_not_verified(slot: None) -> None:
+    bench, state = Bench(), a_state()
+    bench.prefill(state)
+    view = ForwardView([state], True, time.time(), shape=ForwardShape(1, 1, False))
+    sampling = FakeSampling([3], 0.1, [PROMPT])
+    sampling.slots = [slot]
+    bench.step.sample(view, sampling)
+    assert bench.verifier.jobs == []
+
+
+def test_which_steps_are_drawn_is_known_before_their_margin() -> None:
+    """An audit must not make the steps wait that it did not draw."""
+    bench, state = Bench(audit=0.25, isolated=False), a_state()
+    bench.prefill(state, shape=ForwardShape(PROMPT, 64, True))
+    drawn: list[bool] = []
+    waits: Callable[..., bool] = bench.step._waits
+    for k in range(40):
+        view = ForwardView([state], True, time.time(), True, ForwardShape(1, 17, True))
+        rows = bench.step._open_decode(view, FakeSampling([3], 9.0, [PROMPT + k]))
+        assert waits(rows[0], True) is rows[0].audit
+        drawn.append(rows[0].audit)
+    assert 0 < sum(drawn) < 40
