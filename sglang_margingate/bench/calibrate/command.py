@@ -175,7 +175,7 @@ def offline_key(args: argparse.Namespace, plain: list[Prompt]) -> dict[str, Any]
     A model or a machine that changed under the same flags is not seen; ``--fresh`` measures again.
     """
     from sglang_margingate.bench.prompts.random_ids import digest
-    from sglang_margingate.serving.versions import versions
+    from sglang_margingate.machine import versions
 
     return {
         "flags": list(args.server_flags),
