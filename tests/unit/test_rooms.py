@@ -15,6 +15,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "gate": ("config", "words"),
     "trace": ("words",),
     "canonical": ("config", "words"),
+    "demo": (),
 }
 NO_SGLANG = ("gate", "trace", "canonical", "runtime")
 
@@ -57,6 +58,41 @@ def test_rooms_import_nothing_above_them(room: str) -> None:
         if name.startswith(f"{OURS}.") and name.split(".")[1] not in allowed
     }
     assert not wrong
+
+
+def circles(rooms: tuple[str, ...]) -> list[list[str]]:
+    """Return the circles of files in the given rooms: each file there that reaches itself, with its way."""
+    paths = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for room in rooms for p in files(room)}
+    arrows = {name: sorted((imports(path) & set(paths)) - {name}) for name, path in paths.items()}
+
+    def way(start: str) -> list[str]:
+        seen, todo = {start}, [[start]]
+        while todo:
+            so_far = todo.pop()
+            for after in arrows[so_far[-1]]:
+                if after == start:
+                    return [*so_far, start]
+                if after not in seen:
+                    seen.add(after)
+                    todo.append([*so_far, after])
+        return []
+
+    return [found for name in paths if (found := way(name))]
+
+
+def test_no_circle_of_files() -> None:
+    assert not circles(("bench", "demo", "gate", "trace", "canonical", "runtime"))
+
+
+def test_circles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / OURS)
+    room = tmp_path / OURS / "gate"
+    room.mkdir(parents=True)
+    (room / "a.py").write_text("from . import b\n")
+    (room / "b.py").write_text(f"def f():\n    from {OURS}.gate.c import x\n")
+    (room / "c.py").write_text(f"import {OURS}.gate.b\n")
+    names = [f"{OURS}.gate.{n}" for n in "bcb"]
+    assert circles(("gate",)) == [names, [names[1], names[0], names[1]]]
 
 
 def test_the_reader_of_imports_sees_lazy_and_relative_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
