@@ -21,9 +21,9 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParam
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang_margingate.serving.state import ATTRIBUTE
 
 from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.runtime.state import ATTRIBUTE
 from sglang_margingate.serving.radix import CanonicalRadixCache
 from sglang_margingate.serving.radix_names import namespace
 
