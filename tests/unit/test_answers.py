@@ -200,15 +200,13 @@ def test_changed_weights_lower_the_guarantee(monkeypatch: pytest.MonkeyPatch, su
     from sglang_margingate.serving import weight_hooks
 
     lowered: list[str] = []
-    runtime = SimpleNamespace(weights=0, lower=lowered.append)
-    monkeypatch.setattr(weight_hooks.scheduler, "runtime", lambda: runtime)
+    runtime = SimpleNamespace(weights_changed=lowered.append)
+    monkeypatch.setattr(weight_hooks.scheduler_hooks, "runtime", lambda: runtime)
     result = SimpleNamespace(success=success)
     weight_hooks.after_update(result, None, type("UpdateWeightFromDiskReqInput", (), {})())
-    assert runtime.weights == 1
     assert "an update from disk" in lowered[0]
     assert ("failed" in lowered[0]) is not success
     weight_hooks.after_adapter(result, None, SimpleNamespace(lora_name="poet"))
-    assert runtime.weights == 1 + success
     assert len(lowered) == 1 + success
     weight_hooks.after_update(SimpleNamespace(), None, type("ReleaseMemoryOccupationReqInput", (), {})())
     assert "a release of memory" in lowered[-1]
