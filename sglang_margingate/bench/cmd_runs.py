@@ -23,6 +23,7 @@ def add_runs(p: argparse.ArgumentParser) -> None:
 
 def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """List the recorded runs, newest first, and what is wrong with any of them."""
+    from sglang_margingate.bench import tables
     from sglang_margingate.trace import list_runs
 
     if not Path(args.trace_dir).is_dir():
@@ -47,10 +48,7 @@ def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
         )
         for info in infos
     ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        cells = [c.rjust(w) if i in (3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+    print(tables.text(head, rows, left=(0, 1, 2, 5)))
     for info in infos:
         for warning in info.warnings:
             print(f"margingate: {_shown(info.name)}: {_shown(warning.removeprefix(f'{info.path}: '))}", file=sys.stderr)
@@ -101,12 +99,24 @@ def add_export(p: argparse.ArgumentParser) -> None:
     way.add_argument(
         "--chrome", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing"
     )
+    way.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="as --chrome where it ends in .json, else as --csv; the option that report has",
+    )
 
 
 def export(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Write one run for other tools."""
     from sglang_margingate.trace import export_chrome_trace, export_csv, read_run
 
+    if args.out is not None:
+        way = "chrome" if args.out.suffix == ".json" else "csv"
+        if way == "csv" and (args.out.suffix or args.out.is_file()):
+            raise UsageError(f"-o {args.out}: name a folder for CSV, or a file that ends in .json for a Chrome trace")
+        setattr(args, way, args.out)
     run = read_run(args.run)
     for warning in run.warnings:
         print(f"margingate: {warning}", file=sys.stderr)

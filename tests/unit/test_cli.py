@@ -56,7 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["check", "--moon"], "unrecognized arguments: --moon"),
         (["calibrate", "--target-miss", "2"], "'2' is not a number from 0 to 1"),
         (["bench", "--share", "0"], "'0' is not a number from 0.01 to 100"),
-        (["export", "x"], "one of the arguments --csv --chrome is required"),
+        (["export", "x"], "one of the arguments --csv --chrome -o/--out is required"),
     ],
 )
 def test_wrong_options_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +105,12 @@ def test_runs_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["runs", str(tmp_path)]) == 0
     assert main(["export", str(run), "--csv", str(tmp_path / "csv")]) == 0
     assert main(["export", str(run), "--chrome", str(tmp_path / "trace.json")]) == 0
+    # The option of `report`: the ending says which of the two.
+    assert main(["export", str(run), "-o", str(tmp_path / "again")]) == 0
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["requests.csv", "steps.csv"]
+    assert main(["export", str(run), "-o", str(tmp_path / "again.json")]) == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "trace.json").read_bytes()
+    assert main(["export", str(run), "-o", str(tmp_path / "steps.csv")]) == 2
     out = capsys.readouterr().out
     assert "no runs in" in out
     assert "tiny" in out
