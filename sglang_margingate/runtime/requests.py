@@ -31,6 +31,8 @@ class Opened:
     seed: int | None = None
     custom_processor: bool = False
     """It brings a custom logit processor."""
+    penalised: bool = False
+    """It asks for frequency, presence or repetition penalties."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Requests:
             self._opened += 1
         ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._opened)
         state = RequestState(ledger, hidden=hidden, plain=new.greedy and not new.custom_processor)
+        state.penalised = new.penalised
         if params.return_steps:
             state.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
         return state

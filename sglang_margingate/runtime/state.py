@@ -126,6 +126,10 @@ class RequestState:
     """The newest step, until it is known whether its token is shown."""
     late: int = 0
     """Steps whose numbers are still on the device."""
+    penalised: bool = False
+    """It asks for penalties of the tokens that it has generated."""
+    resumed_at: int = 0
+    """Tokens of the output when its last prefill began: 0 but after a retraction."""
     prompt_tokens: int = 0
     prefill_ms: float = 0.0
     prefill_chunks: int = 0

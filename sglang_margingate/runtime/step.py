@@ -141,7 +141,9 @@ class Step:
 
     def _start(self, state: RequestState, chunk: Chunk) -> None:
         self.recorder.restart(state, len(chunk.generated))
-        state.prompt_tokens, state.cached_tokens = chunk.prompt, chunk.cached
+        state.prompt_tokens, state.cached_tokens, state.resumed_at = chunk.prompt, chunk.cached, len(chunk.generated)
+        if chunk.generated and state.penalised:
+            state.ledger.note("SGLang's penalties forget after a retraction what they had counted")
         state.last_token = chunk.generated[-1] if chunk.generated else 0
         state.ledger.start(chunk.prompt, list(chunk.generated))
 

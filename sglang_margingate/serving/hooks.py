@@ -113,6 +113,12 @@ GATE_HOOKS: tuple[Hook, ...] = (
         "SGLang has a request-finished event",
     ),
     Hook(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        "around", scheduler_hooks.cumulate_penalties, (SCHEDULER,),
+        "with overlap, which tokens SGLang's penalties count depends on who arrives meanwhile",
+        "SGLang counts each token of a request once",
+    ),
+    Hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
         "around", scheduler_hooks.add_one_req, (SCHEDULER,),
         "a gated prompt is prefilled alone, its chunks on a fixed grid",

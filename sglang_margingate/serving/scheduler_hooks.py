@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+
 from sglang_margingate.runtime.faults import column_digest, wants_digest
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
-from sglang_margingate.runtime.state import ATTRIBUTE, RequestState, state_of
+from sglang_margingate.runtime.state import ATTRIBUTE, state_of
 from sglang_margingate.runtime.status import Runtime
 from sglang_margingate.serving import views
 from sglang_margingate.serving.radix_names import namespace, uses_backend
@@ -112,13 +114,40 @@ def _digest(req: Any) -> Any:
     return lambda: column_digest(verifier.kv, verifier.slots(int(req.req_pool_idx), positions)) if positions else ""
 
 
+def cumulate_penalties(original: Any, batch: Any) -> None:
+    """Count the token that a request alone would have counted by now, whoever else arrived.
+
+    With overlap SGLang counts ``output_ids[-1]`` before the newest step's result is there: one token late, each once. But
+    when somebody's prefill runs in between, that result is there already, and the token before it is never counted.
+    """
+    if _runtime is None or not batch.enable_overlap or not any(_gated(req) for req in batch.reqs):
+        original(batch)
+        return
+    tokens = [penalised_token(req) for req in batch.reqs]
+    ids = torch.tensor(tokens, dtype=torch.int64).to(batch.device, non_blocking=True)
+    batch.sampling_info.penalizer_orchestrator.cumulate_output_tokens(ids)
+
+
+def penalised_token(req: Any) -> int:
+    """Return the token that penalties count before a request's next decode."""
+    state = state_of(req)
+    index = len(req.output_ids) - 1
+    if state is not None and state.ledger.gated:
+        index = state.resumed_at + req.decode_batch_idx - 1
+    return int(req.output_ids[index] if index >= 0 else req.origin_input_ids[-1])
+
+
+def _gated(req: Any) -> bool:
+    state = state_of(req)
+    return state is not None and state.ledger.gated
+
+
 # ---- prefill admission -------------------------------------------------------------------------------------------------
 
 
 def _alone(req: Any) -> bool:
     """Return whether a request is prefilled by itself, on the grid."""
-    state: RequestState | None = state_of(req)
-    return _runtime is not None and _runtime.step.rules.isolated and state is not None and state.ledger.gated
+    return _runtime is not None and _runtime.step.rules.isolated and _gated(req)
 
 
 def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -20,9 +20,10 @@ VIEW = "margingate_view"
 def opened(req: Any) -> Opened:
     """Return what the runtime needs to know of a new request."""
     params = req.sampling_params
+    penalised = params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
     return Opened(
         req.rid, params.custom_params, params.top_k <= 1, float(params.temperature), params.sampling_seed,
-        req.custom_logit_processor is not None,
+        req.custom_logit_processor is not None, penalised,
     )  # fmt: skip
 
 

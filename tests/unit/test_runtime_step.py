@@ -262,3 +262,13 @@ def test_which_steps_are_drawn_is_known_before_their_margin() -> None:
         assert waits(rows[0], True) is rows[0].audit
         drawn.append(rows[0].audit)
     assert 0 < sum(drawn) < 40
+
+
+def test_penalties_that_were_forgotten_cost_the_label() -> None:
+    bench, state = Bench(), a_state()
+    state.penalised = True
+    bench.prefill(state)
+    assert state.ledger.notes == []
+    bench.prefill(state, generated=(3,))
+    assert state.resumed_at == 1
+    assert any("penalties" in note for note in state.ledger.notes)
