@@ -1,17 +1,27 @@
-"""The one configuration of a margin-gated server: typed, checked, and passed to child processes as JSON."""
+"""The one configuration of a margin-gated server: typed, checked, and passed to child processes in a file."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from sglang_margingate.strict_json import JsonError, read_json
+
 CONFIG_ENV = "MARGINGATE_CONFIG"
-"""Environment variable that carries the configuration to SGLang's scheduler processes."""
+"""Environment variable that names the file with the configuration to SGLang's scheduler processes.
+
+A file, because a profile of many datasets is longer than an environment variable may be.
+"""
 
 DEFAULT_THRESHOLD = 0.5
 """Threshold without a calibrated profile, in logits.
@@ -31,6 +41,16 @@ CANONICAL_PREFILL_CPU = 2048
 
 MAP_DIR_OFF = "off"
 """Value of ``--margingate-map-dir`` that keeps no map."""
+
+
+DEFAULT_KEEP = "30d,20GB"
+"""What is kept of the traces unless told otherwise."""
+
+KEEP_OFF = "off"
+"""Value of ``--margingate-trace-keep`` that deletes nothing."""
+
+_AGES = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
+_SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def default_map_dir() -> str:
@@ -96,6 +116,47 @@ class FastPathMode(str, Enum):
 
 
 @dataclass(frozen=True)
+class Keep:
+    """How long and how much of finished runs is kept; None is without a limit."""
+
+    age_seconds: int | None = None
+    bytes: int | None = None
+
+    def __str__(self) -> str:
+        """Return the text that :func:`parse_keep` reads back."""
+        parts = [
+            next(f"{value // size}{unit}" for unit, size in reversed(units.items()) if value % size == 0)
+            for value, units in ((self.age_seconds, _AGES), (self.bytes, _SIZES))
+            if value is not None
+        ]
+        return ",".join(parts) or KEEP_OFF
+
+
+def parse_keep(text: str) -> Keep:
+    """Read an age, a size, both with a comma between, or ``off``.
+
+    Raises
+    ------
+    ConfigError
+        Anything else, a limit given twice, or a limit of nothing.
+    """
+    fix = f"give an age (h, d, w), a size (MB, GB, TB) or both, such as {DEFAULT_KEEP}, or {KEEP_OFF}"
+    if text.strip().lower() == KEEP_OFF:
+        return Keep()
+    limits: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*([A-Za-z]{1,2})\s*", part)
+        number, unit = (int(match[1]), match[2]) if match else (0, "")
+        kind, size = (
+            ("age_seconds", _AGES[unit.lower()]) if unit.lower() in _AGES else ("bytes", _SIZES.get(unit.upper(), 0))
+        )
+        if not number or not size or kind in limits:
+            raise ConfigError(f"--margingate-trace-keep: {text!r:.80} is not what to keep of the traces; {fix}")
+        limits[kind] = number * size
+    return Keep(**limits)
+
+
+@dataclass(frozen=True)
 class MarginGateConfig:
     """Settings of one server; every field has a flag ``--margingate-<field>`` in the front door.
 
@@ -117,6 +178,8 @@ class MarginGateConfig:
     """Largest acceptable 95% upper bound of the missed-flip rate; above it the guarantee drops to none."""
     verify_rows: int = DEFAULT_VERIFY_ROWS_CPU
     """The canonical M: rows of every verify pass."""
+    window: int | None = None
+    """Most columns of a request that may stand open before a verify is forced; None: as many as a pass has rows."""
     fast_path: FastPathMode = FastPathMode.STOCK
     map_dir: str | None = None
     """Folder that keeps invariance maps between starts; None keeps none."""
@@ -126,6 +189,8 @@ class MarginGateConfig:
     trace: bool = True
     trace_dir: str = "traces"
     trace_text: bool = False
+    trace_keep: Keep = field(default_factory=lambda: parse_keep(DEFAULT_KEEP))
+    """What is kept of finished runs; older and surplus ones are deleted."""
     allow_untested: bool = False
     """Serve a configuration outside what was tested, at guarantee none."""
     notes: tuple[str, ...] = field(default_factory=tuple)
@@ -141,7 +206,7 @@ class MarginGateConfig:
                 choices = ", ".join(m.value for m in kind)
                 flag = "--margingate-" + name.replace("_", "-")
                 raise ConfigError(f"{flag}: {value!r} is unknown; use one of {choices}") from None
-        object.__setattr__(self, "notes", tuple(self.notes))
+        self._check_plain()
         if self.fast_path is FastPathMode.CANONICAL and not self.policy.verifies:
             raise ConfigError(
                 f"--margingate-fast-path: canonical needs the policy gate or always, not {self.policy.value}: "
@@ -152,23 +217,57 @@ class MarginGateConfig:
         object.__setattr__(self, "audit_rate", check_share(self.audit_rate, "--margingate-audit-rate"))
         if self.max_miss is not None:
             object.__setattr__(self, "max_miss", check_share(self.max_miss, "--margingate-max-miss"))
-        for name, least in (("verify_rows", 1), ("chunk", 1)):
+            self._check_max_miss()
+        for name in ("verify_rows", "chunk", "window"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if name == "window" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 flag = "--margingate-" + name.replace("_", "-")
-                raise ConfigError(f"{flag}: {value!r} is not a whole number of at least {least}")
+                raise ConfigError(f"{flag}: {value!r} is not a whole number of at least 1")
+
+    def _check_plain(self) -> None:
+        """Check the types of what has no rules of its own, and read what came as text."""
+        if isinstance(self.trace_keep, str):
+            object.__setattr__(self, "trace_keep", parse_keep(self.trace_keep))
+        kinds: tuple[tuple[str, Any, str], ...] = (
+            ("trace", bool, "true or false"), ("trace_text", bool, "true or false"), ("allow_untested", bool, "true or false"),
+            ("trace_dir", str, "the name of a folder"), ("map_dir", (str, type(None)), "the name of a folder"),
+            ("profile", (dict, type(None)), "the content of a profile"), ("notes", (list, tuple), "a list of notes"),
+            ("trace_keep", Keep, f"what to keep, such as {DEFAULT_KEEP}"),
+        )  # fmt: skip
+        for name, kind, what in kinds:
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"--margingate-{name.replace('_', '-')}: {getattr(self, name)!r:.80} is not {what}")
+        object.__setattr__(self, "notes", tuple(str(note) for note in self.notes))
+
+    def _check_max_miss(self) -> None:
+        """Refuse a limit that nothing would ever be measured against."""
+        if self.policy is not Policy.GATE:
+            raise ConfigError(
+                f"--margingate-max-miss: {self.max_miss!r} has no use under the policy {self.policy.value}: only gate leaves "
+                "steps unverified; leave it out or add --margingate-policy gate"
+            )
+        if not self.audit_rate:
+            raise ConfigError(
+                f"--margingate-max-miss: {self.max_miss!r} needs audited steps to be compared with; add "
+                "--margingate-audit-rate, such as 0.01"
+            )
 
     def to_json(self) -> str:
         """Return the JSON that :meth:`from_json` reads back to an equal object."""
-        return json.dumps(asdict(self), default=lambda o: o.value if isinstance(o, Enum) else str(o))
+        data = {**asdict(self), "trace_keep": str(self.trace_keep)}
+        return json.dumps(data, default=lambda o: o.value if isinstance(o, Enum) else str(o))
 
     @classmethod
     def from_json(cls, text: str) -> MarginGateConfig:
         """Read :meth:`to_json`'s output; unknown fields are an error."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{CONFIG_ENV}: not valid JSON ({error}); let the front door set it") from None
+            data = read_json(text)
+        except JsonError as error:
+            raise ConfigError(f"{CONFIG_ENV}: {error}; let the front door write it") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{CONFIG_ENV}: not a JSON object; let the front door write it")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -177,15 +276,38 @@ class MarginGateConfig:
             )
         return cls(**data)
 
-    def to_env(self) -> None:
-        """Set :data:`CONFIG_ENV` so that child processes see this configuration."""
-        os.environ[CONFIG_ENV] = self.to_json()
+    @contextmanager
+    def handed_over(self) -> Iterator[Path]:
+        """Show this configuration to child processes, in a file that only this user can read, for the time of a ``with``."""
+        folder = Path(tempfile.mkdtemp(prefix="margingate-"))  # mode 0700
+        path = folder / "config.json"
+        before = os.environ.get(CONFIG_ENV)
+        try:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            os.environ[CONFIG_ENV] = str(path)
+            yield path
+        finally:
+            if before is None:
+                os.environ.pop(CONFIG_ENV, None)
+            else:
+                os.environ[CONFIG_ENV] = before
+            shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
     def from_env(cls) -> MarginGateConfig | None:
         """Return the configuration of this process, or None when the plugin was not asked for."""
-        text = os.environ.get(CONFIG_ENV)
-        return cls.from_json(text) if text else None
+        path = os.environ.get(CONFIG_ENV)
+        if not path:
+            return None
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"{CONFIG_ENV}: cannot read {path!r:.200} ({reason}); start with the front door"
+            ) from None
+        return cls.from_json(text)
 
 
 def check_threshold(value: object, name: str) -> float:
@@ -194,16 +316,19 @@ def check_threshold(value: object, name: str) -> float:
         raise ConfigError(
             f"{name}: {value!r} is not a number; give a margin in logits, 0 or more (0 verifies exact ties)"
         )
-    number = float(value)
-    if math.isnan(number) or number < 0:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0:
         raise ConfigError(
-            f"{name}: {value!r} is not a margin; give a number in logits, 0 or more (0 verifies exact ties)"
+            f"{name}: {value!r:.40} is not a margin; give a finite number in logits, 0 or more (0 verifies exact ties)"
         )
     return number
 
 
 def check_share(value: object, name: str) -> float:
     """Return a valid share in [0, 1] or raise :class:`ConfigError` naming ``name``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= float(value) <= 1.0:
-        raise ConfigError(f"{name}: {value!r} is not a share; give a number from 0 to 1")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name}: {value!r:.40} is not a share; give a number from 0 to 1")
     return float(value)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from sglang_margingate.config import ConfigError, check_threshold
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from sglang_margingate.config import ConfigError
+from sglang_margingate.strict_json import JsonError, read_json
 
 PROFILE_SCHEMA = "margingate-profile/1"
 
@@ -49,43 +53,80 @@ def too_small(steps: int, flips: int) -> str:
     )
 
 
-@dataclass(frozen=True)
+Logits = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Text = Annotated[str, Field(strict=True, max_length=1000)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DatasetThreshold:
     """The calibrated threshold of one dataset and the sample behind it."""
 
-    threshold: float
+    threshold: Logits
     """Threshold (tau) in logits."""
-    steps: int = 0
-    """Steps in the calibration sample."""
-    flips: int = 0
+    steps: Count = 0
+    """Verified steps in the calibration sample."""
+    flips: Count = 0
     """Flips among them."""
-    trigger_rate: float = 0.0
+    trigger_rate: Share = 0.0
     """Share of steps with margin <= threshold."""
-    missed: int = 0
+    missed: Count = 0
     """Flips above the threshold in the sample."""
-    miss_upper_95: float = 1.0
+    miss_upper_95: Share = 1.0
     """Upper bound of the missed-flip rate at 95% (Clopper-Pearson)."""
 
+    @model_validator(mode="after")
+    def _check_counts(self) -> DatasetThreshold:
+        if not self.missed <= self.flips <= self.steps:
+            raise ValueError(f"{self.missed} missed of {self.flips} flips of {self.steps} steps do not add up")
+        return self
 
-@dataclass(frozen=True)
+    @property
+    def enough(self) -> bool:
+        """Whether the sample may set a threshold."""
+        return enough_evidence(self.steps, self.flips)
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Profile:
     """A threshold profile. A threshold belongs to one model, server configuration and dataset (arXiv 2605.30218)."""
 
-    model: str
-    dtype: str
-    attention_backend: str
-    device: str
-    sglang_version: str
-    torch_version: str
-    created: str
-    repair: str
-    default_threshold: float
-    datasets: dict[str, DatasetThreshold] = field(default_factory=dict)
+    model: Text
+    dtype: Text
+    attention_backend: Text
+    device: Text
+    sglang_version: Text
+    torch_version: Text
+    created: Text
+    repair: Text
+    default_threshold: Logits
+    datasets: dict[Text, DatasetThreshold] = field(default_factory=dict)
 
     def threshold_for(self, dataset: str | None) -> float | None:
-        """Return the dataset's threshold in logits, or None when the profile does not know the dataset."""
-        entry = self.datasets.get(dataset or "")
-        return None if entry is None else entry.threshold
+        """Return the dataset's threshold in logits, or None where the profile has none that rests on enough steps.
+
+        The entry of untagged traffic never counts: it was made of whatever carried no tag, warm-up requests included, and
+        would stand for every client that names no dataset.
+        """
+        entry = self.datasets.get(dataset) if dataset else None
+        return entry.threshold if entry is not None and entry.enough else None
+
+    @property
+    def backed_default(self) -> float | None:
+        """The threshold of traffic that the profile does not know, or None where no dataset's sample is large enough."""
+        return self.default_threshold if any(self.threshold_for(name) is not None for name in self.datasets) else None
+
+    def ignored(self) -> list[str]:
+        """Say of each entry that sets no threshold why not."""
+        return [
+            f"datasets.{name or '(untagged)'} is not used: "
+            + (too_small(e.steps, e.flips) if name else "untagged traffic takes the default threshold")
+            for name, e in self.datasets.items()
+            if self.threshold_for(name) is None
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that :func:`parse_profile` reads back."""
@@ -107,11 +148,7 @@ class Profile:
         ]
 
 
-def _check_fields(data: dict[str, Any], cls: type, where: str) -> None:
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ConfigError(f"{where}: unknown field(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+_READER = TypeAdapter(Profile)
 
 
 def parse_profile(data: object, where: str = "profile") -> Profile:
@@ -120,40 +157,43 @@ def parse_profile(data: object, where: str = "profile") -> Profile:
     Raises
     ------
     ConfigError
-        One line naming the field and the fix: wrong schema, unknown or missing fields, bad thresholds.
+        One line naming the field, the value and the fix: wrong schema, unknown or missing fields, wrong values.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: not a JSON object; make one with `margingate calibrate`")
     body = dict(data)
     schema = body.pop("schema", None)
     if schema != PROFILE_SCHEMA:
-        raise ConfigError(f"{where}: schema {schema!r} is not {PROFILE_SCHEMA!r}; calibrate again with this version")
-    _check_fields(body, Profile, where)
-    missing = sorted({f.name for f in fields(Profile)} - set(body) - {"datasets"})
-    if missing:
-        raise ConfigError(f"{where}: missing field(s) {', '.join(missing)}; make the file with `margingate calibrate`")
-    raw = body.pop("datasets", {})
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: datasets is not an object of name: thresholds")
-    datasets = {}
-    for name, entry in raw.items():
-        place = f"{where}: datasets.{name}"
-        if not isinstance(entry, dict) or "threshold" not in entry:
-            raise ConfigError(f"{place}: needs a field threshold")
-        _check_fields(entry, DatasetThreshold, place)
-        check_threshold(entry["threshold"], f"{place}.threshold")
-        datasets[name] = DatasetThreshold(**entry)
-    body["default_threshold"] = check_threshold(body["default_threshold"], f"{where}: default_threshold")
-    return Profile(datasets=datasets, **body)
+        raise ConfigError(
+            f"{where}: schema {schema!r:.80} is not {PROFILE_SCHEMA!r}; calibrate again with this version"
+        )
+    try:
+        return _READER.validate_python(body)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first(error)}; make the file with `margingate calibrate`") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Return one line for the first thing that is wrong, and how many more there are."""
+    wrong = error.errors(include_url=False)
+    first = wrong[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the profile"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f"{first['input']!r}" if isinstance(first["input"], (str, int, float, list, type(None))) else ""
+    more = f" ({len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+    value = f"{shown[:60]}: " if shown and first["type"] != "missing" else ""
+    return " ".join(f"{place[:200]}: {value}{message[:1].lower()}{message[1:]}{more}".split())
 
 
 def load_profile(path: str | Path) -> Profile:
     """Read and check a profile file; errors are one line and name the file."""
     target = Path(path)
     try:
-        data = json.loads(target.read_text())
+        data = read_json(target.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--margingate-profile: cannot read {target}: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--margingate-profile: {target} is not valid JSON ({error})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--margingate-profile: {target} is not UTF-8 text; name a profile") from None
+    except JsonError as error:
+        raise ConfigError(f"--margingate-profile: {target}: {error}; make it with `margingate calibrate`") from None
     return parse_profile(data, f"--margingate-profile {target}")

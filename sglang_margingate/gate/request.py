@@ -37,14 +37,24 @@ class RequestRules:
         self.profile: Profile | None = None if config.profile is None else parse_profile(config.profile)
 
     def threshold_for(self, dataset: str) -> float:
-        """Return the threshold in logits: the profile's for the dataset, else the flag's, else the default."""
-        if self.profile is not None:
-            known = self.profile.threshold_for(dataset)
-            if known is not None:
-                return known
+        """Return the threshold in logits of a dataset's requests.
+
+        The profile's where its sample is large enough, else the flag's, else the profile's default where a sample stands
+        behind it and the profile does not know the dataset, else :data:`DEFAULT_THRESHOLD`.
+        """
+        profile = self.profile
+        known = None if profile is None else profile.threshold_for(dataset)
+        if known is not None:
+            return known
         if self.config.threshold is not None:
             return self.config.threshold
-        return DEFAULT_THRESHOLD if self.profile is None else self.profile.default_threshold
+        if profile is None or profile.backed_default is None or (dataset and dataset in profile.datasets):
+            return DEFAULT_THRESHOLD
+        return profile.backed_default
+
+    def thresholds(self) -> dict[str, float]:
+        """Return the thresholds in force for the datasets that the profile names."""
+        return {name: self.threshold_for(name) for name in (self.profile.datasets if self.profile else ()) if name}
 
     def parse(self, custom_params: object) -> RequestParams:
         """Resolve ``custom_params``; keys that do not start with ``margingate_`` belong to others and are ignored.

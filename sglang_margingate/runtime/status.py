@@ -69,7 +69,7 @@ class Runtime:
         """Return the status page of this process."""
         recorder, config = self.recorder, self.config
         recorder.settle()
-        rate, profile, rules = recorder.audit.rate, self.requests.rules.profile, self.step.rules
+        rate, rules = recorder.audit.rate, self.step.rules
         changes = self.labels.weight_changes
         out: dict[str, Any] = {
             **self.facts,
@@ -77,7 +77,7 @@ class Runtime:
             "policy": config.policy.value,
             "repair": config.repair.value,
             "threshold": self.requests.rules.threshold_for(""),
-            "thresholds": {} if profile is None else {name: d.threshold for name, d in profile.datasets.items()},
+            "thresholds": self.requests.rules.thresholds(),
             "verify_rows": config.verify_rows,
             "window": self.step.window,
             "radix": config.radix.value,

@@ -54,7 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"threshold on the top-1/top-2 margin, in logits; without it and without a profile {cfg.DEFAULT_THRESHOLD}",
     )
     add(
-        "--margingate-profile", metavar="FILE", default=None, help="thresholds per dataset, from `margingate calibrate`"
+        "--margingate-profile",
+        metavar="FILE",
+        default=None,
+        help="thresholds per dataset, from `margingate calibrate`; an entry whose sample is too small is not used",
     )
     add(
         "--margingate-audit-rate",
@@ -68,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         default=None,
-        help="drop the guarantee to none when the audit's 95%% upper bound of missed flips exceeds this share",
+        help="drop the guarantee to none when the audit's 95%% upper bound of missed flips exceeds this share; needs the "
+        "policy gate and an audit rate above 0",
     )
     add(
         "--margingate-verify-rows",
@@ -77,6 +81,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help=f"rows of every verify pass (the canonical M): {cfg.DEFAULT_VERIFY_ROWS_CPU} on a CPU, "
         f"{cfg.DEFAULT_VERIFY_ROWS_GPU} on a GPU",
+    )
+    add(
+        "--margingate-window",
+        type=int,
+        metavar="ROWS",
+        default=None,
+        help="most columns of a request that stand open before a verify is forced (reason `limit`); without it the verify "
+        "rows: fewer cost more passes, more cost a longer wait at the next trigger",
     )
     add(
         "--margingate-fast-path",
@@ -96,8 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--margingate-radix",
         choices=[m.value for m in Radix],
-        default=Radix.CANONICAL.value,
-        help="what the prefix cache may share",
+        default=None,
+        help="what the prefix cache may share. canonical: what was probed to be canonical. prompt-only: whole prompt chunks. "
+        "stock: SGLang's cache, at guarantee none. off: nothing, as --disable-radix-cache. Without it canonical",
     )
     add(
         "--margingate-chunk",
@@ -110,7 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--margingate-trace-dir", metavar="DIR", default="traces", help="folder that gets one folder per run")
     add("--margingate-trace", choices=ON_OFF, default="on", help="write the trace of every step")
     add("--margingate-trace-text", choices=ON_OFF, default="off", help="also record prompts and token texts")
-    add("--margingate-allow-untested", action="store_true", help="serve untested configurations at guarantee none")
+    add(
+        "--margingate-trace-keep",
+        metavar="KEEP",
+        default=cfg.DEFAULT_KEEP,
+        help="what is kept of finished runs in the trace folder: an age (h, d, w), a size (MB, GB, TB), or both with a comma; "
+        f"{cfg.KEEP_OFF}: everything",
+    )
+    add(
+        "--margingate-allow-untested",
+        action="store_true",
+        help="serve versions of SGLang, settings and models outside what was tested, at guarantee none",
+    )
     add("-h", "--help", action="store_true", help="show this and SGLang's flags")
     return p
 
@@ -146,14 +170,26 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
         fast_path=FastPathMode(ours.margingate_fast_path or default_fast_path(ours.margingate_policy, cpu)),
         map_dir=_map_dir(ours.margingate_map_dir),
-        radix=ours.margingate_radix,
+        window=ours.margingate_window,
+        radix=_radix(ours.margingate_radix, rest),
         chunk=chunk if chunk is not None else cfg.DEFAULT_CHUNK_CPU if cpu else cfg.DEFAULT_CHUNK_GPU,
         trace=ours.margingate_trace == "on",
         trace_dir=str(Path(ours.margingate_trace_dir).resolve()),
         trace_text=ours.margingate_trace_text == "on",
+        trace_keep=cfg.parse_keep(ours.margingate_trace_keep),
         allow_untested=ours.margingate_allow_untested,
     )
     return config, sglang_flags(config, rest, cpu), False
+
+
+def _radix(given: str | None, flags: list[str]) -> Radix:
+    """Return what may be shared; SGLang's own flag says nothing is, as ours does."""
+    off = _has(flags, "--disable-radix-cache")
+    if off and given not in (None, Radix.OFF.value):
+        raise ConfigError(
+            f"--margingate-radix: {given!r} shares prefixes and --disable-radix-cache shares none; leave one of them out"
+        )
+    return Radix.OFF if off else Radix(given or Radix.CANONICAL.value)
 
 
 def _map_dir(given: str) -> str | None:
@@ -222,9 +258,10 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
         if config.radix is Radix.OFF:
             default("--disable-radix-cache")
         elif uses_backend(config):
-            for flag in ("--radix-cache-backend", "--disable-radix-cache"):
-                if _has(flags, flag):
-                    raise ConfigError(f"{flag}: the gate brings its own; use --margingate-radix off or stock instead")
+            if _has(flags, "--radix-cache-backend"):
+                raise ConfigError(
+                    "--radix-cache-backend: the gate brings its own; use --margingate-radix off or stock instead"
+                )
             flags += ["--radix-cache-backend", BACKEND_NAME]
         if cpu and config.fast_path is FastPathMode.CANONICAL:
             default("--chunked-prefill-size", str(cfg.CANONICAL_PREFILL_CPU))
@@ -262,6 +299,7 @@ def _announce(config: MarginGateConfig, cpu: bool) -> None:
 
 def _warn_profile(config: MarginGateConfig, model_path: str, device: str) -> None:
     from sglang_margingate.gate.profile import parse_profile
+    from sglang_margingate.gate.request import RequestRules
     from sglang_margingate.machine import device_name, model_name, versions
 
     if config.profile is None:
@@ -280,6 +318,10 @@ def _warn_profile(config: MarginGateConfig, model_path: str, device: str) -> Non
     )  # fmt: skip
     for line in differs:
         print(f"margingate: WARNING: the profile was calibrated elsewhere: {line}", file=sys.stderr)
+    rules = RequestRules(config)
+    for line in profile.ignored():
+        print(f"margingate: WARNING: --margingate-profile: {line}", file=sys.stderr)
+    print(f"margingate: requests that name no dataset are gated at {rules.threshold_for(''):g} logits", file=sys.stderr)
 
 
 def run(argv: list[str]) -> int:
@@ -300,7 +342,14 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
     cpu = _on_cpu(flags)
     if cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads collapse when cores are shared
-    config.to_env()
+    from sglang_margingate.serving import support
+
+    support.check_host(config)
+    with config.handed_over():
+        return _serve_handed_over(config, flags, cpu)
+
+
+def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) -> int:
     from sglang_margingate.serving import hooks, plugin, support
 
     os.environ[hooks.LAUNCHER_PID_ENV] = str(os.getpid())

@@ -14,7 +14,7 @@ from sglang_margingate.canonical.path_probe import try_fast_path
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.audit import AuditSampler
-from sglang_margingate.machine import device_name, model_name, versions
+from sglang_margingate.machine import model_name
 from sglang_margingate.runtime.clock import clock_of
 from sglang_margingate.runtime.faults import TestKnobs, leak_companions, split_attention
 from sglang_margingate.runtime.labels import Labels
@@ -26,6 +26,7 @@ from sglang_margingate.runtime.status import BatchSizes, Runtime
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
 from sglang_margingate.serving import shape_hooks, support
+from sglang_margingate.serving.manifest import run_facts, server_facts
 from sglang_margingate.serving.trial_engine import TrialEngine
 from sglang_margingate.serving.verify_engines import make_verifier
 
@@ -51,7 +52,12 @@ def build_runtime(scheduler: Any) -> Runtime:
         raise ConfigError("the configuration did not reach the scheduler; start with sglang_margingate.launch_server")
     attached = hooks.check(config)
     args, model_runner = scheduler.server_args, scheduler.tp_worker.model_runner
-    notes = [*config.notes, *support.check_server_args(args, config), *support.check_model(model_runner, config)]
+    notes = [
+        *config.notes,
+        *support.check_host(config),
+        *support.check_server_args(args, config),
+        *support.check_model(model_runner, config),
+    ]
     config = replace(config, notes=tuple(dict.fromkeys(notes)))
     canonical = config.fast_path is FastPathMode.CANONICAL
     if canonical:
@@ -60,14 +66,7 @@ def build_runtime(scheduler: Any) -> Runtime:
     fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
     if verifier is not None:
         verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
-    facts = {
-        "model": model_name(args.model_path),
-        "dtype": str(model_runner.dtype).removeprefix("torch."),
-        "attention_backend": args.attention_backend,
-        "device": device_name(args.device),
-        "self_test": None if self_test is None else self_test.to_dict(),
-        "invariance": None if fast is None else fast.to_dict(),
-    }
+    facts = server_facts(args, model_runner.dtype, self_test, fast)
     writer = _writer(config, scheduler, facts, attached)
     metrics = Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path))
     return assemble(config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler))
@@ -86,7 +85,7 @@ def assemble(
     requests = Requests(config, recorder, labels, writer, text)
     step = Step(
         recorder, PrefillRules(config.chunk, prefill != "batched"), verifier, AuditSampler(config.audit_rate),
-        config.verify_rows, knobs, metrics, batches.note,
+        config.window or config.verify_rows, knobs, metrics, batches.note,
     )  # fmt: skip
     runtime = Runtime(config, recorder, labels, requests, step, batches, metrics, fast, facts, writer)
     if knobs.active:
@@ -162,35 +161,4 @@ def _writer(config: MarginGateConfig, scheduler: Any, facts: dict[str, Any], att
         return None
     from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
 
-    args = scheduler.server_args
-    return TraceWriter(
-        Path(config.trace_dir),
-        {
-            **facts,
-            "model_path": str(args.model_path),
-            "policy": config.policy.value,
-            "repair": config.repair.value,
-            "threshold": config.threshold,
-            "versions": versions(),
-            "flags": {"margingate": _plain(config), "sglang": _changed_flags(args)},
-            "profile": config.profile,
-            "hooks": attached,
-            "notes": list(config.notes),
-            "test_knobs": TestKnobs().active,
-        },
-    )
-
-
-def _plain(config: MarginGateConfig) -> dict[str, Any]:
-    import json
-
-    return json.loads(config.to_json())
-
-
-def _changed_flags(args: Any) -> dict[str, Any]:
-    """Return the SGLang settings that are plain values, so that a run can be repeated."""
-    return {k: v for k, v in sorted(vars(args).items()) if isinstance(v, (str, int, float, bool)) and not _secret(k)}
-
-
-def _secret(name: str) -> bool:
-    return any(word in name for word in ("api_key", "password", "keyfile", "token_path", "secret"))
+    return TraceWriter(Path(config.trace_dir), run_facts(config, scheduler.server_args, facts, attached))

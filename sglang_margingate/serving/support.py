@@ -1,68 +1,112 @@
-"""Which SGLang configurations are supported, and what happens with the others.
+"""Which SGLang and which of its configurations are supported, and what happens with the others.
 
-Everything outside what was tested is refused with the reason and the flag that overrides it at guarantee `none`.
+Everything outside what was tested is refused with the reason and the flag that overrides it at guarantee `none`. The tables
+stand in :mod:`~sglang_margingate.serving.settings_rules` and :mod:`~sglang_margingate.serving.settings_neutral`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import importlib.util
+import os
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_margingate.config import ConfigError, MarginGateConfig, Radix
+from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
+from sglang_margingate.serving.settings_clear import clear_value, default_of
+from sglang_margingate.serving.settings_neutral import neutral_fields
+from sglang_margingate.serving.settings_rules import ENVIRONMENT, RULES, EnvRule, Rule, ruled_fields
 
 OVERRIDE = "--margingate-allow-untested"
 
+TESTED = ("0.5.17",)
+"""Versions of SGLang that every test of this project ran on."""
+
+PLUGIN = "margingate"
+"""Our own name among SGLang's plugins."""
 
 ATTENTION_FLAGS = ("--attention-backend", "--prefill-attention-backend", "--decode-attention-backend")
 
 OLDEST_GPU = (8, 0)
 """Compute capability: the first with bf16 matrix units, which FlashInfer's tensor-core decode needs."""
 
+_ABSENT = object()
+_UNREAD = "what it changes was not reviewed"
 
-@dataclass(frozen=True)
-class Rule:
-    """One configuration that breaks a claim.
 
-    Parameters
-    ----------
-    feature
-        What the user asked SGLang for.
-    applies
-        Whether a ``ServerArgs`` asks for it.
-    why
-        What it breaks.
+def check_host(config: MarginGateConfig) -> list[str]:
+    """Check what stands around SGLang: its version, other plugins, and variables that choose kernels.
+
+    Needs no import of SGLang, so that a version that cannot even be imported is refused in one line.
+
+    Returns
+    -------
+    list of str
+        Notes that lower every guarantee of this server to none.
+
+    Raises
+    ------
+    ConfigError
+        The host is outside what was tested and the override flag was not given.
     """
+    if config.policy is Policy.OFF:
+        return []
+    version = _version_trouble()
+    if version and not config.allow_untested:
+        raise ConfigError(f"{version}. Install one of them, or add {OVERRIDE} to serve at guarantee none")
+    wrong = [(rule, name) for rule in ENVIRONMENT for name in rule.names if _is_set(rule, name)]
+    for rule, name in wrong:
+        if rule.absolute:
+            raise ConfigError(f"{name}={_shown(os.environ[name])}: {rule.why}. Unset it")
+    if not config.policy.verifies:
+        return [version] if version else []
+    broken = [f"{name}: {rule.why}" for rule, name in wrong]  # no value: notes are written down
+    if wrong and not config.allow_untested:
+        name = wrong[0][1]
+        raise ConfigError(
+            f"{name}={_shown(os.environ[name])}: {wrong[0][0].why}. Unset it, or add {OVERRIDE} to serve it at guarantee none{_more(broken)}"
+        )
+    others = _other_plugins()
+    if others:
+        broken.append(f"SGLang plugin {others[0]}: what it changes was not reviewed")
+        if not config.allow_untested:
+            raise ConfigError(
+                f"{broken[-1]}. Set SGLANG_PLUGINS={PLUGIN} to load ours alone, or add {OVERRIDE} to serve at guarantee none"
+            )
+    return [version, *broken] if version else broken
 
-    feature: str
-    applies: Any
-    why: str
+
+def _version_trouble() -> str | None:
+    """Return why the SGLang that would be imported is not one of the tested, or None."""
+    tested = f"tested: {', '.join(TESTED)}"
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return f"SGLang is not installed here ({tested})"
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
+    try:
+        found = metadata.distribution("sglang")
+    except metadata.PackageNotFoundError:
+        return f"the SGLang in {folder} has no metadata, so its version is unknown ({tested})"
+    if Path(str(found.locate_file("sglang"))).resolve() != folder:
+        return (
+            f"two SGLangs are on the path: {folder} is imported, but the metadata, {found.version}, is of another in "
+            f"{Path(str(found.locate_file(''))).resolve()} ({tested})"
+        )
+    return None if found.version in TESTED else f"SGLang {found.version} is not among the versions tested ({tested})"
 
 
-def _set(name: str, *fine: Any) -> Any:
-    accepted = (None, False, "", 0, *fine)
-    return lambda a: getattr(a, name, None) not in accepted
+def _other_plugins() -> list[str]:
+    """Name the plugins other than ours that SGLang will load."""
+    allowed = {name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()}
+    names = {entry.name for entry in metadata.entry_points(group="sglang.srt.plugins")} - {PLUGIN}
+    return sorted(names & allowed if allowed else names)
 
 
-RULES: tuple[Rule, ...] = (
-    Rule("--enable-mixed-chunk", _set("enable_mixed_chunk"), "prefill and decode rows would share a forward"),
-    Rule("--speculative-algorithm", _set("speculative_algorithm"), "steps would choose several tokens at once"),
-    Rule("--kv-cache-dtype other than auto or bfloat16", lambda a: a.kv_cache_dtype not in ("auto", "bfloat16", "bf16"),
-         "a column would be rounded again after its repair; never tested"),
-    Rule("a quantised model", _set("quantization"), "its kernels were never probed for row-invariance"),
-    Rule("--tp-size over 1", _set("tp_size", 1), "the all-reduce was never probed for row-invariance"),
-    Rule("--pp-size over 1", _set("pp_size", 1), "the step hook sees only the last stage's K/V"),
-    Rule("--dp-size over 1", _set("dp_size", 1), "never tested"),
-    Rule("--enable-lora", _set("enable_lora"), "adapter kernels were never probed for row-invariance"),
-    Rule("--enable-hierarchical-cache", _set("enable_hierarchical_cache"), "columns would leave and re-enter without provenance"),
-    Rule("--page-size over 1", _set("page_size", 1), "prefix hits and repairs work on single tokens"),
-    Rule("--disaggregation-mode", _set("disaggregation_mode", "null"), "prefill would run in another process"),
-    Rule("--enable-two-batch-overlap", _set("enable_two_batch_overlap"), "rows would be split over two forwards"),
-    Rule("--enable-dp-attention", _set("enable_dp_attention"), "rows would be gathered over ranks"),
-    Rule("--enable-deterministic-inference", _set("enable_deterministic_inference"),
-         "SGLang's own deterministic mode already fixes the kernels; run it with --margingate-policy log to observe it"),
-)  # fmt: skip
+def _is_set(rule: EnvRule, name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in rule.fine and name in os.environ
 
 
 def check_server_args(args: Any, config: MarginGateConfig) -> list[str]:
@@ -73,17 +117,23 @@ def check_server_args(args: Any, config: MarginGateConfig) -> list[str]:
     ConfigError
         The configuration is outside what was tested and the override flag was not given.
     """
+    if config.policy is Policy.OFF:
+        return []
+    broken = [(rule, name) for rule in RULES for name in rule.fields if not _fine(rule, name, args, config)]
+    for rule, name in broken:
+        if rule.absolute:
+            raise ConfigError(f"{_flag(name, args)}: {rule.why}. {rule.fix.capitalize() or 'Leave it out'}")
     if not config.policy.verifies:
         return []
-    broken = [f"{r.feature}: {r.why}" for r in RULES if r.applies(args)]
-    for flag in ATTENTION_FLAGS if args.device != "cpu" else ():
-        backend = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        if backend not in (None, "flashinfer"):
-            broken.append(f"{flag} {backend}: only flashinfer was tested on GPUs")
-    if broken and not config.allow_untested:
+    unreviewed = _unreviewed(args)
+    notes = [f"{_noted(name, args)}: {rule.why}" for rule, name in broken]
+    notes += [f"{_noted(name, args)}: {_UNREAD}" for name in unreviewed]
+    if notes and not config.allow_untested:
+        name, why = (broken[0][1], broken[0][0].why) if broken else (next(iter(unreviewed)), _UNREAD)
+        fix = (broken[0][0].fix if broken else "") or "leave it out"
         raise ConfigError(
-            f"{broken[0]}. Leave it out, or add {OVERRIDE} to serve it at guarantee none"
-            + (f" ({len(broken) - 1} more like it)" if len(broken) > 1 else "")
+            f"{_flag(name, args)}: {why}. {fix[0].upper()}{fix[1:]}, or add {OVERRIDE} to serve it at guarantee none"
+            f"{_more(notes)}"
         )
     size = args.chunked_prefill_size
     if size is not None and 0 < size < config.chunk:
@@ -92,8 +142,43 @@ def check_server_args(args: Any, config: MarginGateConfig) -> list[str]:
             f"grid; raise it to {config.chunk} or lower --margingate-chunk"
         )
     if config.radix is Radix.STOCK:
-        broken.append("--margingate-radix stock: a prefix hit may change output")
-    return broken
+        notes.append("--margingate-radix stock: a prefix hit may change output")
+    return notes
+
+
+def _fine(rule: Rule, name: str, args: Any, config: MarginGateConfig) -> bool:
+    value = getattr(args, name, _ABSENT)  # another version of SGLang may lack the setting
+    return value is _ABSENT or rule.accepts(value, args, config)
+
+
+def _unreviewed(args: Any) -> list[str]:
+    """Name the settings that no list knows and that are not at their default: those of a newer SGLang."""
+    if not dataclasses.is_dataclass(args):
+        return []
+    known = neutral_fields().union(ruled_fields())
+    return [f.name for f in dataclasses.fields(args) if f.name not in known and getattr(args, f.name) != default_of(f)]
+
+
+def _flag(name: str, args: Any) -> str:
+    """Return the flag with its value, for the one who just gave it."""
+    value = getattr(args, name)
+    shown = f" {_shown(value)}" if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    return f"--{name.replace('_', '-')}{shown}"
+
+
+def _noted(name: str, args: Any) -> str:
+    """Return the flag for notes, which are written down: with its value only where that cannot hold a secret."""
+    value = clear_value(name, getattr(args, name))
+    return f"--{name.replace('_', '-')}" + ("" if value is None or isinstance(value, bool) else f" {value}")
+
+
+def _shown(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _more(broken: list[str]) -> str:
+    return f" ({len(broken) - 1} more like it)" if len(broken) > 1 else ""
 
 
 def check_model(model_runner: Any, config: MarginGateConfig) -> list[str]:
@@ -105,6 +190,13 @@ def check_model(model_runner: Any, config: MarginGateConfig) -> list[str]:
         broken.append(f"a mixture-of-experts model ({experts}={getattr(hf, experts)}): routing was never probed")
     if getattr(hf, "quantization_config", None):
         broken.append("a quantised model: its kernels were never probed for row-invariance")
+    dtype = str(model_runner.dtype).removeprefix("torch.")
+    if dtype != "bfloat16":
+        broken.append(f"a model served in {dtype}: only bfloat16 was tested (--dtype bfloat16)")
+    if getattr(model_runner.model_config, "is_multimodal", False):
+        broken.append("a model of images or sound: its prompts were never tested")
+    if type(model_runner.model).__name__.startswith("Transformers"):
+        broken.append("a model that SGLang serves with transformers' layers: they are neither padded nor probed")
     if model_runner.is_hybrid_swa or type(model_runner.token_to_kv_pool).__name__ != "MHATokenToKVPool":
         broken.append(f"K/V pool {type(model_runner.token_to_kv_pool).__name__}: only MHATokenToKVPool was tested")
     if model_runner.device != "cpu":

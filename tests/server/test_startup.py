@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from sglang_margingate.bench.servers.client import ServerError
 from sglang_margingate.bench.servers.process import serve
+from sglang_margingate.gate.profile import DatasetThreshold, Profile
 
 REFUSED = [
     (["--margingate-threshold", "-1"], "--margingate-threshold"),
@@ -25,6 +27,10 @@ REFUSED = [
     (["--margingate-profile", "/nonexistent.json"], "/nonexistent.json"),
     (["--margingate-thresold", "1"], "--margingate-thresold"),
     (["--enable-mixed-chunk"], "--enable-mixed-chunk"),
+    (["--enable-streaming-session"], "--enable-streaming-session"),
+    (["--margingate-policy", "log", "--tokenizer-worker-num", "2"], "--tokenizer-worker-num"),
+    (["--margingate-max-miss", "0.01"], "--margingate-audit-rate"),
+    (["--margingate-trace-keep", "30"], "--margingate-trace-keep"),
     (["--chunked-prefill-size", "32"], "--margingate-chunk"),
     (["--model-path", "/nonexistent"], "/nonexistent"),
 ]
@@ -44,6 +50,33 @@ def test_wrong_flags_are_refused_in_one_line(flags: list[str], names: str) -> No
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("margingate: error:")
     assert names in last
+
+
+def test_a_variable_that_chooses_kernels_is_refused() -> None:
+    done = start([], {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "SGLANG_FORCE_FUSED_OP_BACKEND=torch" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_profile_longer_than_a_variable_may_be_is_served(tmp_path: Path) -> None:
+    """Its thresholds reach the scheduler, samples that are too small do not count, and nothing is left behind."""
+    many = {f"dataset-{i:04}": DatasetThreshold(0.125, 20_000, 12) for i in range(2000)}
+    made = Profile("margingate-demo", "bfloat16", "torch_native", "cpu", "0", "0", "2026-11-26", "window", 0.125,
+                   {**many, "short": DatasetThreshold(0.0, 144), "": DatasetThreshold(0.0, 7)})  # fmt: skip
+    made.save(tmp_path / "profile.json")
+    flags = ["--margingate-profile", str(tmp_path / "profile.json"), "--disable-radix-cache",
+             "--margingate-trace-dir", str(tmp_path / "traces")]  # fmt: skip
+    private = tmp_path / "private"
+    private.mkdir()
+    with serve(flags, log=tmp_path / "server.log", env={"TMPDIR": str(private)}) as server:
+        status = httpx.get(f"{server.base_url}/margingate/status", timeout=30).json()
+        handed_over = list(private.glob("margingate-*/config.json"))
+        assert [path.stat().st_mode & 0o777 for path in handed_over] == [0o600]
+    assert status["threshold"] == 0.125
+    assert (status["thresholds"]["dataset-1999"], status["thresholds"]["short"]) == (0.125, 0.5)
+    assert status["radix"] == "off"
+    assert "datasets.short is not used: sample too small: 144 steps" in (tmp_path / "server.log").read_text()
+    assert not list(private.glob("margingate-*"))
 
 
 def test_a_trace_dir_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

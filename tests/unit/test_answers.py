@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +23,13 @@ needs_pydantic = pytest.mark.skipif(importlib.util.find_spec("orjson") is None, 
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the launcher see a gated server."""
 
     def start(policy: Policy = Policy.GATE) -> None:
-        monkeypatch.setenv(CONFIG_ENV, MarginGateConfig(policy=policy).to_json())
+        path = tmp_path / "config.json"
+        path.write_text(MarginGateConfig(policy=policy).to_json())
+        monkeypatch.setenv(CONFIG_ENV, str(path))
         monkeypatch.setattr(launcher, "_rules", None)
         launcher._config.cache_clear()
 

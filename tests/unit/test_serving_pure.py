@@ -6,11 +6,10 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig, Policy, Radix
+from sglang_margingate.config import ConfigError, FastPathMode, Keep, MarginGateConfig, Policy, Radix
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,10 +84,30 @@ def test_the_fast_path_that_was_not_chosen(device: str, given: list[str], path: 
     assert config.fast_path.value == path
 
 
-@pytest.mark.parametrize("flag", ["--radix-cache-backend=x", "--disable-radix-cache"])
-def test_a_second_radix_policy_is_refused(flag: str) -> None:
+def test_a_second_radix_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="--margingate-radix"):
-        flags(flag)
+        flags("--radix-cache-backend=x")
+
+
+def test_sglangs_way_to_share_nothing_is_ours() -> None:
+    config, rest = flags("--disable-radix-cache")
+    assert config.radix is Radix.OFF
+    assert rest.count("--disable-radix-cache") == 1
+    assert "--radix-cache-backend" not in rest
+    assert flags("--disable-radix-cache", "--margingate-radix", "off")[0] == config
+    with pytest.raises(ConfigError, match="'canonical' shares prefixes"):
+        flags("--disable-radix-cache", "--margingate-radix", "canonical")
+
+
+def test_the_window_and_what_is_kept() -> None:
+    config, _ = flags()
+    assert config.window is None
+    assert str(config.trace_keep) == "30d,20GB"
+    config, _ = flags("--margingate-window", "32", "--margingate-trace-keep", "off")
+    assert config.window == 32
+    assert config.trace_keep == Keep()
+    with pytest.raises(ConfigError, match="--margingate-window: 0"):
+        flags("--margingate-window", "0")
 
 
 def test_help_shows_ours_with_units() -> None:
@@ -105,6 +124,8 @@ def test_help_shows_ours_with_units() -> None:
         "fast-path",
         "chunk",
         "trace-dir",
+        "trace-keep",
+        "window",
     ):
         assert f"--margingate-{flag}" in text
     assert "LOGITS" in text
@@ -184,48 +205,6 @@ except hooks.HookError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "refused:" in done.stdout
     assert says in done.stdout
-
-
-@needs_sglang
-def test_untested_configurations_are_refused_or_noted() -> None:
-    from sglang_margingate.serving.support import RULES, check_server_args
-
-    plain = SimpleNamespace(
-        device="cpu", attention_backend="torch_native", kv_cache_dtype="auto", chunked_prefill_size=2048
-    )
-    assert check_server_args(plain, MarginGateConfig()) == []
-    two_gpus = SimpleNamespace(**vars(plain), tp_size=2)
-    with pytest.raises(ConfigError, match="--margingate-allow-untested"):
-        check_server_args(two_gpus, MarginGateConfig())
-    assert "--tp-size" in check_server_args(two_gpus, MarginGateConfig(allow_untested=True))[0]
-    assert check_server_args(two_gpus, MarginGateConfig(policy=Policy.LOG)) == []
-    assert "stock" in check_server_args(plain, MarginGateConfig(radix=Radix.STOCK))[0]
-    assert len({r.feature for r in RULES}) == len(RULES)
-
-
-def test_what_only_gpus_ask_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from sglang_margingate.serving.support import check_model, check_server_args
-
-    args = SimpleNamespace(
-        device="cuda", attention_backend="flashinfer", prefill_attention_backend=None, decode_attention_backend="fa3",
-        kv_cache_dtype="auto", chunked_prefill_size=2048,
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match="--decode-attention-backend fa3"):
-        check_server_args(args, MarginGateConfig())
-    args.decode_attention_backend = None
-    assert check_server_args(args, MarginGateConfig()) == []
-    pool = type("MHATokenToKVPool", (), {})()
-    model = SimpleNamespace(
-        device="cuda", model_config=SimpleNamespace(hf_config=SimpleNamespace()), is_hybrid_swa=False,
-        token_to_kv_pool=pool,
-    )  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(ConfigError, match=r"compute capability 7\.5.*8\.0"):
-        check_model(model, MarginGateConfig())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert check_model(model, MarginGateConfig()) == []
 
 
 @needs_sglang
