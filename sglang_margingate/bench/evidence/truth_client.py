@@ -15,9 +15,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
+import httpx
 
 from sglang_margingate.bench.evidence.truth_plan import NATIVE, Case, Chain
+from sglang_margingate.bench.servers.client import brief
 
 IDLE_SECONDS = 60.0
 POLL_SECONDS = 0.02
@@ -100,21 +101,24 @@ class Asker:
     ----------
     base_url
         The server's.
-    session
-        aiohttp's.
+    http
+        httpx's client.
     """
 
-    def __init__(self, base_url: str, session: aiohttp.ClientSession) -> None:
-        self.base_url, self._session = base_url.rstrip("/"), session
+    def __init__(self, base_url: str, http: httpx.AsyncClient) -> None:
+        self.base_url, self._http = base_url.rstrip("/"), http
 
     async def status(self) -> dict[str, Any]:
         """Return ``GET /margingate/status``."""
-        async with self._session.get(self.base_url + "/margingate/status") as answer:
-            if answer.status != 200:
-                raise SweepError(
-                    f"{self.base_url}/margingate/status: HTTP {answer.status}; is this a margingate server?"
-                )
-            return await answer.json()
+        try:
+            answer = await self._http.get(self.base_url + "/margingate/status")
+        except httpx.HTTPError as error:
+            raise SweepError(f"GET {self.base_url}/margingate/status: {brief(error)}") from None
+        if answer.status_code != 200:
+            raise SweepError(
+                f"{self.base_url}/margingate/status: HTTP {answer.status_code}; is this a margingate server?"
+            )
+        return answer.json()
 
     async def steps_by_rows(self) -> Counter[int]:
         """Return the server's count of decode steps by the rows of their batch."""
@@ -125,45 +129,45 @@ class Asker:
         """Empty the prefix cache, which SGLang refuses while anything runs: afterwards the server is idle, too."""
         end = time.monotonic() + IDLE_SECONDS
         while True:
-            async with self._session.post(self.base_url + "/flush_cache") as answer:
-                if answer.status == 200:
-                    return
-                said = (await answer.text())[:200]
+            answer = await self._http.post(self.base_url + "/flush_cache")
+            if answer.status_code == 200:
+                return
             if time.monotonic() > end:
-                raise SweepError(f"/flush_cache was refused for {IDLE_SECONDS:.0f} s: {said}")
+                raise SweepError(f"/flush_cache was refused for {IDLE_SECONDS:.0f} s: {answer.text[:200]}")
             await asyncio.sleep(POLL_SECONDS)
 
     async def ask(self, case: Case, body: dict[str, Any]) -> Answer:
         """Send one request; its answer, its error, or the point where the client left."""
         out = Answer(case, body)
         try:
-            async with self._session.post(self.base_url + case.path, json=body) as answer:
-                out.status = answer.status
-                if answer.status != 200:
-                    out.error = " ".join((await answer.text()).split())[:300]
-                elif body.get("stream"):
+            async with self._http.stream("POST", self.base_url + case.path, json=body) as answer:
+                out.status = answer.status_code
+                if answer.status_code == 200 and body.get("stream"):
                     await self._stream(case, body, answer, out)
-                else:
-                    found = await answer.json()
-                    parts = found if isinstance(found, list) else [found]
-                    out.replies = [native_reply(p) for p in parts] if case.path == NATIVE else openai_replies(found)
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError, TypeError) as error:
+                    return out
+                await answer.aread()
+            if answer.status_code != 200:
+                out.error = " ".join(answer.text.split())[:300]
+            elif case.path == NATIVE:
+                found = answer.json()
+                out.replies = [native_reply(part) for part in (found if isinstance(found, list) else [found])]
+            else:
+                out.replies = openai_replies(answer.json())
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             out.status, out.error = -1, f"{type(error).__name__}: {error}"[:300]
         return out
 
-    async def _stream(self, case: Case, body: dict[str, Any], answer: aiohttp.ClientResponse, out: Answer) -> None:
-        last, chunks = b"", 0
-        async for line in answer.content:
-            if not line.startswith(b"data:") or b"[DONE]" in line:
+    async def _stream(self, case: Case, body: dict[str, Any], answer: httpx.Response, out: Answer) -> None:
+        last, chunks = "", 0
+        async for line in answer.aiter_lines():
+            if not line.startswith("data:") or "[DONE]" in line:
                 continue
             last, chunks = line, chunks + 1
             if case.action and chunks == case.cut:
                 if case.action == "disconnect":
-                    answer.close()
                     out.status = 0
-                    return
-                async with self._session.post(self.base_url + "/abort_request", json={"rid": body["rid"]}):
-                    pass
+                    return  # leaving the stream closes its connection
+                await self._http.post(self.base_url + "/abort_request", json={"rid": body["rid"]})
         found = json.loads(last[5:])
         if "error" in found:
             out.error = str(found["error"])[:300]
@@ -173,10 +177,10 @@ class Asker:
 
 @asynccontextmanager
 async def asker(base_url: str) -> AsyncIterator[Asker]:
-    """Give an :class:`Asker` with a connection for everyone; long lines of a stream fit."""
-    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=2**22) as session:
-        yield Asker(base_url, session)
+    """Give an :class:`Asker` with a connection for every request in flight."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as http:
+        yield Asker(base_url, http)
 
 
 async def run_chains(

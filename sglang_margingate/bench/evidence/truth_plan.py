@@ -148,6 +148,8 @@ class Planner:
         Most tokens to generate.
     scored
         Prompt tokens of a scoring neighbour: least and most.
+    grammar
+        Whether the server has a grammar back end.
     """
 
     def __init__(
@@ -158,8 +160,9 @@ class Planner:
         without: Sequence[str] = (),
         longest: int = 160,
         scored: tuple[int, int] = (300, 1500),
+        grammar: bool = True,
     ) -> None:
-        self.words, self.gates, self.longest, self.scored = words, gates, longest, scored
+        self.words, self.gates, self.longest, self.scored, self.grammar = words, gates, longest, scored, grammar
         self._rng, self._count = random.Random(seed), 0
         every: dict[str, tuple[int, Maker]] = {
             "plain": (20, self.plain), "parallel": (6, self.parallel), "scoring": (8, self.scoring),
@@ -297,11 +300,13 @@ class Planner:
 
     def processed(self) -> Chain:
         """Penalties, a bias, a grammar, a stop string: whatever changes the logits or the end."""
-        some = self._rng.choice((
+        ways: list[dict[str, Any]] = [
             {"frequency_penalty": 0.7}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "min_new_tokens": 16},
-            {"logit_bias": {"300": 2.0, "301": -3.0}}, {"regex": r"[a-z ]{30,60}"}, {"stop": ["."]}, {"stop_token_ids": [13]},
-        ))  # fmt: skip
-        return self._one("processed", self._body(**some), may_refuse="regex" in some)
+            {"logit_bias": {"300": 2.0, "301": -3.0}}, {"stop": ["."]}, {"stop_token_ids": [13]},
+        ]  # fmt: skip
+        if self.grammar:
+            ways.append({"regex": r"[a-z ]{30,60}"})
+        return self._one("processed", self._body(**self._rng.choice(ways)))
 
     def stream(self) -> Chain:
         """Streamed."""
