@@ -1,6 +1,6 @@
 """Write a checkpoint of random weights for a model shape: normal(0, 0.02), norms of 1, no bias. For numerics, not text.
 
-``python tests/gpu/random_model.py SHAPE_DIR OUT_DIR`` (Llama shapes). SGLang's own ``--load-format dummy`` fills norms
+``python tests/gpu/random_model.py SHAPE_DIR OUT_DIR [DEVICE]`` (Llama shapes). SGLang's own ``--load-format dummy`` fills norms
 with values near 0 too, which makes degenerate outputs. One fixed seed: every server of a session has the same weights.
 """
 
@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 STD = 0.02
 
 
-def main(shape: Path, out: Path) -> None:
+def main(shape: Path, out: Path, device: str = "cuda") -> None:
     c = json.loads((shape / "config.json").read_text())
     hidden, inner, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(STD).cpu()
+        return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16).mul_(STD).cpu()
 
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(shape / "config.json", out)
@@ -49,4 +49,4 @@ def main(shape: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4])
