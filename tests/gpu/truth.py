@@ -85,7 +85,7 @@ CPU = Scale(
     config=LLAMA_8B | {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4,
                        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048, "max_position_embeddings": 16384},
     weights=Path("/tmp/margingate-truth-chaotic"),
-    common="",
+    common="--sleep-on-idle",
     embedded="--max-total-tokens 30000",
     chaotic="",
     requests=40,
@@ -171,7 +171,7 @@ class Truth:
         planner = Planner(EmbeddedWords(), seed=0, grammar=self.device == "cpu")
         result = asyncio.run(sweep(server.base_url, "mixed", planner.plan(self.scale.requests), 16, self.say))
         report(result)
-        self.check("sweep", result.verdict(), **result.to_dict())
+        self.check("sweep", result.verdict(), facts=result.to_dict())
         return result
 
     def _trace(self, result: Result) -> None:
@@ -192,7 +192,7 @@ class Truth:
         run = self._run(name)
         lone = self.scale.tolerance if name == "chaotic" else None
         problems, facts = column_problems(run.steps, run.requests, status["invariance"], lone, self.device == "cuda")
-        self.check(f"columns-{name}", problems, **facts)
+        self.check(f"columns-{name}", problems, facts=facts)
 
     def _neighbours(self, name: str, facts: dict[str, Any], checks: dict[str, Callable[[Any], list[str]]]) -> None:
         for check, of in checks.items():

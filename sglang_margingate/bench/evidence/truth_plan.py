@@ -76,12 +76,15 @@ class Words(Protocol):
 
 
 class EmbeddedWords:
-    """Prompts of the embedded model's datasets; some behind shared examples, so that the prefix cache has work."""
+    """Prompts of the embedded model's datasets; some behind shared examples, so that the prefix cache has work.
 
-    SHARED = (0, 3, 6)
-    """Numbers of leading examples that prompts share."""
+    Parameters
+    ----------
+    shared
+        Numbers of leading examples to choose from.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Sequence[int] = (0, 3, 6)) -> None:
         from tokenizers import Tokenizer
 
         from sglang_margingate.demo.chat import render_prompt
@@ -89,12 +92,13 @@ class EmbeddedWords:
         from sglang_margingate.demo.prompts import interleaved_prompts
 
         tokenizer = Tokenizer.from_file(str(model_path() / "tokenizer.json"))
+        self.shared = tuple(shared)
         self._texts = [p.prompt for p in interleaved_prompts("arith", "code", "story")]
         self._ids = [tokenizer.encode(render_prompt(text)).ids for text in self._texts]
 
     def ids(self, rng: random.Random, least: int = 0) -> list[int]:
         """Return a prompt, behind as many examples as the length asks for."""
-        examples = rng.choice(self.SHARED)
+        examples = rng.choice(self.shared)
         out = [token for ids in self._ids[:examples] for token in ids]
         while len(out) < least:
             out += rng.choice(self._ids)
@@ -301,7 +305,7 @@ class Planner:
     def processed(self) -> Chain:
         """Penalties, a bias, a grammar, a stop string: whatever changes the logits or the end."""
         ways: list[dict[str, Any]] = [
-            {"frequency_penalty": 0.7}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "min_new_tokens": 16},
+            {"frequency_penalty": 0.7}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "min_new_tokens": 8},
             {"logit_bias": {"300": 2.0, "301": -3.0}}, {"stop": ["."]}, {"stop_token_ids": [13]},
         ]  # fmt: skip
         if self.grammar:

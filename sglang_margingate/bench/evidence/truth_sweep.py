@@ -53,6 +53,8 @@ class Part(NamedTuple):
     share: float = 1.0
     """Of the requests asked for."""
     retracts: bool = False
+    shared: tuple[int, ...] = (0, 3, 6)
+    """Numbers of examples before prompts."""
 
 
 PARTS: dict[str, Part] = {
@@ -62,6 +64,7 @@ PARTS: dict[str, Part] = {
         without=("scoring", "session", "client-key", "prefill-only"),
         share=0.2,
         retracts=True,
+        shared=(0,),
     ),
     "retract": Part(env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"}, share=0.3, retracts=True),
 }
@@ -197,7 +200,7 @@ async def sweep(
 def plan_for(part: str, mode: str, requests: int, seed: int, without: Sequence[str] = ()) -> list[Chain]:
     """Return the embedded model's plan for one part."""
     p = PARTS[part]
-    planner = Planner(EmbeddedWords(), seed, gates=mode != "log", without=(*without, *p.without))
+    planner = Planner(EmbeddedWords(p.shared), seed, gates=mode != "log", without=(*without, *p.without))
     return planner.plan(max(1, round(requests * p.share)))
 
 
