@@ -16,6 +16,13 @@ Starts a server with --margingate-fast-path canonical and the flags after -- (mo
 map lies on disk. --margingate-map-dir among the flags after -- chooses the folder; off probes anew.
 """
 
+PREFILL = {
+    "batched": "batched and chunked as SGLang likes",
+    "grid": "one request at a time, on the grid",
+    None: "NOT the same bits each time, not even alone: no response has a guarantee",
+}
+"""What a server's trials of its prefill found, in words."""
+
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -25,7 +32,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
-    """Print the map; the exit status is 0 when decode holds its class."""
+    """Print the map; the exit status is 0 when decode holds its class and a prefill its bits."""
     from sglang_margingate.bench.console import make_console
     from sglang_margingate.bench.servers.client import Client, ServerError
 
@@ -40,7 +47,13 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     print(render(found))
     if args.out is not None:
         options.write(args.out, json.dumps(found, indent=2) + "\n")
-    return 0 if found["decode_ok"] else 1
+    return 0 if found["decode_ok"] and _prefill(found) else 1
+
+
+def _prefill(found: dict[str, Any]) -> str | None:
+    earlier = "batched" if found.get("batched_prefill") else "grid"  # what servers of an earlier version say
+    tried: str | None = found.get("prefill", earlier)
+    return tried
 
 
 def render(found: dict[str, Any]) -> str:
@@ -61,9 +74,7 @@ def render(found: dict[str, Any]) -> str:
         shape = "x".join(map(str, reversed(layer["shape"])))
         lines.append(f"{layer['name'].removeprefix('model.'):36} {shape:>14}  {shown}")
     decode = "same bits as the verify" if found["decode_ok"] else "NOT the verify's bits: gated by margin"
-    prefill = (
-        "batched and chunked as SGLang likes" if found["batched_prefill"] else "one request at a time, on the grid"
-    )
+    prefill = PREFILL[_prefill(found)]
     lines += [
         "",
         f"decode    rows {found['decode_rows']}: {decode}",

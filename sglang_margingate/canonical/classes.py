@@ -60,7 +60,7 @@ class Trial:
         Decode gives one row the same bits at every size of the class, and the verify's.
     prefill
         ``batched``: a prompt's bits depend on neither companions, chunking nor prefix hits. ``grid``: they are the same
-        each time it is prefilled alone in chunks on the canonical grid. None: neither was seen to hold.
+        each time it is prefilled alone in chunks on the canonical grid, which ``batched`` includes. None: neither holds.
     notes
         What was tried and failed, in words.
     decode_attention
@@ -120,7 +120,6 @@ class FastPath:
             "graph_sizes": list(trial.graphs.sizes),
             "decode_attention": trial.decode_attention,
             "decode_ok": trial.decode_ok,
-            "batched_prefill": trial.prefill == "batched",
             "prefill": trial.prefill,
             "notes": list(trial.notes),
         }

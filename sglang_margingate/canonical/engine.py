@@ -20,6 +20,8 @@ class Extend:
     row: int
     start: int
     end: int
+    logprobs: bool = False
+    """Ask for the log-probability of each of its tokens, so that the layer that makes logits sees them all."""
 
 
 class Engine(Protocol):
@@ -29,7 +31,9 @@ class Engine(Protocol):
     rows: int
     """The M of a verify pass."""
     capacity: int
-    """Tokens that the K/V pool holds."""
+    """Tokens that the K/V pool holds, in slots 1 to this number."""
+    vocab_size: int
+    """Tokens are drawn below it."""
     table: torch.Tensor
     """[requests, tokens]: the pool slot of each column."""
     model: torch.nn.Module

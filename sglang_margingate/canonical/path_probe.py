@@ -1,9 +1,11 @@
 """Tries the canonical fast path end to end, with the runners that will serve, before the server takes requests.
 
 The linear map says where GEMMs agree; attention, norms and logits are tried here on made-up requests: one prompt alone
-and whole against the same prompt in chunks, with a one-token rest, among companions and behind a cached prefix; one
-decode step at every size, at other places among other companions, and as a verify pass. Logits and K/V columns of all
-layers must be equal bit for bit.
+and whole against the same prompt in chunks, with a one-token rest, among companions (that ask for the log-probabilities
+of their prompts, too) and behind a cached prefix; one decode step at every size, at other places among other companions,
+and as a verify pass. Logits and K/V columns of all layers must be equal bit for bit. Where prefill depends on its shape,
+gated prompts keep to the chunk grid, one at a time. That a prompt has the same bits there each time, wherever its columns
+lie, is tried in any case (grid_probe.py).
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import time
 
 import torch
 
-from sglang_margingate.canonical.classes import Classes, Prefill, Trial, graphs_inside
+from sglang_margingate.canonical.classes import NO_SIZES, Classes, Prefill, Trial, graphs_inside
 from sglang_margingate.canonical.engine import Bits, Engine, Extend, lent_table, same_bits, slots
+from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
 from sglang_margingate.canonical.invariance import RowSizes
 
-TOKENS_GPU, TOKENS_CPU = 1200, 120
-"""Length of the made-up prompts; on a GPU several chunks of decode attention."""
+TOKENS_GPU, TOKENS_CPU = 1200, 200
+"""Length of the made-up prompts: several chunks of decode attention on a GPU; the companions' rows are more than one block
+of the layer that makes logits."""
 COMPANIONS = 3
 MOST_REQUESTS = 128
 """Requests of a trial where no decode graph asks for more."""
@@ -31,20 +35,22 @@ class PathProbe:
     ----------
     engine
         The server's runners; their verify is the reference.
-    vocab_size
-        Tokens are drawn below it.
     most_rows
         Largest number of requests to try.
+    most_tokens
+        Largest prefill forward to try, in tokens; None: as large as the prompts make it.
     """
 
-    def __init__(self, engine: Engine, vocab_size: int, most_rows: int = MOST_REQUESTS) -> None:
+    def __init__(self, engine: Engine, most_rows: int = MOST_REQUESTS, most_tokens: int | None = None) -> None:
         self.engine = engine
         table = engine.table
         wanted = TOKENS_CPU if engine.device == "cpu" else TOKENS_GPU
         self.length = min(wanted, table.shape[1] - 1, engine.capacity // (COMPANIONS + 2))
+        if most_tokens is not None:
+            self.length = min(self.length, most_tokens // (COMPANIONS + 1))
         self.table_rows = min(table.shape[0], 1 + max(engine.rows, most_rows))
         generator = torch.Generator().manual_seed(4)
-        self.tokens = torch.randint(0, vocab_size, (COMPANIONS + 1, self.length + 1), generator=generator)
+        self.tokens = torch.randint(0, engine.vocab_size, (COMPANIONS + 1, self.length + 1), generator=generator)
         self.random = torch.Generator().manual_seed(5)
 
     # ---- prefill --------------------------------------------------------------------------------------------------
@@ -53,7 +59,7 @@ class PathProbe:
         """Return what changed a prompt's bits, or None when nothing did."""
         n = self.length
         if n < 16:
-            return f"the K/V pool leaves only {n} tokens to try"
+            return f"what could not be tried: pool and chunks leave only {n} tokens a prompt"
         with lent_table(self.engine.table, self._own_slots()):
             whole = self._extend([Extend(0, 0, n)])
             cut = n // 3
@@ -61,6 +67,9 @@ class PathProbe:
                 "chunks": [[Extend(0, 0, cut)], [Extend(0, cut, n)]],
                 "a rest of one token": [[Extend(0, 0, n - 1)], [Extend(0, n - 1, n)]],
                 "companions": [[Extend(1, 0, n // 2), Extend(0, 0, n), Extend(2, 0, n - 3)]],
+                "companions that ask for the log-probabilities of their prompts": [
+                    [Extend(1, 0, n, logprobs=True), Extend(0, 0, n), *(Extend(r, 0, n, logprobs=True) for r in (2, 3))]
+                ],
                 "a cached prefix among companions": [
                     [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)]
                 ],
@@ -136,9 +145,9 @@ class PathProbe:
 def try_fast_path(
     classes: Classes,
     engine: Engine,
-    vocab_size: int,
-    graphs: RowSizes,
-    decode_attention: str,
+    chunk: int,
+    graphs: RowSizes = NO_SIZES,
+    decode_attention: str = "sglang",
     notes: tuple[str, ...] = (),
 ) -> Trial:
     """Return what only a trial can tell.
@@ -149,8 +158,8 @@ def try_fast_path(
         What the probe found.
     engine
         The server's runners.
-    vocab_size
-        Tokens are drawn below it.
+    chunk
+        The canonical grid, for prompts that must keep to it.
     graphs
         Captured decode sizes; empty without CUDA graphs.
     decode_attention
@@ -160,23 +169,30 @@ def try_fast_path(
     """
     start = time.perf_counter()
     said = list(notes)
-    prefill: Prefill | None = None
-    decode_ok = False
+    batched = decode_ok = False
     if classes.unknown:
         more = f" and {len(classes.unknown) - 1} more" if len(classes.unknown) > 1 else ""
         said.append(f"the probe does not know {classes.unknown[0]}{more}: everything is gated by its margin")
     else:
-        probe = PathProbe(engine, vocab_size, max([MOST_REQUESTS, *graphs_inside(classes, graphs)]))
-        broken = probe.prefill_holds() if classes.prefill.sizes else "no class of its linear layers was found"
-        if broken is None:
-            prefill = "batched"
-        else:
-            said.append(f"prefill depends on {broken}: gated prompts are prefilled one at a time, in chunks")
+        largest = max(classes.prefill.sizes, default=0)
+        probe = PathProbe(engine, max([MOST_REQUESTS, *graphs_inside(classes, graphs)]), largest or None)
+        broken = (
+            probe.prefill_holds() if largest and classes.head.sizes else "every shape: no class of its layers was found"
+        )
+        batched = broken is None
+        if broken is not None:
+            said.append(f"prefill depends on {broken}; gated prompts are prefilled one at a time, in chunks")
         sizes = _decode_sizes(classes, graphs, probe.table_rows)
         broken = probe.decode_holds(sizes) if sizes else "every size"
         decode_ok = broken is None
         if broken is not None:
             said.append(f"decode differs from the verify at {broken}: steps are gated by their margin")
+    # Also where prompts are batched: the trials above keep to one place in the pool.
+    broken = grid_holds(engine, chunk)
+    prefill: Prefill | None = "batched" if batched else "grid"
+    if broken is not None:
+        prefill = None
+        said.append(grid_note(chunk, broken))
     return Trial(graphs, decode_ok, prefill, tuple(said), decode_attention, time.perf_counter() - start)
 
 

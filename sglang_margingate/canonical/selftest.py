@@ -71,15 +71,13 @@ def _draw(count: int, high: int, low: int, generator: torch.Generator) -> list[i
     return torch.randint(low, high, (count,), generator=generator).tolist()
 
 
-def run_self_test(engine: Engine, vocab_size: int) -> SelfTestResult:
+def run_self_test(engine: Engine) -> SelfTestResult:
     """Probe row-invariance of the verify at its canonical M.
 
     Parameters
     ----------
     engine
         The server's runners.
-    vocab_size
-        Tokens are drawn below it.
     """
     start = time.perf_counter()
     rows = engine.rows
@@ -88,11 +86,11 @@ def run_self_test(engine: Engine, vocab_size: int) -> SelfTestResult:
     generator = torch.Generator().manual_seed(2)
     with _fake_requests(engine, requests, PREFIX_TOKENS):
         bench = _Bench(engine, requests)
-        probed_token = _draw(1, vocab_size, 0, generator)[0]
+        probed_token = _draw(1, engine.vocab_size, 0, generator)[0]
         reference: Bits | None = None
         trials = []
         for trial in range(TRIALS if requests > 1 else 1):
-            tokens = [probed_token, *_draw(requests - 1, vocab_size, 0, generator)]
+            tokens = [probed_token, *_draw(requests - 1, engine.vocab_size, 0, generator)]
             lengths = [PREFIX_TOKENS, *_draw(requests - 1, PREFIX_TOKENS + 1, 1, generator)]
             place = (trial * max(1, requests // 3)) % requests
             trials.append((tokens, lengths, place))

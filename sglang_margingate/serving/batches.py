@@ -62,7 +62,7 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
     parts
         What each request of the batch prefills.
     tokens
-        [requests, tokens]: the prompts, by row of the ``req_to_token`` table.
+        [requests, tokens]: the prompts, by row of the ``req_to_token`` table, and one token more than any part reads.
     """
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 
@@ -71,6 +71,17 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
     ends = torch.tensor([p.end for p in parts], dtype=torch.int64)
     starts, lengths = [p.start for p in parts], [p.end - p.start for p in parts]
     begins = torch.tensor([0, *accumulate(lengths[:-1])], dtype=torch.int32)
+    asking = [p for p in parts if p.logprobs]
+    logprobs: dict[str, Any] = {}
+    if asking:
+        logprobs = {
+            "top_logprobs_nums": [0] * len(parts),
+            "token_ids_logprobs": [None] * len(parts),
+            # The token that each position is to be scored by: the one after it.
+            "extend_input_logprob_token_ids_gpu": torch.cat(
+                [tokens[p.row, p.start + 1 : p.end + 1] for p in asking]
+            ).to(device),
+        }
     return ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=len(parts),
@@ -88,9 +99,10 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
         extend_start_loc=begins.to(device),
         extend_prefix_lens_cpu=starts,
         extend_seq_lens_cpu=lengths,
-        extend_logprob_start_lens_cpu=lengths,
-        return_logprob=False,
+        extend_logprob_start_lens_cpu=[0 if p.logprobs else p.end - p.start for p in parts],
+        return_logprob=bool(asking),
         spec_algorithm=model_runner.spec_algorithm,
         capture_hidden_mode=CaptureHiddenMode.NULL,
         num_token_non_padded_cpu=sum(lengths),
+        **logprobs,
     )

@@ -26,12 +26,10 @@ def layer_kinds(model: Any) -> list[LinearKind]:
         counts[key] += 1
         if key not in found:
             found[key] = LinearKind(name, module.weight, bias, _method(module), False, method)
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "weight"):
+    head = _head(model)
+    if head is not None:
         counts["head"] = 1
-        found["head"] = LinearKind(
-            "lm_head", head.weight, None, lambda x, _bias: torch.matmul(x, head.weight.T), True, "matmul"
-        )
+        found["head"] = head
     return [replace(kind, count=counts[key]) for key, kind in found.items()]
 
 
@@ -44,11 +42,24 @@ def unknown_layers(model: Any) -> list[str]:
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     known = (LinearBase, VocabParallelEmbedding, torch.nn.Embedding)
-    return [
+    unknown = [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
         if not isinstance(module, known) and any(p.dim() > 1 for p in module.parameters(recurse=False))
     ]
+    if hasattr(model, "lm_head") and _head(model) is None:
+        unknown.append(f"lm_head ({type(model.lm_head).__name__} without a weight or a logits processor)")
+    return unknown
+
+
+def _head(model: Any) -> LinearKind | None:
+    """Return the layer that makes logits, computed as every forward does: by SGLang's logits processor."""
+    head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
+    if head is None or processor is None or not hasattr(head, "weight"):
+        return None
+    # --enable-fp32-lm-head computes it from 32-bit copies, so its map is another one.
+    method = "matmul in fp32" if getattr(processor, "use_fp32_lm_head", False) else "matmul"
+    return LinearKind("lm_head", head.weight, None, lambda x, _: processor._compute_lm_head(x, head), True, method)
 
 
 def _method(module: Any) -> Apply:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_margingate.canonical.classes import FastPath
+from sglang_margingate.canonical.engine import Engine
+from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
 from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
 from sglang_margingate.canonical.path_probe import try_fast_path
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
@@ -65,6 +67,9 @@ def build_runtime(scheduler: Any) -> Runtime:
     verifier, self_test = _verifier(config, model_runner)
     fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
     if verifier is not None:
+        config = replace(
+            config, notes=(*config.notes, *prefill_notes(TrialEngine(verifier, model_runner), config.chunk, fast))
+        )
         verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
     facts = server_facts(args, model_runner.dtype, self_test, fast)
     writer = _writer(config, scheduler, facts, attached)
@@ -111,8 +116,9 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     if rows:
         log.warning("margingate: decode attention of up to %d rows rounds otherwise on purpose", rows)
         split_attention(model_runner.attn_backend, rows)
-    trial = try_fast_path(classes, TrialEngine(verifier, model_runner), model_runner.model_config.vocab_size, graphs,
-                          captured.decode_attention, captured.notes)  # fmt: skip
+    trial = try_fast_path(
+        classes, TrialEngine(verifier, model_runner), config.chunk, graphs, captured.decode_attention, captured.notes
+    )
     fast = FastPath(classes, trial)
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
@@ -127,6 +133,28 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
                  "(at most about %.0f%% of a step), one of more than %d is gated by margin; --cuda-graph-max-bs-decode sets "
                  "what the class must hold: smaller means less padding", first, 100 * ROW_COST * (first - 1), last)  # fmt: skip
     return fast
+
+
+def prefill_notes(engine: Engine, chunk: int, fast: FastPath | None) -> tuple[str, ...]:
+    """Return what costs every response its guarantee: prompt columns that are neither batch-invariant nor repeatable.
+
+    Parameters
+    ----------
+    engine
+        The server's runners.
+    chunk
+        The canonical grid.
+    fast
+        The canonical fast path, whose trials said so already; None: the grid is tried here.
+    """
+    if fast is not None:
+        notes: tuple[str, ...] = fast.trial.notes[-1:] if fast.trial.prefill is None else ()  # the grid was tried last
+    else:
+        broken = grid_holds(engine, chunk)
+        notes = () if broken is None else (grid_note(chunk, broken),)
+    for note in notes:
+        log.warning("margingate: no response of this server has a guarantee: %s", note)
+    return notes
 
 
 def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[Verifier | None, SelfTestResult | None]:
@@ -146,7 +174,7 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[Verifier | N
             "margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear)
         )
     verifier = make_verifier(model_runner, config.verify_rows)
-    result = run_self_test(TrialEngine(verifier, model_runner), model_runner.model_config.vocab_size)
+    result = run_self_test(TrialEngine(verifier, model_runner))
     if not result.passed:
         raise SelfTestError(
             f"self-test failed: at {result.rows} rows a row's bits depend on its companions; first layer that differs: "

@@ -29,6 +29,7 @@ class TrialEngine:
         self.device: str = self._runner.device
         self.rows = verifier.rows
         self.capacity: int = self._runner.max_total_num_tokens - 1  # slot 0 is SGLang's padding
+        self.vocab_size: int = self._runner.model_config.vocab_size
         self.table: torch.Tensor = self._runner.req_to_token_pool.req_to_token
         self.model: torch.nn.Module = self._runner.model
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from sglang_margingate.bench.servers.process import Server, serve
 
 FLAGS = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 SPLIT_AT = 20
+LONG = 1500
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,40 @@ def test_the_map_says_where_the_machines_classes_lie(canonical_server: Server) -
     shapes = {tuple(layer["shape"]) for layer in found["map"]["layers"]}
     assert len(shapes) == 5, "qkv, o, gate_up, down and the head of the embedded model"
     assert all(layer["classes"][0][0] == 1 for layer in found["map"]["layers"])
+
+
+def test_neighbours_that_ask_for_prompt_log_probabilities_leave_the_gated_ones_in_their_class(
+    canonical_server: Server, prompts: list[Prompt]
+) -> None:
+    """1,500 rows of the layer that makes logits, where a prefill brings one a request: they run in blocks of probed sizes."""
+    client = canonical_server.client
+    alone = run_alone(client, prompts)
+    scored: list[int] = []
+    done = threading.Event()
+
+    def score(worker: int) -> None:
+        rng = random.Random(worker)
+        while not done.is_set():
+            body = {
+                "input_ids": [rng.randrange(5, 200) for _ in range(LONG)], "return_logprob": True, "logprob_start_len": 0,
+                "sampling_params": {"max_new_tokens": 2, "custom_params": {"margingate_policy": "off"}},
+            }  # fmt: skip
+            code, out = client.post(body)
+            assert code == 200, out
+            scored.append(len(out["meta_info"]["input_token_logprobs"]))
+
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(score, worker) for worker in range(2)]
+        try:
+            together = run_together(client, prompts, 16)
+        finally:
+            done.set()
+        for worker in workers:
+            worker.result()
+    assert len(scored) >= 2, "no neighbour was scored meanwhile"
+    assert set(scored) == {LONG}
+    assert all(a.same_as(b) for a, b in zip(alone, together))
+    assert guarantees(together) == {"structural"}
 
 
 def test_always_still_verifies_every_step(canonical_server: Server, prompts: list[Prompt]) -> None:

@@ -366,13 +366,15 @@ def test_maps_lie_in_the_users_cache_folder_unless_told_otherwise(
 def test_the_probe_command_says_where_the_map_lies_and_how_it_was_come_by(tmp_path: Path) -> None:
     from sglang_margingate.bench.cmd_probe import render
 
-    def printed(found: InvarianceMap, *without: str) -> str:
+    def printed(found: InvarianceMap, *without: str, prefill: str | None = "batched") -> str:
         data = {name: value for name, value in found.to_dict().items() if name not in without}
-        return render({"map": data, "decode_ok": True, "batched_prefill": True, "decode_rows": "1-32", "verify_rows": 16,
+        return render({"map": data, "decode_ok": True, "prefill": prefill, "decode_rows": "1-32", "verify_rows": 16,
                        "graph_sizes": [], "notes": []})  # fmt: skip
 
     first = start(tmp_path)
     assert f"kept in {the_file(tmp_path)}" in printed(first)
     assert "1-32:a" in printed(first)
     assert f"read from {the_file(tmp_path)}, spot check" in printed(start(tmp_path))
+    assert "one request at a time, on the grid" in printed(first, prefill="grid")
+    assert "no response has a guarantee" in printed(first, prefill=None)
     assert "not kept" in printed(first, "file", "checked_seconds"), "a server of an earlier version"

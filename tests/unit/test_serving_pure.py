@@ -208,25 +208,76 @@ except hooks.HookError as error:
 
 
 @needs_sglang
-def test_a_layer_that_the_probe_does_not_know_leaves_everything_to_the_gate() -> None:
+def test_layers_that_the_probe_does_not_know_are_named() -> None:
     """In a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
     code = """
 from sglang_margingate.serving.cpu import install_stand_ins
 install_stand_ins()
 import torch
-from sglang_margingate.canonical.classes import Classes
-from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
-from sglang_margingate.canonical.path_probe import try_fast_path
 from sglang_margingate.serving.layers import unknown_layers
 plain = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4))
 assert unknown_layers(plain) == []
 odd = torch.nn.Sequential(plain, torch.nn.Conv1d(4, 4, 3))
-sizes = RowSizes((1, 2))
-trial = try_fast_path(Classes(InvarianceMap([]), sizes, sizes, sizes, 2, tuple(unknown_layers(odd))), None, 10, sizes, "")
-print(trial.decode_ok, trial.prefill, trial.notes)
+print(unknown_layers(odd))
+odd.lm_head = plain
+print(unknown_layers(odd))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False None ('the probe does not know 1 (Conv1d)"), done.stdout
+    assert done.stdout.splitlines() == [
+        "['1 (Conv1d)']",
+        "['1 (Conv1d)', 'lm_head (Sequential without a weight or a logits processor)']",
+    ]
+
+
+@needs_sglang
+@pytest.mark.parametrize(("fp32", "method"), [(False, "matmul"), (True, "matmul in fp32")])
+def test_the_probe_multiplies_through_the_servers_own_head(fp32: bool, method: str) -> None:
+    """In a process of its own, as above: with --enable-fp32-lm-head the head has another map, of what is really run."""
+    code = f"""
+from sglang_margingate.serving.cpu import install_stand_ins
+install_stand_ins()
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang_margingate.canonical.layer_probe import probe_layers
+from sglang_margingate.serving.layers import layer_kinds
+processor = LogitsProcessor.__new__(LogitsProcessor)
+torch.nn.Module.__init__(processor)
+processor.use_fp32_lm_head, processor.rl_on_policy_target = {fp32}, None
+model = torch.nn.Module()
+model.logits_processor, model.lm_head = processor, torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+(kind,) = layer_kinds(model)
+x = torch.randn(3, 64).bfloat16()
+print(kind.describe(), kind.apply(x, None).dtype, torch.equal(kind.apply(x, None), processor._compute_lm_head(x, model.lm_head)))
+print(sorted(probe_layers([kind], [1, 2, 3], {{}}).layers[0].labels))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    dtype = "torch.float32" if fp32 else "torch.bfloat16"
+    assert done.stdout.splitlines() == [f"bfloat16, {method}, no bias {dtype} True", "[1, 2, 3]"]
+
+
+@needs_sglang
+@pytest.mark.parametrize(("rows", "notes"), [(16, 0), (17, 1)])
+def test_a_prefill_that_really_left_the_class_is_noted(monkeypatch: pytest.MonkeyPatch, rows: int, notes: int) -> None:
+    import torch
+
+    from sglang_margingate.canonical.classes import Classes
+    from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
+    from sglang_margingate.runtime.prefill import Chunk, PrefillRules
+    from sglang_margingate.runtime.shape import SHAPE
+    from sglang_margingate.serving import shape_hooks
+
+    sizes = RowSizes((8, 16))
+    monkeypatch.setattr(shape_hooks, "_classes", Classes(InvarianceMap([]), sizes, sizes, sizes, 8))
+    batch = SimpleNamespace(
+        forward_mode=SimpleNamespace(is_decode=lambda: False), input_ids=torch.zeros(rows), extend_seq_lens_cpu=[rows]
+    )
+
+    def layers(*_: object) -> None:
+        shape_hooks.linear(lambda _m, _l, x: x, None, None, torch.zeros(rows, 2))
+
+    shape_hooks.run_eagerly(layers, None, batch)
+    why_not = PrefillRules(64, isolated=False).why_not_canonical(Chunk(0, 7, 7), 2, getattr(batch, SHAPE))
+    assert (why_not is not None) == bool(notes)
 
 
 def test_rooms_do_not_shadow_packages() -> None:

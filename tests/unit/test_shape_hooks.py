@@ -128,6 +128,72 @@ def test_a_forward_that_fails_leaves_nothing_running() -> None:
     assert not getattr(batch, SHAPE).in_class
 
 
+# ---- the layer that makes logits ---------------------------------------------------------------------------------------
+
+
+def head(rows: int, weight: torch.Tensor, seen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits through the hook, and the hidden rows that they were made of."""
+    hidden = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
+
+    def original(_processor: Any, given: torch.Tensor, lm_head: torch.Tensor) -> torch.Tensor:
+        seen.append(len(given))
+        return torch.matmul(given, lm_head.T)
+
+    out: torch.Tensor = shape_hooks.head(original, None, hidden, weight)
+    return out, hidden
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks"),
+    [(1, [8]), (8, [8]), (9, [16]), (16, [16]), (17, [16, 8]), (32, [16, 16]), (41, [16, 16, 16]), (1501, [16] * 94)],
+)
+def test_the_head_runs_in_blocks_of_probed_sizes_only(forward: Running, rows: int, blocks: list[int]) -> None:
+    forward.ran(8)
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen: list[int] = []
+    out, hidden = head(rows, weight, seen)
+    assert seen == blocks
+    assert out.shape == (rows, 24)
+    torch.testing.assert_close(out, hidden @ weight.T)
+    assert forward.shape().in_class
+    assert forward.shape().padded == 8, "the head's rows are not the linear layers'"
+
+
+def test_what_a_neighbour_asks_for_does_not_choose_the_kernel_of_another_rows_token(forward: Running) -> None:
+    """A head that sums in another order from 17 rows on, as libraries do."""
+    hidden = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def original(_processor: Any, given: torch.Tensor) -> torch.Tensor:
+        products = given[:, None].float() * weight.float()
+        # Row by row, so that the library's own classes stay out of this test.
+        if len(given) <= 16:
+            return torch.stack([row.sum(-1) for row in products])
+        return torch.stack([row[:, :20].sum(-1) + row[:, 20:].sum(-1) for row in products])
+
+    alone = shape_hooks.head(original, None, hidden[39:])
+    assert not torch.equal(original(None, hidden)[39:], alone), "the test's head would show it"
+    assert torch.equal(shape_hooks.head(original, None, hidden)[39:], alone)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, RowSizes()])
+def test_a_head_of_no_class_takes_its_forward_out_of_the_class(sizes: RowSizes) -> None:
+    forward, seen = Running(SIZES, sizes, 5), []
+    forward.ran(8)
+    with shape_hooks.running(forward):
+        head(3, torch.ones(4, 4).bfloat16(), seen)
+    assert forward.shape().in_class is bool(sizes.sizes)
+    assert seen == ([8] if sizes.sizes else [3])
+
+
+def test_a_batch_of_more_requests_than_the_head_was_probed_for_stays_in_class() -> None:
+    """By what was run, not by the number of requests."""
+    seen: list[int] = []
+    weight = torch.ones(4, 4).bfloat16()
+    assert run(lambda: (linear(12), head(40, weight, seen)), rows=12, decode=False) == ForwardShape(12, 16, True)
+    assert seen == [16, 16, 8]
+
+
 # ---- decode graphs -----------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ REQUESTS = (
     "tpot_ms",
 )
 
+PREFILL = {"batched": "batched", "grid": "one request at a time"}
+
 
 def _counts(page: ui.Page, requests: pd.DataFrame) -> tuple[Headline, pd.DataFrame, dict[str, go.Figure]]:
     steps = page.data.steps(*STEPS)
@@ -64,7 +66,8 @@ def _map(page: ui.Page) -> None:
         return
     st.markdown("##### Invariance map")
     held = "inside its class" if found.get("decode_ok") else "outside: gated by margin"
-    prefill = "batched" if found.get("batched_prefill") else "one request at a time"
+    tried = found.get("prefill", "batched" if found.get("batched_prefill") else "grid")  # before 2.0: one of two
+    prefill = PREFILL.get(str(tried), "not repeatable, so no response has a guarantee")
     st.caption(f"Decode {held}, at {ui.markdown_safe(found.get('decode_rows', '?'))} rows. Prefill {prefill}.")
     ui.table(map_table(found["map"]), "invariance", page.exports)
 
