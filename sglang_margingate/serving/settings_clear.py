@@ -67,22 +67,35 @@ def clear_value(name: str, value: object) -> object:
 
 def clear_settings(args: Any) -> dict[str, Any]:
     """Return SGLang's settings as they may be written down: every number, and of other settings those not at their default."""
-    if dataclasses.is_dataclass(args):
-        defaults = {f.name: default_of(f) for f in dataclasses.fields(args)}
-        values = {name: getattr(args, name) for name in defaults}
-    else:
-        defaults, values = {}, vars(args)
+    declared = declared_defaults(args)
+    values = vars(args) if declared is None else {name: getattr(args, name) for name in declared}
     out = {}
     for name, value in sorted(values.items()):
         shown = clear_value(name, value)
-        if shown is not None and (shown is not SET or value != defaults.get(name)):
+        if shown is not None and (shown is not SET or value != (declared or {}).get(name)):
             out[name] = shown
     return out
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return the default of a field, made anew where it is made by a factory."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def declared_defaults(args: Any) -> dict[str, Any] | None:
+    """Return the settings that SGLang declares with their defaults, or None of an object that declares none.
+
+    ``ServerArgs`` is a dataclass in 0.5.17 and a msgspec structure in later versions. A default is made anew where a factory
+    makes it, and None where there is none.
+    """
+    if dataclasses.is_dataclass(args):
+        return {f.name: _default(f.default, f.default_factory, dataclasses.MISSING) for f in dataclasses.fields(args)}
+    if hasattr(args, "__struct_fields__"):
+        import msgspec
+
+        return {f.name: _default(f.default, f.default_factory, msgspec.NODEFAULT) for f in msgspec.structs.fields(args)}
+    return None
+
+
+def _default(value: Any, factory: Any, missing: Any) -> Any:
+    if value is not missing:
+        return value
+    return None if factory is missing else factory()
 
 
 def without_credentials(address: str) -> str:

@@ -6,7 +6,6 @@ stand in :mod:`~sglang_margingate.serving.settings_rules` and :mod:`~sglang_marg
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 from importlib import metadata
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
-from sglang_margingate.serving.settings_clear import clear_value, default_of
+from sglang_margingate.serving.settings_clear import clear_value, declared_defaults
 from sglang_margingate.serving.settings_neutral import neutral_fields
 from sglang_margingate.serving.settings_rules import ENVIRONMENT, RULES, EnvRule, Rule, ruled_fields
 
@@ -153,10 +152,9 @@ def _fine(rule: Rule, name: str, args: Any, config: MarginGateConfig) -> bool:
 
 def _unreviewed(args: Any) -> list[str]:
     """Name the settings that no list knows and that are not at their default: those of a newer SGLang."""
-    if not dataclasses.is_dataclass(args):
-        return []
     known = neutral_fields().union(ruled_fields())
-    return [f.name for f in dataclasses.fields(args) if f.name not in known and getattr(args, f.name) != default_of(f)]
+    declared = declared_defaults(args) or {}
+    return [name for name, default in declared.items() if name not in known and getattr(args, name) != default]
 
 
 def _flag(name: str, args: Any) -> str:

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
 from sglang_margingate.serving import support
+from sglang_margingate.serving.settings_clear import SET, clear_settings
 from sglang_margingate.serving.settings_neutral import NEUTRAL
 from sglang_margingate.serving.settings_rules import RULES
 from sglang_margingate.serving.support import OVERRIDE, check_host, check_model, check_server_args
@@ -168,20 +170,37 @@ def test_more_than_one_is_counted(fields: dict[str, Any]) -> None:
         check_server_args(args(fields, tp_size=2, page_size=16), GATE)
 
 
-def test_a_setting_of_a_newer_sglang_is_refused_off_its_default() -> None:
-    @dataclasses.dataclass
-    class Newer:
-        device: str = "cpu"
-        attention_backend: str = "torch_native"
-        radix_cache_backend: str = "margingate"
-        chunked_prefill_size: int = 2048
-        enable_megakernel: bool = False
-        paged_experts: list[int] = dataclasses.field(default_factory=list)
+@dataclasses.dataclass
+class NewerClass:
+    """A later ``ServerArgs``."""
 
-    assert check_server_args(Newer(), GATE) == []
+    device: str = "cpu"
+    attention_backend: str = "torch_native"
+    radix_cache_backend: str = "margingate"
+    chunked_prefill_size: int = 2048
+    enable_megakernel: bool = False
+    paged_experts: list[int] = dataclasses.field(default_factory=list)
+
+
+class NewerStruct(msgspec.Struct):
+    """The same as msgspec has it, which SGLang uses from 0.5.20 on."""
+
+    device: str = "cpu"
+    attention_backend: str = "torch_native"
+    radix_cache_backend: str = "margingate"
+    chunked_prefill_size: int = 2048
+    enable_megakernel: bool = False
+    paged_experts: list[int] = msgspec.field(default_factory=list)
+
+
+@pytest.mark.parametrize("newer", [NewerClass, NewerStruct])
+def test_a_setting_of_a_newer_sglang_is_refused_off_its_default(newer: Any) -> None:
+    assert check_server_args(newer(), GATE) == []
     with pytest.raises(ConfigError, match=r"--enable-megakernel: what it changes was not reviewed.*Leave it out"):
-        check_server_args(Newer(enable_megakernel=True), GATE)
-    assert len(check_server_args(Newer(enable_megakernel=True, paged_experts=[1]), UNTESTED)) == 2
+        check_server_args(newer(enable_megakernel=True), GATE)
+    assert len(check_server_args(newer(enable_megakernel=True, paged_experts=[1]), UNTESTED)) == 2
+    assert clear_settings(newer(paged_experts=[1]))["paged_experts"] == SET
+    assert "paged_experts" not in clear_settings(newer())
 
 
 RESOLVED = [
