@@ -464,7 +464,8 @@ def test_the_exported_profile_is_the_servers_format() -> None:
 
     read = parse_profile(json.loads(profiles.to_json(profile)))
     assert read == profile
-    assert read.threshold_for("") == 0.5
+    assert read.datasets[""].threshold == 0.5
+    assert read.threshold_for("") is None, "untagged traffic takes the default"
     assert read.sglang_version == "0.5.17"
     assert read.dtype == "bfloat16"
 
