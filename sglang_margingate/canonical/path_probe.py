@@ -71,13 +71,16 @@ class PathProbe:
                     [Extend(1, 0, n, logprobs=True), Extend(0, 0, n), *(Extend(r, 0, n, logprobs=True) for r in (2, 3))]
                 ],
                 "a cached prefix among companions": [
-                    [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)]
+                    [Extend(0, 0, n)],
+                    [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)],
                 ],
             }
-            for name, forwards in trials.items():
-                if not same_bits(whole, [self._extend(parts) for parts in forwards][-1]):
-                    return name
-        return None
+            changed = [
+                name
+                for name, forwards in trials.items()
+                if not same_bits(whole, [self._extend(parts) for parts in forwards][-1])
+            ]
+        return ", ".join(changed) or None
 
     def _extend(self, parts: list[Extend]) -> Bits:
         """Run one prefill forward; return row 0's last logits and its columns so far."""

@@ -41,9 +41,12 @@ def test_a_server_whose_bits_depend_on_nothing_is_batched_and_in_class() -> None
 @pytest.mark.parametrize(
     ("leak", "says"),
     [
-        (lambda parts: float(len(parts) > 1), "companions"),
-        (lambda parts: float(any(p.start for p in parts)), "chunks"),
+        (lambda parts: float(len(parts) == 3), "companions"),
         (lambda parts: float(tokens_of(parts) == 1), "a rest of one token"),
+        (
+            lambda parts: float(any(p.start for p in parts)),
+            "chunks, a rest of one token, a cached prefix among companions",
+        ),
         (asked, "companions that ask for the log-probabilities of their prompts"),
     ],
 )
