@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).resolve().parents[2] / "sglang_margingate"
 OURS = PACKAGE.name
 
 ROOMS: dict[str, tuple[str, ...]] = {
-    # A room's own files, and these of ours. `runtime` joins when the step has moved there.
-    "gate": ("config", "words"),
+    # A room's own files, and these of ours.
+    "gate": ("config", "strict_json", "words"),
     "trace": ("words",),
     "canonical": ("config", "words"),
+    "runtime": ("canonical", "config", "gate", "words"),
     "demo": (),
 }
 NO_SGLANG = ("gate", "trace", "canonical", "runtime")
