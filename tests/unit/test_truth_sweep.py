@@ -96,11 +96,12 @@ def test_the_run_alone_is_one_whole_answer_without_an_id() -> None:
     assert alone({"prompt": "x", "n": 2, "temperature": 0}, "/v1/completions") == {"prompt": "x", "temperature": 0}
 
 
-def test_openai_answers_carry_the_summary_where_a_choice_or_the_answer_has_it() -> None:
+def test_openai_answers_carry_the_summary_of_each_choice() -> None:
     choice = {"message": {"content": "yes"}, "finish_reason": "stop"}
     assert openai_replies({"choices": [choice]})[0].summary is None
-    assert openai_replies({"choices": [{**choice, "margingate": GOOD}]})[0].summary == GOOD
     assert openai_replies({"choices": [choice], "margingate": GOOD})[0].summary == GOOD
+    two = openai_replies({"choices": [choice] * 2, "margingate": [GOOD, {**GOOD, "request": 8}]})
+    assert [(r.summary or {})["request"] for r in two] == [7, 8]
 
 
 # ---- comparison and verdict -------------------------------------------------------------------------------------------
@@ -227,9 +228,8 @@ def test_a_trace_that_fits_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"output_tokens": 4}, "trace: output_tokens of the request's row is not the summary's steps"),
-        ({"guarantee": "gated"}, "trace: guarantee of the request's row is not the summary's guarantee"),
-        ({"structural": 1}, "trace: structural of the request's row is not the summary's structural"),
+        ({"guarantee": "gated"}, "trace: guarantee of the request's row is not the summary's"),
+        ({"structural": 1}, "trace: structural of the request's row is not the summary's"),
         ({"triggered": [True, False, False]}, "trace: triggered step rows are not the summary's triggers"),
         ({"padded_rows": [3, 16, 16]}, "trace: padded_rows is less than batch_rows"),
         ({"time": [1, 3, 2]}, "trace: time goes back"),

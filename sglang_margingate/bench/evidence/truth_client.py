@@ -58,31 +58,23 @@ class Answer:
     error: str = ""
 
 
-def summary_in(*places: Any) -> dict[str, Any] | None:
-    """Return the first ``margingate`` field among the parts of an answer."""
-    for place in places:
-        found = place.get("margingate") if isinstance(place, dict) else None
-        if isinstance(found, dict):
-            return found
-    return None
-
-
 def native_reply(out: dict[str, Any]) -> Reply:
     """Return the reply in one JSON answer of ``/generate``."""
     meta = out["meta_info"]
     reason = meta["finish_reason"]
     kind = reason["type"] if isinstance(reason, dict) else str(reason)
-    return Reply(tuple(out.get("output_ids") or ()), out.get("text") or "", kind, summary_in(meta))
+    return Reply(tuple(out.get("output_ids") or ()), out.get("text") or "", kind, meta.get("margingate"))
 
 
 def openai_replies(out: dict[str, Any]) -> list[Reply]:
-    """Return the replies in one JSON answer of the OpenAI API."""
+    """Return the replies in one JSON answer of the OpenAI API: one summary for each choice, a lone one as it is."""
+    summaries = out.get("margingate")
+    each = summaries if isinstance(summaries, list) else [summaries] * len(out["choices"])
     found = []
-    for choice in out["choices"]:
+    for choice, summary in zip(out["choices"], each):
         message = choice.get("message") or {}
         text = message.get("content") if message else choice.get("text")
-        places = (choice, message, choice.get("meta_info"), out.get("metadata"), out.get("meta_info"), out)
-        found.append(Reply((), text or "", str(choice["finish_reason"]), summary_in(*places)))
+        found.append(Reply((), text or "", str(choice["finish_reason"]), summary))
     return found
 
 
