@@ -193,7 +193,7 @@ def claims(found: dict[str, Any], name: str) -> list[str]:
         )
     if found["labels"] != ["structural"]:
         out.append(f"{name}: labels {found['labels']}")
-    if found["distinct_tokens"] < 200:
+    if found["distinct_tokens"] < 8 * found["of"]:
         out.append(f"{name}: only {found['distinct_tokens']} distinct tokens: identity says nothing")
     return out
 
