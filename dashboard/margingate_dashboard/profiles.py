@@ -16,7 +16,7 @@ from sglang_margingate.gate.profile import DatasetThreshold, Profile
 
 Samples = dict[str, tuple[np.ndarray, np.ndarray]]
 
-STEP_COLUMNS = ("request", "dataset", "margin", "flipped", "prefill", "verified")
+STEP_COLUMNS = ("request", "dataset", "margin", "flipped", "prefill", "structural", "verified")
 
 
 def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
@@ -29,7 +29,8 @@ def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
     -------
     samples, taken, decode steps
     """
-    decode = ~states.as_bool(steps["prefill"])
+    # No threshold decides about a structural step, so none can be chosen from it.
+    decode = ~states.as_bool(steps["prefill"]) & ~states.as_bool(steps["structural"])
     seen = steps["verified"].to_numpy()
     codes, requests = pd.factorize(steps["request"], use_na_sentinel=False)
     unseen = np.bincount(codes[decode & ~seen], minlength=len(requests))

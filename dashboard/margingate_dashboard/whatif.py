@@ -15,16 +15,20 @@ class Sample:
 
     margins: np.ndarray
     """Margins of all decode steps, rising."""
+    gated: np.ndarray
+    """The same as a threshold sees them, rising: infinite for a structural step, which no threshold triggers."""
+    gated_flips: np.ndarray
+    """Those of the known flips."""
     at_flips: np.ndarray
     """Margins of the known flips, rising."""
     others: np.ndarray
     """Margins of the decode steps that are not known to have flipped, rising."""
     untriggered: np.ndarray
-    """Margins of the steps that did not trigger in the run, rising."""
+    """Margins, as a threshold sees them, of the steps that did not trigger in the run, rising."""
     examined: np.ndarray
-    """Margins of those among them that were verified (audit or `always`), rising."""
+    """Those of the steps among them that were verified (audit or `always`), rising."""
     flips_examined: np.ndarray
-    """Margins of the flips among the examined, rising."""
+    """Those of the flips among the examined, rising."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,26 @@ class Outcome:
 
 
 def make_sample(
-    margin: np.ndarray, flipped: np.ndarray, triggered: np.ndarray, verified: np.ndarray, decode: np.ndarray
+    margin: np.ndarray,
+    flipped: np.ndarray,
+    triggered: np.ndarray,
+    verified: np.ndarray,
+    decode: np.ndarray,
+    structural: np.ndarray,
 ) -> Sample:
     """Sort a run's decode steps; a margin that is not a number triggers at any threshold, so it counts as 0."""
     margin = np.nan_to_num(margin, nan=0.0)
+    gated = np.where(structural, np.inf, margin)
     beyond = decode & ~triggered
     return Sample(
         margins=np.sort(margin[decode]),
+        gated=np.sort(gated[decode]),
+        gated_flips=np.sort(gated[decode & flipped]),
         at_flips=np.sort(margin[decode & flipped]),
         others=np.sort(margin[decode & ~flipped]),
-        untriggered=np.sort(margin[beyond]),
-        examined=np.sort(margin[beyond & verified]),
-        flips_examined=np.sort(margin[beyond & verified & flipped]),
+        untriggered=np.sort(gated[beyond]),
+        examined=np.sort(gated[beyond & verified]),
+        flips_examined=np.sort(gated[beyond & verified & flipped]),
     )
 
 
@@ -76,8 +88,8 @@ def outcome(sample: Sample, threshold: float) -> Outcome:
     verified by chance (audit) or all (`always`): Clopper-Pearson's bound of their flip rate, times their number, is
     added.
     """
-    steps = sample.margins.size
-    missed = _above(sample.at_flips, threshold)
+    steps = sample.gated.size
+    missed = _above(sample.gated_flips, threshold)
     examined, found = _above(sample.examined, threshold), _above(sample.flips_examined, threshold)
     hidden = _above(sample.untriggered, threshold)
     complete = examined == hidden
@@ -86,7 +98,7 @@ def outcome(sample: Sample, threshold: float) -> Outcome:
     else:
         counted = missed - found
         bound = min(1.0, (counted + upper_95(found, examined) * hidden) / steps) if examined else 1.0
-    return Outcome(steps, steps - _above(sample.margins, threshold), sample.at_flips.size, missed, bound, complete)
+    return Outcome(steps, steps - _above(sample.gated, threshold), sample.at_flips.size, missed, bound, complete)
 
 
 def curve(sample: Sample, top: float, points: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -94,8 +106,8 @@ def curve(sample: Sample, top: float, points: int = 400) -> tuple[np.ndarray, np
     if sample.margins.size == 0:
         return np.zeros(0), np.zeros(0), np.zeros(0)
     taus = np.unique(np.concatenate([np.linspace(0, top, points), sample.at_flips[sample.at_flips <= top]]))
-    rates = np.searchsorted(sample.margins, taus, side="right") / sample.margins.size
-    left = sample.at_flips.size - np.searchsorted(sample.at_flips, taus, side="right")
+    rates = np.searchsorted(sample.gated, taus, side="right") / sample.gated.size
+    left = sample.gated_flips.size - np.searchsorted(sample.gated_flips, taus, side="right")
     return taus, rates, left
 
 

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sglang_margingate.trace.errors import TraceError
-from sglang_margingate.trace.keep import Keep
 from sglang_margingate.trace.manifest import is_live, parse_time, read_manifest
 from sglang_margingate.trace.schema import MANIFEST_NAME
 
@@ -27,6 +27,18 @@ DEAD_SECONDS = 3600.0
 """A run that was not closed counts as ended once its writer has been silent for that long."""
 
 _OURS = re.compile(r"manifest\.json|\.manifest\.json\.tmp|\.?(steps|requests)-[0-9-]+\.parquet(\.tmp)?", re.ASCII)
+
+
+class Keep(Protocol):
+    """How long and how much is kept, as :class:`sglang_margingate.config.Keep` says it; its text is what was asked for."""
+
+    @property
+    def age_seconds(self) -> float | None:
+        """Age of a run since its end; None is no limit."""
+
+    @property
+    def bytes(self) -> float | None:
+        """Size of all runs; None is no limit."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ def limit_folder(folder: Path, keep: Keep, own: Path | None = None, now: float |
 
     Never raises for what lies there; each removal is a line of the log.
     """
-    if not keep:
+    age, most = keep.age_seconds, keep.bytes
+    if age is None and most is None:
         return []
     now = time.time() if now is None else now
     total = 0
@@ -56,8 +69,8 @@ def limit_folder(folder: Path, keep: Keep, own: Path | None = None, now: float |
             ended.append(OldRun(path, end, size, tuple(names)))
     removed = []
     for run in sorted(ended, key=lambda r: (r.ended, r.path.name)):
-        too_old = keep.seconds is not None and now - run.ended > keep.seconds
-        too_much = keep.size is not None and total > keep.size
+        too_old = age is not None and now - run.ended > age
+        too_much = most is not None and total > most
         if not (too_old or too_much) or not _remove(run):
             continue
         total -= run.size
@@ -65,13 +78,13 @@ def limit_folder(folder: Path, keep: Keep, own: Path | None = None, now: float |
         why = "older than" if too_old else "beyond the size of"
         log.info(
             "margingate trace: removed run %s (%.1f MB): %s --margingate-trace-keep %s",
-            run.path.name, run.size / 1e6, why, keep.text,
+            run.path.name, run.size / 1e6, why, keep,
         )  # fmt: skip
-    if keep.size is not None and total > keep.size:
+    if most is not None and total > most:
         log.warning(
             "margingate trace: %s holds %.1f MB, above --margingate-trace-keep %s; what is left is live or not a run "
             "of ours",
-            folder, total / 1e6, keep.text,
+            folder, total / 1e6, keep,
         )  # fmt: skip
     return removed
 

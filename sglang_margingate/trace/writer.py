@@ -25,9 +25,8 @@ import pyarrow as pa
 from sglang_margingate.trace.compact import ClosedFiles
 from sglang_margingate.trace.errors import TraceError
 from sglang_margingate.trace.files import name_of
-from sglang_margingate.trace.keep import Keep, parse_keep
 from sglang_margingate.trace.manifest import HEARTBEAT_SECONDS, Manifest, utc_now, write_manifest
-from sglang_margingate.trace.retention import limit_folder
+from sglang_margingate.trace.retention import Keep, limit_folder
 from sglang_margingate.trace.ring import StepRing
 from sglang_margingate.trace.schema import REQUEST_SCHEMA, SCHEMA_VERSION
 from sglang_margingate.trace.tables import StepChunk, rows_table, steps_batch, write_whole
@@ -58,8 +57,7 @@ class TraceWriter:
         with fewer rows are merged.
 
     keep
-        Limits of the folder (:func:`~sglang_margingate.trace.keep.parse_keep`), enforced at start and hourly; by default
-        none.
+        Limits of the folder (:mod:`sglang_margingate.trace.retention`), enforced at start and hourly; by default none.
 
     Raises
     ------
@@ -75,7 +73,7 @@ class TraceWriter:
         ring_rows: int = 200_000,
         rows_per_file: int = 50_000,
         seconds_per_file: float = 5.0,
-        keep: Keep | str | None = None,
+        keep: Keep | None = None,
     ) -> None:
         if ring_rows < 1 or rows_per_file < 1 or seconds_per_file <= 0:
             raise TraceError("ring_rows, rows_per_file and seconds_per_file must be positive")
@@ -87,7 +85,7 @@ class TraceWriter:
         """Request rows lost: the disk failed for long, or a row does not fit the schema."""
         self.write_errors = 0
         """Failed attempts to write."""
-        self._keep = parse_keep(keep) if isinstance(keep, str) else keep or Keep()
+        self._keep = keep
         self._limited_at = -math.inf
         self._rows_per_file, self._seconds = rows_per_file, seconds_per_file
         self._lost_rows = 0  # taken off the ring, but not written
@@ -338,7 +336,7 @@ class TraceWriter:
 
     def _limit(self, closing: bool) -> None:
         """Remove runs beyond the folder's limits, once an hour; on a thread of its own, as that may take seconds."""
-        if closing or not self._keep or time.monotonic() - self._limited_at < LIMIT_SECONDS:
+        if closing or self._keep is None or time.monotonic() - self._limited_at < LIMIT_SECONDS:
             return
         self._limited_at = time.monotonic()
         args = (self.path.parent, self._keep, self.path)

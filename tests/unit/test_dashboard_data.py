@@ -25,7 +25,7 @@ from synthetic_runs import SyntheticSpec, make_frames, make_manifest, write_run
 from sglang_margingate.gate.columns import missed_rows
 from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.profile import parse_profile
-from sglang_margingate.trace import RunFollower, TraceError
+from sglang_margingate.trace import RunFollower, TraceError, TraceWriter
 from sglang_margingate.words import Reason
 
 SPEC = SyntheticSpec(requests=12, tokens=80)
@@ -257,8 +257,39 @@ def test_the_grid_is_read_off_low_margins() -> None:
 def sample_of(steps: pd.DataFrame) -> whatif.Sample:
     return whatif.make_sample(
         steps["margin"].to_numpy(), states.as_bool(steps["flipped"]), steps["triggered"].to_numpy(),
-        steps["verified"].to_numpy(), ~states.as_bool(steps["prefill"]),
+        steps["verified"].to_numpy(), ~states.as_bool(steps["prefill"]), states.as_bool(steps["structural"]),
     )  # fmt: skip
+
+
+def test_no_threshold_triggers_a_structural_step() -> None:
+    steps = with_derived(make_frames(ALWAYS)[0])
+    flip = int(np.flatnonzero(steps["flipped"])[0])
+    steps["structural"] = np.arange(len(steps)) == flip
+    steps["triggered"] &= ~steps["structural"]
+    decode = int((~steps["prefill"]).sum())
+    found = whatif.outcome(sample_of(steps), 1e9)
+    assert (found.triggered, found.steps, found.missed) == (decode - 1, decode, 1), (
+        "its flip is missed at any threshold"
+    )
+    assert found.complete
+    assert np.isfinite(sample_of(steps).margins).all(), "what is drawn is what was measured"
+
+
+def test_pages_follow_a_run_whose_files_are_merged(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path, {}, seconds_per_file=60) as w:
+        run, count = RunData(w.path), 0
+        for k in range(30):
+            w.add_steps({"request": [k // 10], "request_id": ["same"], "step": [k], "margin": [1.0]})
+            assert w.flush()
+            if k % 4 == 0:
+                assert run.steps("step")["step"].tolist() == list(range(k + 1))
+                assert len(run.steps("step", "margin")) == k + 1
+                count = max(count, len(list(w.path.glob("steps-*"))))
+    assert count > 3
+    assert run.steps("step")["step"].tolist() == list(range(30))
+    assert len(list(w.path.glob("steps-*"))) == 1
+    assert run.warnings == [], "a merge is no damage"
+    assert request_steps(w.path, 1)["step"].tolist() == list(range(10, 20))
 
 
 def test_another_threshold_on_a_fully_verified_run_is_exact() -> None:

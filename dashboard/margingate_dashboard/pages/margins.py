@@ -15,7 +15,7 @@ from margingate_dashboard.summary import has_tag, tags
 from margingate_dashboard.theme import FLIPPED, MISSED, THRESHOLD_COLOUR, TRIGGERED
 from margingate_dashboard.ui import Page
 
-STEPS = ("dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified")
+STEPS = ("dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified", "structural")
 
 
 def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
@@ -29,6 +29,7 @@ def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
             mine["triggered"].to_numpy(),
             mine["verified"].to_numpy(),
             ~states.as_bool(mine["prefill"]),
+            states.as_bool(mine["structural"]),
         )
     return found
 
