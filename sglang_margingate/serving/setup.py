@@ -189,4 +189,5 @@ def _writer(config: MarginGateConfig, scheduler: Any, facts: dict[str, Any], att
         return None
     from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
 
-    return TraceWriter(Path(config.trace_dir), run_facts(config, scheduler.server_args, facts, attached))
+    manifest = run_facts(config, scheduler.server_args, facts, attached)
+    return TraceWriter(Path(config.trace_dir), manifest, keep=config.trace_keep)

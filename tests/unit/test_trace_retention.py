@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
@@ -9,9 +10,12 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from sglang_margingate.config import MarginGateConfig, parse_keep
+from sglang_margingate.serving import setup
 from sglang_margingate.trace import TraceError, TraceWriter, list_runs
 from sglang_margingate.trace import retention as retention_module
 from sglang_margingate.trace.manifest import read_manifest, write_manifest
@@ -173,3 +177,21 @@ def test_no_limit_removes_nothing(tmp_path: Path) -> None:
     assert limit_folder(tmp_path / "absent", Keep(DAY)) == []
     with pytest.raises(TraceError):
         read_manifest(tmp_path)
+
+
+def test_the_flag_is_what_the_writer_goes_by(tmp_path: Path) -> None:
+    """From ``--margingate-trace-keep`` to the folder."""
+    a_run(tmp_path, "old", ended=3 * DAY)
+    a_run(tmp_path, "young", ended=0.5 * DAY)
+    assert [r.path.name for r in limit_folder(tmp_path, parse_keep("1d,1GB"))] == ["old"]
+
+
+def test_the_server_hands_its_limits_to_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr("sglang_margingate.trace.TraceWriter", lambda *args, **kwargs: given.append(kwargs["keep"]))
+    monkeypatch.setattr(setup, "run_facts", lambda *args: {})
+    config = MarginGateConfig(trace_dir=str(tmp_path), trace_keep=parse_keep("2d"))
+    scheduler = SimpleNamespace(ps=SimpleNamespace(tp_rank=0), server_args=None)
+    arguments = [config, scheduler, *[None] * (len(inspect.signature(setup._writer).parameters) - 2)]
+    setup._writer(*arguments)
+    assert given == [parse_keep("2d")]
