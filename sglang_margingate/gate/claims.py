@@ -80,13 +80,12 @@ def label(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool = Fal
 
 def _why_nothing(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool) -> str | None:
     """Return why a response claims nothing, or None where there is evidence to judge."""
-    policy = ledger.params.policy
-    if policy is Policy.OFF:
-        return "its policy is off: stock decoding, nothing was observed"
-    if policy is Policy.LOG:
-        return "its policy is log: margins are recorded, nothing is verified"
     reasons = [*claims.notes, *ledger.notes]
-    if ledger.ungated is not None:
+    if ledger.params.policy is Policy.OFF:
+        reasons.insert(0, "its policy is off: stock decoding, nothing was observed")
+    elif ledger.params.policy is Policy.LOG:
+        reasons.insert(0, "its policy is log: margins are recorded, nothing is verified")
+    elif ledger.ungated is not None:
         reasons.insert(0, ledger.ungated)
     if reasons:
         return "; ".join(dict.fromkeys(reasons))

@@ -121,6 +121,14 @@ def test_a_chunk_off_the_grid_an_abort_and_a_lowered_server_cost_the_label() -> 
     assert label(book, CANONICAL, 3) == (Guarantee.NONE, "prompt chunk [0, 5) left the grid of 64")
 
 
+@pytest.mark.parametrize("policy", list(Policy))
+def test_a_fault_that_is_injected_stands_in_every_summary(policy: Policy) -> None:
+    knobs = Claims(("test knobs are set (flip_rate)",), "grid", True)
+    found, why = label(count(a_ledger(policy), Reason.NONE), knobs, 1)
+    assert found is Guarantee.NONE
+    assert "flip_rate" in why
+
+
 def test_an_audit_that_has_not_shown_its_bound_costs_unverified_steps_only() -> None:
     claims = Claims(prefill="grid", decode=True, gated_note="too little audited")
     assert label(decoded(2, False), claims, 3) == (Guarantee.NONE, "too little audited")
