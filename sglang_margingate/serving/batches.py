@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sglang_margingate.canonical.engine import Extend
+from sglang_margingate.serving import sgl
 
 
 def decode_batch(model_runner: Any, pools: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
@@ -25,7 +26,7 @@ def decode_batch(model_runner: Any, pools: list[int], positions: list[int], toke
     real
         Rows that are no padding. Padding writes slot 0, which SGLang reserves for that.
     """
-    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     table = model_runner.req_to_token_pool.req_to_token
     # One copy to the device instead of three.
@@ -34,7 +35,8 @@ def decode_batch(model_runner: Any, pools: list[int], positions: list[int], toke
     out_loc[real:] = 0
     seq_lens_cpu = torch.tensor([p + 1 for p in positions], dtype=torch.int64)
     seq_lens = pos_t + 1
-    return ForwardBatch(
+    return _bound(
+        model_runner,
         forward_mode=ForwardMode.DECODE,
         batch_size=len(tokens),
         input_ids=ids,
@@ -45,10 +47,6 @@ def decode_batch(model_runner: Any, pools: list[int], positions: list[int], toke
         out_cache_loc=out_loc,
         seq_lens_sum=int(seq_lens_cpu.sum()),
         positions=pos_t,
-        return_logprob=False,
-        spec_algorithm=model_runner.spec_algorithm,
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-        num_token_non_padded_cpu=len(tokens),
     )
 
 
@@ -64,7 +62,7 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
     tokens
         [requests, tokens]: the prompts, by row of the ``req_to_token`` table, and one token more than any part reads.
     """
-    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     device = model_runner.device
     table = model_runner.req_to_token_pool.req_to_token
@@ -82,7 +80,8 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
                 [tokens[p.row, p.start + 1 : p.end + 1] for p in asking]
             ).to(device),
         }
-    return ForwardBatch(
+    return _bound(
+        model_runner,
         forward_mode=ForwardMode.EXTEND,
         batch_size=len(parts),
         input_ids=torch.cat([tokens[p.row, p.start : p.end] for p in parts]).to(device),
@@ -101,8 +100,20 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
         extend_seq_lens_cpu=lengths,
         extend_logprob_start_lens_cpu=[0 if p.logprobs else p.end - p.start for p in parts],
         return_logprob=bool(asking),
-        spec_algorithm=model_runner.spec_algorithm,
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-        num_token_non_padded_cpu=sum(lengths),
         **logprobs,
     )
+
+
+def _bound(model_runner: Any, return_logprob: bool = False, **fields: Any) -> Any:
+    """Return a ``ForwardBatch`` of these fields that knows which K/V slots it writes."""
+    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+
+    batch = ForwardBatch(
+        **fields,
+        return_logprob=return_logprob,
+        spec_algorithm=model_runner.spec_algorithm,
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+        **{sgl.padding_field(): len(fields["input_ids"])},
+    )
+    sgl.bind_columns(model_runner, batch)
+    return batch

@@ -1,7 +1,7 @@
-"""What stock SGLang 0.5.17 needs to serve on a plain x86 CPU.
+"""What stock SGLang needs to serve on a plain x86 CPU.
 
 Two parts: stand-ins that must be in place before SGLang is first imported (a CPU-only environment has no triton and a
-torchvision without its compiled operators), and hooks on four SGLang functions that assume a GPU or vLLM.
+torchvision without its compiled operators), and hooks on SGLang functions that assume a GPU or vLLM.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 
@@ -27,16 +29,11 @@ def install_stand_ins() -> None:
     if importlib.util.find_spec("triton") is None and "triton" not in sys.modules:
         # torch.compile would look for a real triton through the stub.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        spec = importlib.util.find_spec("sglang")
-        if spec is None or not spec.submodule_search_locations:
+        if importlib.util.find_spec("sglang") is None:
             return
-        stub_path = os.path.join(spec.submodule_search_locations[0], "_triton_stub.py")
-        stub_spec = importlib.util.spec_from_file_location("sglang_margingate_triton_stub", stub_path)
-        if stub_spec is None or stub_spec.loader is None:
-            return
-        stub = importlib.util.module_from_spec(stub_spec)
-        stub_spec.loader.exec_module(stub)
-        stub.install()
+        from sglang_margingate.serving import triton_stub
+
+        triton_stub.install()
         _declare_torchvision_operators()
 
 
@@ -65,6 +62,23 @@ def set_rotary_is_cpu(*_: Any, **__: Any) -> None:
     from sglang.srt.layers.rotary_embedding import base
 
     base._is_cpu = True
+
+
+@lru_cache
+def grammars_need_a_gpu() -> bool:
+    """Return whether this SGLang has no way to apply a grammar's bitmask on a CPU (0.5.17; mended by 0.5.19).
+
+    Its source is read, not imported: hooks are registered before SGLang's modules may be. Where the answer is wrong, hooks
+    are in place that do the same as what they replace.
+    """
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return True
+    path = Path(next(iter(spec.submodule_search_locations)), "srt", "constrained", "xgrammar_backend.py")
+    try:
+        return 'device.type == "cpu"' not in path.read_text(encoding="utf-8")
+    except OSError:
+        return True
 
 
 def allocate_token_bitmask(vocab_size: int, batch_size: int) -> Any:

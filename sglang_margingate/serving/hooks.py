@@ -71,6 +71,8 @@ class Hook:
         Processes that need it.
     why, until
         The reason, and what would make the hook unnecessary.
+    needed
+        Whether this version of SGLang needs it; the same answer at every call in a process. None: every version does.
     """
 
     target: str
@@ -79,6 +81,7 @@ class Hook:
     roles: tuple[str, ...]
     why: str
     until: str
+    needed: Callable[[], bool] | None = None
 
 
 GATE_HOOKS: tuple[Hook, ...] = (
@@ -288,13 +291,15 @@ CPU_HOOKS: tuple[Hook, ...] = (
         "sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask",
         "replace", cpu.allocate_token_bitmask, (SCHEDULER,),
         "SGLang pins the grammar bitmask, which needs a CUDA driver: one regex request kills the server",
-        "SGLang pins memory only on CUDA",
+        "SGLang before 0.5.19 is served no more: later versions pin where pinning exists",
+        cpu.grammars_need_a_gpu,
     ),
     Hook(
         "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
         "around", cpu.apply_vocab_mask, (SCHEDULER,),
         "SGLang has no CPU branch for applying the bitmask",
-        "SGLang applies bitmasks on the CPU",
+        "SGLang before 0.5.19 is served no more",
+        cpu.grammars_need_a_gpu,
     ),
 )  # fmt: skip
 
@@ -325,7 +330,7 @@ def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
         verifies = config.policy.verifies
         hooks += FAST_PATH_GPU_HOOKS if canonical else VERIFY_GPU_HOOKS if verifies else ()
         hooks += DECODE_GPU_HOOKS if canonical or verifies else ()
-    return [h for h in hooks if process_role in h.roles]
+    return [h for h in hooks if process_role in h.roles and (h.needed is None or h.needed())]
 
 
 def register(config: MarginGateConfig) -> None:

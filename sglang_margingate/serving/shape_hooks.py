@@ -29,7 +29,7 @@ from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, Margin
 from sglang_margingate.machine import kernel_environment
 from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
-from sglang_margingate.serving import attention_hooks
+from sglang_margingate.serving import attention_hooks, sgl
 from sglang_margingate.serving.fault_hooks import split_sums
 from sglang_margingate.serving.layers import layer_kinds, unknown_layers
 
@@ -98,7 +98,7 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
         if knobs.split_linear:
             split = split_sums(model_runner.model, knobs.split_linear)
             log.warning("margingate: %s sums by number of rows on purpose", split)
-        chunk = model_runner.server_args.chunked_prefill_size or 0
+        chunk = sgl.resolved(model_runner.server_args).chunked_prefill_size or 0
         largest = min(chunk if chunk > 0 else GPU_LARGEST, CANONICAL_PREFILL_CPU if cpu else GPU_LARGEST)
         # cuBLAS chooses kernels by alignment too, so a GPU's steps are small; the map is kept, so they cost one start.
         rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 8, largest, 8)
@@ -121,7 +121,7 @@ def captured() -> Captured:
 
 def _wanted_sizes(model_runner: Any) -> list[int]:
     """Return the decode sizes that SGLang was going to capture; empty without decode graphs."""
-    graphs = model_runner.server_args.cuda_graph_config
+    graphs = sgl.graph_config(model_runner)
     if graphs is None or graphs.decode.backend == "disabled" or not graphs.decode.bs:
         return []
     return [size for size in graphs.decode.bs if size <= model_runner.req_to_token_pool.size]
@@ -156,7 +156,7 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     inside = {target for target in targets if target is not None and target <= most}
     if inside:
         sizes = sorted(inside | {size for size in wanted if size > max(inside)})
-        model_runner.server_args.cuda_graph_config.decode.bs = sizes
+        sgl.graph_config(model_runner).decode.bs = sizes
         _captured = Captured(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)))
     elif wanted:
         _captured = Captured(notes=(f"no class holds a decode batch of {min(wanted)} to {most} rows",))

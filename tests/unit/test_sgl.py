@@ -1,0 +1,163 @@
+"""What moved between SGLang's versions is found where it is, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace as Some
+from typing import Any
+
+import pytest
+
+from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.serving import cpu, hooks, sgl
+from sglang_margingate.serving.sgl import Moved, Reader
+
+
+def fresh(reader: Reader) -> Reader:
+    """Return a reader that has not chosen yet: the process's own keeps its choice."""
+    return Reader(reader.what, *reader.places)
+
+
+OLD = Some(req_pool_idx=3, cache_protected_len=8, prefix_indices=[1, 2], device_indices=[1, 2, 3], kv=None)
+OLD_WITH_KV = Some(**{**vars(OLD), "kv": Some(kv_committed_len=2)})
+NEW = Some(prefix_len=2, device_prefix_len=3, kv=Some(req_pool_idx=3, cache_protected_len=8))
+MIXED = Some(prefix_indices=[1, 2], device_indices=[1, 2, 3], kv=NEW.kv)  # 0.5.19 to 0.5.22
+
+
+@pytest.mark.parametrize("thing", [OLD, OLD_WITH_KV, NEW, MIXED], ids=["0.5.17", "0.5.17-kv", "0.5.23", "0.5.20"])
+def test_each_version_is_read_where_it_keeps_a_value(thing: Any) -> None:
+    assert fresh(sgl.pool_index)(thing) == 3
+    assert fresh(sgl.protected_len)(thing) == 8
+    assert fresh(sgl.prefix_len)(thing) == 2
+    assert fresh(sgl.matched_len)(thing) == 3
+
+
+def test_the_first_object_decides_and_none_is_a_value() -> None:
+    reader = fresh(sgl.pool_index)
+    assert reader(Some(req_pool_idx=None)) is None
+    assert reader(Some(req_pool_idx=4, kv=Some(req_pool_idx=5))) == 4
+
+
+def test_a_value_that_is_nowhere_is_named() -> None:
+    with pytest.raises(Moved, match=r"row of the table of K/V slots is at none of kv.req_pool_idx, req_pool_idx"):
+        fresh(sgl.pool_index)(Some(other=1))
+
+
+class Settings:
+    """As 0.5.19 and later keep them: raw, with what was decided beside them."""
+
+    def __init__(self) -> None:
+        self.page_size, self.api_key = None, "k"
+        self._resolved_overrides: list[tuple[str, dict[str, Any]]] = []
+        self.calls = 0
+
+    def resolve_once(self) -> None:
+        self.calls += 1
+        self._resolved_overrides = [("a", {"page_size": 64}), ("b", {"page_size": 1})]
+
+
+class View:
+    def __init__(self, args: Any) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        for _, declared in reversed(self._args._resolved_overrides):
+            if name in declared:
+                return declared[name]
+        return getattr(self._args, name)
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgl, "_resolving_view", lambda: View)
+
+
+@pytest.fixture
+def first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgl, "_resolving_view", lambda: None)
+
+
+@pytest.mark.usefixtures("later")
+def test_settings_are_read_as_they_were_decided_on() -> None:
+    args = Settings()
+    assert args.page_size is None
+    assert sgl.resolve(args).page_size == 1
+    assert args.calls == 1
+    assert sgl.resolved(args).page_size == 1
+    assert args.calls == 1  # a scheduler does not decide again
+    assert sgl.plain_flags(args) == {"api_key": "k", "calls": 1, "page_size": 1}
+
+
+@dataclasses.dataclass
+class Resolved:
+    model_path: str
+    page_size: int = 1
+    hooks: list[str] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.usefixtures("first")
+def test_settings_that_are_resolved_when_made_are_read_as_they_are() -> None:
+    args = Resolved("m", page_size=4, hooks=["h"])
+    assert sgl.resolve(args) is args
+    assert sgl.plain_flags(args) == {"model_path": "m", "page_size": 4}
+    assert sgl.setting_names(args) == ["model_path", "page_size", "hooks"]
+    assert [sgl.setting_default(args, name) for name in sgl.setting_names(args)] == [None, 1, []]
+
+
+@pytest.mark.usefixtures("later")
+def test_settings_that_are_a_msgspec_struct() -> None:
+    msgspec = pytest.importorskip("msgspec")
+    kind = msgspec.defstruct("ServerArgs", [("model_path", str), ("page_size", Any, None), ("bs", list, [])], dict=True)
+    args = kind("m")
+    args._resolved_overrides = [("a", {"page_size": 1})]
+    assert sgl.setting_names(args) == ["model_path", "page_size", "bs"]
+    assert [sgl.setting_default(args, name) for name in sgl.setting_names(args)] == [None, None, []]
+    assert sgl.plain_flags(args) == {"model_path": "m", "page_size": 1}
+
+
+def test_a_batch_built_by_hand_gets_its_columns_bound() -> None:
+    said: list[Any] = []
+    plan = Some(bind=lambda batch, translator: said.append((batch, translator)))
+    new = Some(own_plan=lambda batch: plan)
+    old = Some(rebind_write_loc=said.append)
+    sgl.bind_columns(Some(), "first")
+    sgl.bind_columns(Some(kv_index_translator=old), "second")
+    sgl.bind_columns(Some(kv_index_translator=new), "third")
+    assert said == ["second", ("third", new)]
+
+
+def test_an_argmax_is_not_enough_where_somebody_looks_on() -> None:
+    plain, marked = Some(), Some(has_watermark_candidates=True)
+    observer = Some(is_active=lambda info: info is plain)
+    assert sgl.only_samples(Some(), plain)
+    assert sgl.only_samples(Some(sampling_observer=None), plain)
+    assert not sgl.only_samples(Some(), marked)
+    assert not sgl.only_samples(Some(sampling_observer=observer), plain)
+    assert sgl.only_samples(Some(sampling_observer=observer), Some(has_watermark_candidates=False))
+    output = Some(auxiliary_device_output="of the last forward")
+    sgl.forget_observation(output)
+    assert output.auxiliary_device_output is None
+    old = Some()
+    sgl.forget_observation(old)
+    assert not hasattr(old, "auxiliary_device_output")
+
+
+@pytest.mark.parametrize(
+    ("branch", "needed"), [('if logits.device.type == "cpu":', False), ("raise RuntimeError", True)]
+)
+def test_grammars_are_hooked_only_where_sglang_has_no_cpu_branch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branch: str, needed: bool
+) -> None:
+    folder = tmp_path / "sglang" / "srt" / "constrained"
+    folder.mkdir(parents=True)
+    (folder / "xgrammar_backend.py").write_text(branch)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda _: Some(submodule_search_locations=[str(tmp_path / "sglang")])
+    )
+    monkeypatch.setattr(cpu, "is_cpu_host", lambda: True)
+    cpu.grammars_need_a_gpu.cache_clear()
+    wanted = {hook.target for hook in hooks.wanted(MarginGateConfig(), hooks.SCHEDULER)}
+    cpu.grammars_need_a_gpu.cache_clear()
+    assert ("sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask" in wanted) is needed
+    assert "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__" in wanted
