@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-warn-conflicts
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: help install demo serve dashboard test test-unit test-gpu overlays lint clean
+.PHONY: help install demo serve dashboard test test-unit test-versions test-gpu overlays lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -62,14 +62,17 @@ ifeq ($(SET),cpu)
 	else echo "no Triton for $$(uname -sm): its interpreter tests will skip"; fi
 endif
 
-test: install lint $(TRITON_STAMP)  ## everything that needs no GPU
-	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest
+test: install lint $(TRITON_STAMP)  ## everything that needs no GPU; of other SGLang versions the contract
+	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest -m 'not versions'
 
 test-unit: install  ## the fast tests alone
-	@$(BIN)/python -m pytest -m 'not server and not browser and not gpu'
+	@$(BIN)/python -m pytest -m 'not server and not browser and not gpu and not versions'
 
 overlays: install  ## SGLang 0.5.20 and 0.5.23 beside the installed one, in .compat/ (600 MB)
 	@$(BIN)/python tests/support/overlays.py
+
+test-versions: overlays  ## serve every tested SGLang on the CPU (10 minutes a version)
+	@$(BIN)/python -m pytest -m versions -rP tests/versions
 
 test-gpu:  ## the GPU suite, on a machine with one
 	@$(PYTHON) -m pytest tests/gpu -m gpu

@@ -1,0 +1,31 @@
+"""Servers of other SGLang versions on the CPU: overlays on the one environment."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import overlays
+
+from sglang_margingate.bench.servers.client import Completion
+from sglang_margingate.bench.servers.process import Server, serve
+
+PROMPTS, CONCURRENCY, TOKENS = 48, 16, 96
+
+
+def serving(version: str, *flags: str, log: Path, **environment: str) -> AbstractContextManager[Server]:
+    """Start a server of one SGLang version; its traces lie beside its log."""
+    if version != installed_version("sglang"):
+        paths = [str(overlays.overlay(version)), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    trace = ["--margingate-trace-dir", str(log.parent / "traces")]
+    return serve([*flags, *trace], log=log, env=environment, timeout=400)
+
+
+def identical(name: str, alone: list[Completion], other: list[Completion]) -> int:
+    """Return how many answers are the same, and say so in the test's output."""
+    same = sum(a.same_as(b) for a, b in zip(alone, other))
+    print(f"{name}: {same}/{len(alone)} identical")
+    return same
