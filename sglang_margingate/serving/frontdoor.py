@@ -350,7 +350,7 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
 
 
 def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) -> int:
-    from sglang_margingate.serving import hooks, plugin, support
+    from sglang_margingate.serving import hooks, plugin, sgl, support
 
     os.environ[hooks.LAUNCHER_PID_ENV] = str(os.getpid())
     from sglang.srt.plugins import load_plugins
@@ -362,8 +362,9 @@ def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) ->
     try:
         hooks.check(config)
         server_args = prepare_server_args(flags)
-        support.check_server_args(server_args, config)
-        _warn_profile(config, server_args.model_path, server_args.device)
+        args = sgl.resolve(server_args)
+        support.check_server_args(args, config)
+        _warn_profile(config, args.model_path, args.device)
         if config.trace and config.policy is not Policy.OFF:
             _check_trace_dir(config.trace_dir)
     except hooks.HookError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import lru_cache
 from typing import Any
@@ -109,14 +109,22 @@ def check_tokens(input_ids: Any, vocab_size: int) -> None:
         raise ConfigError(f"input_ids: {wrong} is not a token of this model; give ids from 0 to {vocab_size - 1}")
 
 
-async def unpack_summary(original: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+def unpack_summary(original: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
     """Turn ``meta_info.margingate`` from SGLang's list per token into the request's one summary.
 
-    It comes with the last message; until then streamed chunks carry no such field. The list is read where SGLang gathers
-    it: what a chunk shows of it may be cut by the number of tokens shown before.
+    What belongs to the request is looked up now and not when the first message is awaited: a batch makes all its waiters
+    before it awaits one, and a request that has ended by then is no longer listed.
     """
     gathered = manager.rid_to_state[obj.rid].customized_info_accumulated
-    async with aclosing(original(manager, obj, *args, **kwargs)) as outputs:
+    return _unpacked(original(manager, obj, *args, **kwargs), gathered)
+
+
+async def _unpacked(outputs: AsyncGenerator[Any, None], gathered: Mapping[str, Any]) -> AsyncIterator[Any]:
+    """Put the summary into the last message; until then streamed chunks carry no such field.
+
+    The list is read where SGLang gathers it: what a chunk shows of it may be cut by the number of tokens shown before.
+    """
+    async with aclosing(outputs):
         async for out in outputs:
             meta = out.get("meta_info") if isinstance(out, dict) else None
             if meta is not None:

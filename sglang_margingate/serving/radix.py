@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.runtime.state import state_of
+from sglang_margingate.serving import sgl
 from sglang_margingate.serving.radix_names import BACKEND_NAME, opened_gated, uses_backend
 
 MAX_CHILDREN = 256
@@ -47,8 +48,8 @@ class _PromptOnly:
         setattr(self._req, name, value)
 
 
-class CanonicalRadixCache(RadixCache):
-    """SGLang's radix tree on the grid of canonical prefill chunks.
+class GridTree(RadixCache):
+    """SGLang's radix tree on the grid of canonical prefill chunks: what is the same in every version of SGLang.
 
     Parameters
     ----------
@@ -93,7 +94,7 @@ class CanonicalRadixCache(RadixCache):
         self._cap_at_prompt(params, req)
         with self._on_grid():
             result = super().match_prefix(params)
-        state.floored_tokens = self._floored(params.key, len(result.device_indices), result.last_device_node)
+        state.floored_tokens = self._floored(params.key, sgl.matched_len(result), result.last_device_node)
         return result
 
     @staticmethod
@@ -110,7 +111,7 @@ class CanonicalRadixCache(RadixCache):
         """
         rest = key[matched : matched + self.chunk]
         children = list(islice(node.children.values(), MAX_CHILDREN)) if len(rest) else []
-        return max((c.key.match(rest, page_size=1) for c in children if c.key.extra_key == rest.extra_key), default=0)
+        return max((c.key.match(rest, page_size=1) for c in children if _space(c.key) == _space(rest)), default=0)
 
     def insert(self, params: Any) -> Any:
         """Insert whole chunks."""
@@ -127,8 +128,17 @@ class CanonicalRadixCache(RadixCache):
         state = state_of(req)
         if state is None or not state.ledger.gated or state.ledger.notes:
             # Nobody saw it, it gave up, or a chunk left the grid: nothing beyond what came from the tree.
-            return int(req.cache_protected_len)
+            return int(sgl.protected_len(req))
         return len(req.origin_input_ids) // self.chunk * self.chunk
+
+
+def _space(key: Any) -> tuple[Any, Any]:
+    """Return the name space of a key of the tree; from 0.5.19 on a client's ``cache_salt`` is a second part of it."""
+    return key.extra_key, getattr(key, "cache_salt", None)
+
+
+class RequestTree(GridTree):
+    """The tree of SGLang 0.5.17 to 0.5.22, which is told of a request after a prefill step and at its end."""
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         """Share the prompt's whole chunks after a prefill step."""
@@ -141,18 +151,34 @@ class CanonicalRadixCache(RadixCache):
             super().cache_unfinished_req(_PromptOnly(req, self.shareable(req)), chunked=chunked)
         # SGLang continues a chunked prompt behind prefix_indices, so the private columns belong to it as well.
         if filled > len(req.prefix_indices):
-            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :filled]
+            row = self.req_to_token_pool.req_to_token[sgl.pool_index(req), :filled]
             req.prefix_indices = row.to(dtype=req.prefix_indices.dtype, copy=True)
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         """Release a finished or retracted request: gated ones leave nothing but their prompt's whole chunks."""
         if not self._stock(req):
             # A request that ended with its prefill was never cached as an unfinished one.
-            if is_insert and not self.disable and req.cache_protected_len < self.shareable(req) <= kv_len_to_handle:
+            if is_insert and not self.disable and sgl.protected_len(req) < self.shareable(req) <= kv_len_to_handle:
                 self.cache_unfinished_req(req)
             is_insert = False
         with self._on_grid():
             super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+
+
+class CheckpointTree(GridTree):
+    """The tree of SGLang 0.5.23, which is told how far a request's columns reach; who releases them frees the rest."""
+
+    def checkpoint(self, req: Any, *, up_to: int) -> None:
+        """Share the whole chunks of the prompt below ``up_to``; of a request without a gate all that stock shares."""
+        if not self._stock(req):
+            up_to = min(up_to, self.shareable(req))
+            if up_to <= sgl.protected_len(req):
+                return
+        with self._on_grid():
+            super().checkpoint(req, up_to=up_to)
+
+
+CanonicalRadixCache: type[GridTree] = CheckpointTree if hasattr(RadixCache, "checkpoint") else RequestTree
 
 
 def register(config: MarginGateConfig) -> None:

@@ -11,7 +11,7 @@ from sglang_margingate.runtime.faults import column_digest, wants_digest
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.runtime.state import ATTRIBUTE, state_of
 from sglang_margingate.runtime.status import Runtime
-from sglang_margingate.serving import views
+from sglang_margingate.serving import sgl, views
 from sglang_margingate.serving.radix_names import namespace, uses_backend
 from sglang_margingate.serving.setup import build_runtime
 from sglang_margingate.serving.summary import FIELD, PerRequest
@@ -111,7 +111,7 @@ def _digest(req: Any) -> Any:
         return None
     first = len(req.origin_input_ids)
     positions = list(range(first, first + len(req.output_ids) - 1))
-    return lambda: column_digest(verifier.kv, verifier.slots(int(req.req_pool_idx), positions)) if positions else ""
+    return lambda: column_digest(verifier.kv, verifier.slots(int(sgl.pool_index(req)), positions)) if positions else ""
 
 
 def cumulate_penalties(original: Any, batch: Any) -> None:
@@ -171,7 +171,7 @@ def add_chunked_req(original: Any, adder: Any, req: Any) -> Any:
 
 def _cap(adder: Any, req: Any) -> None:
     assert _runtime is not None
-    limit = _runtime.step.rules.chunk_limit(len(req.prefix_indices), len(req.origin_input_ids))
+    limit = _runtime.step.rules.chunk_limit(sgl.prefix_len(req), len(req.origin_input_ids))
     if limit is not None:
         # The adder lives for one scheduling round and admits nobody beside a gated request: no need to restore.
         adder.rem_chunk_tokens = limit if adder.rem_chunk_tokens is None else min(adder.rem_chunk_tokens, limit)

@@ -27,7 +27,7 @@ from sglang_margingate.runtime.requests import Requests
 from sglang_margingate.runtime.status import BatchSizes, Runtime
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
-from sglang_margingate.serving import shape_hooks, support
+from sglang_margingate.serving import sgl, shape_hooks, support
 from sglang_margingate.serving.manifest import run_facts, server_facts
 from sglang_margingate.serving.trial_engine import TrialEngine
 from sglang_margingate.serving.verify_engines import make_verifier
@@ -53,7 +53,7 @@ def build_runtime(scheduler: Any) -> Runtime:
     if config is None:
         raise ConfigError("the configuration did not reach the scheduler; start with sglang_margingate.launch_server")
     attached = hooks.check(config)
-    args, model_runner = scheduler.server_args, scheduler.tp_worker.model_runner
+    args, model_runner = sgl.resolved(scheduler.server_args), scheduler.tp_worker.model_runner
     notes = [
         *config.notes,
         *support.check_host(config),
@@ -185,9 +185,9 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[Verifier | N
 
 
 def _writer(config: MarginGateConfig, scheduler: Any, facts: dict[str, Any], attached: list[str]) -> Any:
-    if not config.trace or scheduler.ps.tp_rank != 0:
+    if not config.trace or sgl.tp_rank() != 0:
         return None
     from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
 
-    manifest = run_facts(config, scheduler.server_args, facts, attached)
+    manifest = run_facts(config, sgl.resolved(scheduler.server_args), facts, attached)
     return TraceWriter(Path(config.trace_dir), manifest, keep=config.trace_keep)

@@ -12,6 +12,7 @@ from sglang_margingate.runtime.prefill import Chunk
 from sglang_margingate.runtime.requests import Ended, Opened
 from sglang_margingate.runtime.state import state_of
 from sglang_margingate.runtime.step import ForwardView
+from sglang_margingate.serving import sgl
 
 VIEW = "margingate_view"
 """Attribute of a ``ForwardBatch``: its :class:`ForwardView`."""
@@ -71,7 +72,7 @@ class BatchSampling:
         self.logits: torch.Tensor = logits_output.next_token_logits
         self.all_greedy = bool(info.is_all_greedy)
         self.processes = needs_processing(info)
-        self.slots = [req.req_pool_idx for req in reqs]
+        self.slots = [sgl.pool_index(req) for req in reqs]
         self.columns: torch.Tensor | None = batch.out_cache_loc
         self.plain_argmax = (
             self.all_greedy
@@ -80,8 +81,11 @@ class BatchSampling:
             and not batch.return_logprob
             and not any(info.return_sampling_masks or [])
             and batch.ngram_embedding_info is None
+            and sgl.only_samples(model_runner, info)
             and type(model_runner.sampler).__module__ == "sglang.srt.layers.sampler"  # no sampler backend of the user's
         )
+        if self.plain_argmax:  # then ModelRunner.sample is not called, which would do so
+            sgl.forget_observation(logits_output)
 
     def positions(self) -> Sequence[int]:
         """Return the position of the token that each row of a decode read; SGLang's CPU mirror costs no wait."""

@@ -8,10 +8,12 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import overlays
+from contract import recorded
 
 from sglang_margingate.bench.servers.client import Completion
 from sglang_margingate.bench.servers.process import Server, serve
 
+VERSIONS = recorded()
 PROMPTS, CONCURRENCY, TOKENS = 48, 16, 96
 
 

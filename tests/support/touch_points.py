@@ -76,6 +76,7 @@ FUNCTIONS = (
     SRT + "sampling.sampling_batch_info.SamplingBatchInfo.apply_logits_bias",
     SRT + "managers.tokenizer_manager.TokenizerManager._stream_one_response",
     SRT + "managers.tokenizer_manager.TokenizerManager._handle_batch_output",
+    SRT + "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
     # start
     SRT + "server_args.prepare_server_args",
     SRT + "server_args.ServerArgs.resolve_once",
@@ -92,7 +93,7 @@ NAMES = (
     Touch(SRT + "managers.schedule_batch.Req", (
         "rid", "origin_input_ids", "output_ids", "sampling_params", "extra_key", "prefix_indices", "prefix_len", "kv",
         "req_pool_idx", "cache_protected_len", "cached_tokens", "finished_reason", "finished_len", "retraction_count",
-        "customized_info", "custom_logit_processor", "get_fill_ids", "full_untruncated_fill_ids", "finished", "last_node",
+        "customized_info", "custom_logit_processor", "lora_id", "get_fill_ids", "full_untruncated_fill_ids", "finished", "last_node",
     )),
     Touch(SRT + "managers.schedule_batch.ReqKvInfo", ("req_pool_idx", "cache_protected_len", "cache_inserted_len")),
     Touch(SRT + "mem_cache.base_prefix_cache.MatchResult", ("device_indices", "device_prefix_len", "last_device_node")),
@@ -107,7 +108,7 @@ NAMES = (
         "num_token_non_padded_cpu", "global_num_token_non_padded_cpu", "extend_num_tokens", "extend_seq_lens",
         "extend_prefix_lens", "extend_start_loc", "extend_prefix_lens_cpu", "extend_seq_lens_cpu",
         "extend_logprob_start_lens_cpu", "sampling_info", "ngram_embedding_info", "input_embeds", "replace_embeds",
-        "token_type_ids", "mm_input_embeds", "mrope_positions",
+        "token_type_ids", "mm_input_embeds", "mrope_positions", "is_prefill_only",
     )),
     Touch(RUNNER + "forward_batch_info", ("CaptureHiddenMode", "ForwardBatch", "ForwardMode")),
     Touch(RUNNER + "forward_context.ForwardContext", ("attn_backend",)),
@@ -118,13 +119,18 @@ NAMES = (
         "sliding_window_size", "is_hybrid_swa",
     )),
     Touch(RUNNER + "runner.decode_cuda_graph_runner", ("get_batch_sizes_to_capture", "DecodeCudaGraphRunner")),
-    Touch(RUNNER + "runner.decode_cuda_graph_runner.DecodeCudaGraphRunner", ("capture_bs",)),
+    Touch(RUNNER + "runner.decode_cuda_graph_runner.DecodeCudaGraphRunner", ("bs", "capture_bs")),
     Touch(RUNNER + "cuda_graph_config.PhaseConfig", ("backend", "bs")),
     Touch(FLASHINFER + "FlashInferAttnBackend", (
         "decode_use_tensor_cores", "disable_cuda_graph_kv_split", "skip_prefill", "enable_mis", "use_paged",
         "prefill_backend", "prefill_wrappers_paged", "workspace_buffer", "forward_metadata", "token_to_kv_pool",
         "kv_indptr", "cuda_graph_kv_indices",
     )),
+    Touch(SRT + "managers.tokenizer_manager.TokenizerManager", (
+        "rid_to_state", "preferred_sampling_params", "model_config", "get_internal_state",
+    )),
+    Touch(SRT + "managers.tokenizer_manager.ReqState", ("customized_info_accumulated",)),
+    Touch(RUNNER + "model_runner.ModelRunnerOutput", ("can_run_graph",)),
     Touch(SRT + "layers.radix_attention.RadixAttention", (
         "head_dim", "v_head_dim", "logit_cap", "sliding_window_size", "pos_encoding_mode", "is_cross_attention", "k_scale",
         "v_scale", "xai_temperature_len", "attn_type", "tp_q_head_num", "layer_id", "scaling",
@@ -141,10 +147,9 @@ NAMES = (
     )),
     Touch(SRT + "managers.schedule_policy", ("AddReqResult", "PrefillAdder")),
     Touch(SRT + "managers.schedule_policy.PrefillAdder", ("can_run_list", "rem_chunk_tokens")),
-    Touch(SRT + "managers.scheduler.Scheduler", ("tp_worker", "tree_cache", "server_args", "tokenizer", "ps")),
+    Touch(SRT + "managers.scheduler.Scheduler", ("tp_worker", "tree_cache", "server_args", "tokenizer")),
     Touch(SRT + "plugins.hook_registry", ("HookRegistry", "HookType")),
     Touch(SRT + "entrypoints.http_server", ("app",)),
-    Touch("sglang._triton_stub", ("install",)),
 )  # fmt: skip
 
 EITHER = ((RADIX + "RadixCache.cache_unfinished_req", RADIX + "RadixCache.checkpoint"),)

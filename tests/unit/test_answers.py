@@ -74,6 +74,30 @@ def test_only_the_last_message_shows_the_summary(gate: Any) -> None:
     assert done["meta_info"]["margingate"] == SUMMARY
 
 
+def test_a_waiter_that_is_awaited_late_still_finds_its_request(gate: Any) -> None:
+    """SGLang makes all waiters of a batch before it awaits one; a request that has ended is listed no more by then."""
+    gate()
+    states = {"r": SimpleNamespace(customized_info_accumulated={"margingate": [SUMMARY]})}
+    looked_up: list[Any] = []
+
+    def original(manager: Any, obj: Any) -> Any:
+        looked_up.append(manager.rid_to_state[obj.rid])
+
+        async def outputs() -> AsyncIterator[Any]:
+            yield message({"type": "length"}, SUMMARY)
+
+        return outputs()
+
+    async def collect() -> list[Any]:
+        waiter = launcher.unpack_summary(original, SimpleNamespace(rid_to_state=states), SimpleNamespace(rid="r"))
+        assert looked_up, "SGLang's own look-up waited for the first await"
+        del states["r"]
+        return [out async for out in waiter]
+
+    [done] = asyncio.run(collect())
+    assert done["meta_info"]["margingate"] == SUMMARY
+
+
 def test_a_chunk_cut_by_its_offset_still_shows_the_summary(gate: Any) -> None:
     """With incremental streaming SGLang cuts the list at the number of tokens shown, where it may be shorter."""
     gate()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import ModuleType
 from types import SimpleNamespace as Some
 from typing import Any
 
 import pytest
 
 from sglang_margingate.config import MarginGateConfig
-from sglang_margingate.serving import cpu, hooks, sgl
+from sglang_margingate.serving import cpu, hooks, sgl, shape_hooks, views
 from sglang_margingate.serving.sgl import Moved, Reader
 
 
@@ -125,6 +127,40 @@ def test_a_batch_built_by_hand_gets_its_columns_bound() -> None:
     sgl.bind_columns(Some(kv_index_translator=old), "second")
     sgl.bind_columns(Some(kv_index_translator=new), "third")
     assert said == ["second", ("third", new)]
+
+
+def test_decode_sizes_are_read_and_written_where_the_runners_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, published = Some(decode=Some(bs=[1, 2])), Some(decode=Some(bs=[1, 2, 4]))
+    context = ModuleType("sglang.srt.runtime_context")
+    context.get_exec = lambda: Some(graph=Some(cuda_graph_config=published))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
+    runner: Any = Some(server_args=Some(cuda_graph_config=given), req_to_token_pool=Some(size=8))
+    monkeypatch.setattr(sgl, "_resolving_view", lambda: None)
+    assert sgl.graph_config(runner) is given
+    monkeypatch.setattr(sgl, "_resolving_view", lambda: View)
+    assert sgl.graph_config(runner) is published
+    published.decode.backend = "full"
+    assert shape_hooks._wanted_sizes(runner) == [1, 2, 4]
+
+
+def sampling(**told: Any) -> views.BatchSampling:
+    """Return how a greedy batch is sampled, with what a version tells beside it."""
+    plain = {"is_all_greedy": True, "grammars": None, "logit_bias": None, "acc_additive_penalties": None}
+    info = Some(**plain, acc_scaling_penalties=None, penalizer_orchestrator=None, has_custom_logit_processor=False,
+                return_sampling_masks=None, **told.pop("info", {}))  # fmt: skip
+    batch = Some(sampling_info=info, out_cache_loc=None, return_logprob=False, ngram_embedding_info=None)
+    sampler = type("Sampler", (), {"__module__": "sglang.srt.layers.sampler"})()
+    output = Some(next_token_logits=None, auxiliary_device_output="of the last forward")
+    found = views.BatchSampling(None, Some(sampler=sampler, **told), output, batch, [])
+    assert (output.auxiliary_device_output is None) is found.plain_argmax
+    return found
+
+
+def test_greedy_batches_skip_the_sampler_only_where_nobody_looks_on() -> None:
+    assert sampling().plain_argmax
+    assert sampling(sampling_observer=Some(is_active=lambda _: False)).plain_argmax
+    assert not sampling(sampling_observer=Some(is_active=lambda _: True)).plain_argmax
+    assert not sampling(info={"has_watermark_candidates": True}).plain_argmax
 
 
 def test_an_argmax_is_not_enough_where_somebody_looks_on() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from served_versions import PROMPTS
 
-from sglang_margingate.bench.prompts.embedded import demo_prompts
+from sglang_margingate.bench.prompts.embedded import demo_prompts, shared_prompts
 from sglang_margingate.bench.servers.client import Prompt
 
 
@@ -27,5 +27,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Held-out prompts of each dataset."""
-    return demo_prompts(PROMPTS)
+    """Short prompts of each dataset and, by turns, longer ones that share a beginning: those hit the cache."""
+    short, shared = demo_prompts(PROMPTS // 2), shared_prompts(PROMPTS)[::2]
+    return [prompt for pair in zip(short, shared) for prompt in pair]

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from served_versions import CONCURRENCY, PROMPTS, TOKENS, identical, serving
+from served_versions import CONCURRENCY, PROMPTS, TOKENS, VERSIONS, identical, serving
 
 from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server
-from sglang_margingate.serving.support import TESTED
 
 
 class Served(NamedTuple):
@@ -20,7 +19,7 @@ class Served(NamedTuple):
     alone: list[Completion]
 
 
-@pytest.fixture(scope="module", params=TESTED)
+@pytest.fixture(scope="module", params=VERSIONS)
 def gate(request: Any, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("gate") / "server.log"
     flags = ["--margingate-policy", "gate", "--margingate-fast-path", "stock", "--margingate-threshold", "0.5"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from served_versions import CONCURRENCY, PROMPTS, TOKENS, identical, serving
+from served_versions import CONCURRENCY, PROMPTS, TOKENS, VERSIONS, identical, serving
 
 from sglang_margingate.bench.servers.client import Prompt, run_alone, run_together
-from sglang_margingate.serving.support import TESTED
 
-versions = pytest.mark.parametrize("version", TESTED)
+versions = pytest.mark.parametrize("version", VERSIONS)
 
 
 @versions
