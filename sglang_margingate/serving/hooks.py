@@ -1,4 +1,4 @@
-"""Every place where margingate touches SGLang 0.5.17: why, how, until when.
+"""Every place where margingate touches SGLang: why, how, until when.
 
 SGLang logs and skips a hook whose target is missing. :func:`check` is the answer: a process in which one hook of its
 role is not in place refuses to serve, and a launcher whose scheduler did not report refuses as well.
@@ -6,8 +6,8 @@ role is not in place refuses to serve, and a launcher whose scheduler did not re
 ========================================  ====================================================  =======================
 Touch point beside the hooks below        Why and how                                           Until
 ========================================  ====================================================  =======================
-``sglang._triton_stub`` (cpu.py)          a CPU-only environment has no triton; the stub is     SGLang installs its stub
-                                          installed before SGLang is imported                   on every CPU
+``triton`` (triton_stub.py)               a CPU-only environment has none; a stand-in is        SGLang runs on a CPU
+                                          installed before SGLang is imported                   without it
 radix cache backend ``margingate``        shares canonical columns only (radix.py); SGLang's own    stays: it is an official
                                           registry and flag                                     extension point
 ``torchvision::nms`` (cpu.py)             PyPI's torchvision fails to import beside a CPU       wheels match
@@ -21,7 +21,8 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
 
 State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
 ``shape_hooks._captured``, ``attention_hooks._decode``, ``launcher._rules`` and ``plugin._loaded`` are set once at start-up;
-``shape_hooks._running`` is the forward that runs now, None between forwards.
+``shape_hooks._running`` is the forward that runs now, None between forwards. The readers of ``sgl`` and
+``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ from sglang_margingate.serving import (
     shape_hooks,
     weight_hooks,
 )
-
-SGLANG_VERSION = "0.5.17"
+from sglang_margingate.serving.support import TESTED
 
 LAUNCHER, SCHEDULER = "launcher", "scheduler"
 
@@ -369,7 +369,7 @@ def check(config: MarginGateConfig) -> list[str]:
         except (AttributeError, HookError) as error:
             raise HookError(
                 f"hook on {hook.target} did not attach ({error}); needed because {hook.why}. "
-                f"This version supports SGLang {SGLANG_VERSION}"
+                f"SGLang {', '.join(TESTED)} have it"
             ) from None
         if not _is_ours(found, hook.function):
             raise HookError(

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Any
+
+from sglang_margingate.serving import sgl
 
 SET = "<set>"
 """Stands for a value that was set and is not shown."""
@@ -81,15 +84,20 @@ def declared_defaults(args: Any) -> dict[str, Any] | None:
     """Return the settings that SGLang declares with their defaults, or None of an object that declares none.
 
     ``ServerArgs`` is a dataclass in 0.5.17 and a msgspec structure in later versions. A default is made anew where a factory
-    makes it, and None where there is none.
+    makes it, and None where there is none. What SGLang keeps for itself among the fields is left out.
     """
+    args = sgl.record(args)
     if dataclasses.is_dataclass(args):
-        return {f.name: _default(f.default, f.default_factory, dataclasses.MISSING) for f in dataclasses.fields(args)}
+        return _declared(dataclasses.fields(args), dataclasses.MISSING)
     if hasattr(args, "__struct_fields__"):
         import msgspec
 
-        return {f.name: _default(f.default, f.default_factory, msgspec.NODEFAULT) for f in msgspec.structs.fields(args)}
+        return _declared(msgspec.structs.fields(args), msgspec.NODEFAULT)
     return None
+
+
+def _declared(fields: Iterable[Any], missing: Any) -> dict[str, Any]:
+    return {f.name: _default(f.default, f.default_factory, missing) for f in fields if not f.name.startswith("_")}
 
 
 def _default(value: Any, factory: Any, missing: Any) -> Any:

@@ -200,6 +200,13 @@ NEUTRAL: tuple[Group, ...] = (
         enable_weights_cpu_backup enable_draft_weights_cpu_backup
         """,
     ),
+    _group(
+        "of SGLang 0.5.20 and 0.5.23: when prefills are scheduled, and what only several ranks or gRPC read, which are refused",
+        """
+        prefill_decode_interval prefill_decode_interval_min_bs boundary_reduction enable_tp_lm_head_all_to_all
+        grpc_worker_threads
+        """,
+    ),
 )
 
 

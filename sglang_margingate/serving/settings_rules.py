@@ -154,6 +154,11 @@ RULES: tuple[Rule, ...] = (
     _rule("enable_prefill_cp enable_prefill_context_parallel enable_dsa_prefill_context_parallel enable_cp_decode_attn_tp",
           "rows would be split over ranks"),
     _rule("enable_symm_mem enable_quant_communications", "its collectives were never probed for row-invariance"),
+    # Settings of SGLang 0.5.20 and 0.5.23.
+    _rule("enable_watermark watermark_default_enabled watermark_enforce_all",
+          "a mark moves tokens after their margin was read, and a verify would undo it"),
+    _rule("enable_nvidia_megakernel", "its kernels pass by the layers that are padded and probed"),
+    _rule("enable_kv_cache_sharding enable_paged_experts", "another layout of the memory was never tested"),
 )  # fmt: skip
 
 

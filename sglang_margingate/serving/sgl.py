@@ -21,7 +21,6 @@ Name                    0.5.17                                 later            
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from operator import attrgetter
@@ -108,47 +107,11 @@ def resolved(args: Any) -> Any:
     return args if view is None else view(args)
 
 
-def setting_names(args: Any) -> list[str]:
-    """Return the names of SGLang's settings, without the bookkeeping that the object carries beside them."""
-    return list(_defaults(args))
-
-
-def setting_default(args: Any, name: str) -> Any:
-    """Return a setting's default, or None where it has none."""
-    return _defaults(args)[name]
-
-
-def _defaults(args: Any) -> dict[str, Any]:
-    kind = type(_record(args))
-    if dataclasses.is_dataclass(kind):
-        return {f.name: _plain_default(f.default, f.default_factory) for f in dataclasses.fields(kind)}
-    if hasattr(kind, "__struct_fields__"):
-        import msgspec
-
-        structs = msgspec.structs.fields(kind)
-        return {f.name: _plain_default(f.default, f.default_factory) for f in structs}
-    return dict.fromkeys(name for name in vars(args) if not name.startswith("_"))
-
-
-def _plain_default(value: Any, factory: Any) -> Any:
-    """Return a field's default; dataclasses and msgspec mark a missing one by an object of their own."""
-    if callable(factory):
-        return factory()
-    return None if type(value).__name__ in ("_MISSING_TYPE", "NoDefaultType", "UnsetType") else value
-
-
-def _record(args: Any) -> Any:
-    """Return the object behind a view."""
+def record(args: Any) -> Any:
+    """Return the object that declares the settings, which may stand behind a view of :func:`resolved`."""
     if type(args).__name__ not in ("ResolvingConfig", "ResolvedView"):
         return args
     return object.__getattribute__(args, "_server_args")
-
-
-def plain_flags(args: Any) -> dict[str, str | int | float | bool]:
-    """Return the resolved settings that are plain values, by name."""
-    view = resolved(_record(args))
-    values = {name: getattr(view, name, None) for name in sorted(setting_names(args))}
-    return {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool))}
 
 
 def graph_config(model_runner: Any) -> Any:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
+from packaging.tags import parse_tag, sys_tags
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
 from sglang_margingate.serving.settings_clear import clear_value, declared_defaults
@@ -21,7 +24,7 @@ from sglang_margingate.serving.settings_rules import ENVIRONMENT, RULES, EnvRule
 
 OVERRIDE = "--margingate-allow-untested"
 
-TESTED = ("0.5.17",)
+TESTED = ("0.5.17", "0.5.20", "0.5.23")
 """Versions of SGLang that every test of this project ran on."""
 
 PLUGIN = "margingate"
@@ -94,7 +97,23 @@ def _version_trouble() -> str | None:
             f"two SGLangs are on the path: {folder} is imported, but the metadata, {found.version}, is of another in "
             f"{Path(str(found.locate_file(''))).resolve()} ({tested})"
         )
+    if not _fits_this_python(found):
+        return (
+            f"SGLang {found.version} in {folder.parent} was made for another Python than this {platform.python_version()} "
+            f"({tested})"
+        )
     return None if found.version in TESTED else f"SGLang {found.version} is not among the versions tested ({tested})"
+
+
+def _fits_this_python(found: metadata.Distribution) -> bool:
+    """Return whether a SGLang, which brings compiled parts, was installed for this Python: an overlay may be another's."""
+    required = SpecifierSet((found.metadata.get_all("Requires-Python") or [""])[0])
+    if not required.contains(platform.python_version(), prereleases=True):
+        return False
+    wheel = (found.read_text("WHEEL") or "").splitlines()
+    made_for = {tag for line in wheel if line.startswith("Tag: ") for tag in parse_tag(line.removeprefix("Tag: "))}
+    here = {(tag.interpreter, tag.abi) for tag in sys_tags()}
+    return not made_for or any((tag.interpreter, tag.abi) in here for tag in made_for)
 
 
 def _other_plugins() -> list[str]:

@@ -16,6 +16,9 @@ from contract import Sources, Touch, compare, load, record, recorded
 from touch_points import EITHER, EITHER_NAME, touch_points
 
 from sglang_margingate.serving import hooks
+from sglang_margingate.serving.settings_neutral import neutral_fields
+from sglang_margingate.serving.settings_rules import ruled_fields
+from sglang_margingate.serving.support import TESTED
 
 versions = pytest.mark.parametrize("version", recorded())
 
@@ -72,6 +75,26 @@ def test_of_what_moved_one_name_is_there(version: str) -> None:
         assert sum(known[target] is not None for target in group) == 1, group
     for pair in EITHER_NAME:
         assert sum(bool((known[target] or {"names": {}})["names"].get(name)) for target, name in pair) == 1, pair
+
+
+def settings(version: str) -> set[str]:
+    """Return the names of SGLang's settings: fields of ``ServerArgs``, later of the classes that it is assembled from."""
+    folder = overlays.sources(version) / "sglang" / "srt"
+    files = [*folder.glob("arg_groups/fields/*.py")] or [folder / "server_args.py"]
+    classes = [n for file in files for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef)]
+    fields = [item.target for node in classes for item in node.body if isinstance(item, ast.AnnAssign)]
+    return {field.id for field in fields if isinstance(field, ast.Name)}
+
+
+def test_a_setting_that_is_listed_is_one_of_some_tested_version() -> None:
+    """One of none is misspelt, or gone from all versions."""
+    there = set().union(*map(settings, recorded()))
+    assert len(there) > 500
+    assert sorted(neutral_fields().union(ruled_fields()) - there) == []
+
+
+def test_what_is_tested_is_recorded() -> None:
+    assert list(TESTED) == recorded()
 
 
 # ---- the reader itself ------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.serving import cpu, hooks, sgl, shape_hooks, views
+from sglang_margingate.serving.settings_clear import clear_settings, declared_defaults
 from sglang_margingate.serving.sgl import Moved, Reader
 
 
@@ -88,34 +88,36 @@ def test_settings_are_read_as_they_were_decided_on() -> None:
     assert args.calls == 1
     assert sgl.resolved(args).page_size == 1
     assert args.calls == 1  # a scheduler does not decide again
-    assert sgl.plain_flags(args) == {"api_key": "k", "calls": 1, "page_size": 1}
-
-
-@dataclasses.dataclass
-class Resolved:
-    model_path: str
-    page_size: int = 1
-    hooks: list[str] = dataclasses.field(default_factory=list)
+    assert sgl.record(args) is args
 
 
 @pytest.mark.usefixtures("first")
 def test_settings_that_are_resolved_when_made_are_read_as_they_are() -> None:
-    args = Resolved("m", page_size=4, hooks=["h"])
+    args = Some(page_size=4)
     assert sgl.resolve(args) is args
-    assert sgl.plain_flags(args) == {"model_path": "m", "page_size": 4}
-    assert sgl.setting_names(args) == ["model_path", "page_size", "hooks"]
-    assert [sgl.setting_default(args, name) for name in sgl.setting_names(args)] == [None, 1, []]
 
 
-@pytest.mark.usefixtures("later")
-def test_settings_that_are_a_msgspec_struct() -> None:
+class ResolvingConfig:
+    """SGLang's own view, by its name."""
+
+    def __init__(self, args: Any) -> None:
+        self._server_args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return {"page_size": 1, "attention_backend": "torch_native"}.get(name, getattr(self._server_args, name))
+
+
+def test_what_is_written_down_is_what_was_decided_on() -> None:
+    """0.5.20 and later: the object holds None, and its fields are declared behind the view."""
     msgspec = pytest.importorskip("msgspec")
-    kind = msgspec.defstruct("ServerArgs", [("model_path", str), ("page_size", Any, None), ("bs", list, [])], dict=True)
-    args = kind("m")
-    args._resolved_overrides = [("a", {"page_size": 1})]
-    assert sgl.setting_names(args) == ["model_path", "page_size", "bs"]
-    assert [sgl.setting_default(args, name) for name in sgl.setting_names(args)] == [None, None, []]
-    assert sgl.plain_flags(args) == {"model_path": "m", "page_size": 1}
+    fields = [("page_size", Any, None), ("attention_backend", Any, None), ("log_level", str, "info"), ("bs", list, [])]
+    args = msgspec.defstruct("ServerArgs", fields)()
+    view = ResolvingConfig(args)
+    assert sgl.record(view) is args
+    assert declared_defaults(view) == {"page_size": None, "attention_backend": None, "log_level": "info", "bs": []}
+    shown = clear_settings(view)
+    assert shown == {"attention_backend": "torch_native", "log_level": "info", "page_size": 1}
+    assert "page_size" not in clear_settings(args), "the raw object says nothing of it"
 
 
 def test_a_batch_built_by_hand_gets_its_columns_bound() -> None:
