@@ -234,8 +234,8 @@ def _on_cpu(flags: list[str]) -> bool:
 
 def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[str]:
     """Add the SGLang flags that this machine and policy need, never overriding a given one."""
-    from sglang_margingate.serving import support
-    from sglang_margingate.serving.radix_names import BACKEND_NAME, uses_backend
+    from sglang_margingate.runtime.namespaces import BACKEND_NAME, uses_backend
+    from sglang_margingate.settings import support
 
     flags = list(given)
 
@@ -342,7 +342,7 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
     cpu = _on_cpu(flags)
     if cpu:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads collapse when cores are shared
-    from sglang_margingate.serving import support
+    from sglang_margingate.settings import support
 
     support.check_host(config)
     with config.handed_over():
@@ -350,7 +350,8 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
 
 
 def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) -> int:
-    from sglang_margingate.serving import hooks, plugin, sgl, support
+    from sglang_margingate.serving import hooks, plugin, sgl
+    from sglang_margingate.settings import support
 
     os.environ[hooks.LAUNCHER_PID_ENV] = str(os.getpid())
     from sglang.srt.plugins import load_plugins

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, create_model
 
-from sglang_margingate.serving.summary import FIELD
+from sglang_margingate.runtime.summary import FIELD
 
 DATA, FINISHED = "data: ", '"finish_reason":"'
 """How a chunk begins, and what only a choice's last one holds: inside a JSON text the quotes would be escaped."""

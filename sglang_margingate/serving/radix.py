@@ -24,9 +24,9 @@ from typing import Any
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.runtime.namespaces import BACKEND_NAME, opened_gated, uses_backend
 from sglang_margingate.runtime.state import state_of
 from sglang_margingate.serving import sgl
-from sglang_margingate.serving.radix_names import BACKEND_NAME, opened_gated, uses_backend
 
 MAX_CHILDREN = 256
 

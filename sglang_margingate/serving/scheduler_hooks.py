@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from sglang_margingate.runtime.faults import column_digest, wants_digest
+from sglang_margingate.runtime.namespaces import namespace, uses_backend
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.runtime.state import ATTRIBUTE, state_of
 from sglang_margingate.runtime.status import Runtime
+from sglang_margingate.runtime.summary import FIELD, PerRequest
 from sglang_margingate.serving import sgl, views
-from sglang_margingate.serving.radix_names import namespace, uses_backend
 from sglang_margingate.serving.setup import build_runtime
-from sglang_margingate.serving.summary import FIELD, PerRequest
 
 _runtime: Runtime | None = None
 

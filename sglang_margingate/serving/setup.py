@@ -27,10 +27,11 @@ from sglang_margingate.runtime.requests import Requests
 from sglang_margingate.runtime.status import BatchSizes, Runtime
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
-from sglang_margingate.serving import sgl, shape_hooks, support
-from sglang_margingate.serving.manifest import run_facts, server_facts
+from sglang_margingate.serving import sgl, shape_hooks
 from sglang_margingate.serving.trial_engine import TrialEngine
 from sglang_margingate.serving.verify_engines import make_verifier
+from sglang_margingate.settings import support
+from sglang_margingate.settings.manifest import run_facts, server_facts
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.runtime.namespaces import namespace
 from sglang_margingate.runtime.state import ATTRIBUTE
 from sglang_margingate.serving.radix import CanonicalRadixCache
-from sglang_margingate.serving.radix_names import namespace
 
 CHUNK, SLOTS = 4, 400
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from sglang_margingate.config import MarginGateConfig
-from sglang_margingate.serving.manifest import run_facts, server_facts
-from sglang_margingate.serving.settings_clear import SET, clear_settings, clear_value, without_credentials
+from sglang_margingate.settings.clear import SET, clear_settings, clear_value, without_credentials
+from sglang_margingate.settings.manifest import run_facts, server_facts
 
 MARKER = "s3cr3t"
 
@@ -36,8 +36,8 @@ install_stand_ins()
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.serving.frontdoor import parse
-from sglang_margingate.serving.manifest import run_facts, server_facts
-from sglang_margingate.serving.support import check_server_args
+from sglang_margingate.settings.manifest import run_facts, server_facts
+from sglang_margingate.settings.support import check_server_args
 config, flags, _ = parse(["--device", "cpu", "--margingate-allow-untested"])
 plain = prepare_server_args(flags)
 MARKER = {MARKER!r}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_margingate.serving.radix_names import namespace, opened_gated
+from sglang_margingate.runtime.namespaces import namespace, opened_gated
 
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
 

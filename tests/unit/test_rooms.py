@@ -16,9 +16,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "trace": ("words",),
     "canonical": ("config", "words"),
     "runtime": ("canonical", "config", "gate", "words"),
+    "settings": ("canonical", "config", "machine", "runtime"),
     "demo": (),
 }
-NO_SGLANG = ("gate", "trace", "canonical", "runtime")
+NO_SGLANG = ("gate", "trace", "canonical", "runtime", "settings")
 
 
 def imports(path: Path) -> set[str]:

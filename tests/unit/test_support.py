@@ -16,11 +16,11 @@ import msgspec
 import pytest
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
-from sglang_margingate.serving import support
-from sglang_margingate.serving.settings_clear import SET, clear_settings
-from sglang_margingate.serving.settings_neutral import NEUTRAL
-from sglang_margingate.serving.settings_rules import RULES
-from sglang_margingate.serving.support import OVERRIDE, check_host, check_model, check_server_args
+from sglang_margingate.settings import support
+from sglang_margingate.settings.clear import SET, clear_settings
+from sglang_margingate.settings.neutral import NEUTRAL
+from sglang_margingate.settings.rules import RULES
+from sglang_margingate.settings.support import OVERRIDE, check_host, check_model, check_server_args
 
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
 
@@ -34,7 +34,7 @@ from sglang_margingate.serving.cpu import install_stand_ins
 install_stand_ins()
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang_margingate.serving.frontdoor import parse
-from sglang_margingate.serving.support import check_server_args
+from sglang_margingate.settings.support import check_server_args
 """
 
 
@@ -403,7 +403,7 @@ def test_a_plugin_of_others(site: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @needs_sglang
 def test_the_variables_of_the_table_exist() -> None:
     """A mistyped name would never be refused."""
-    from sglang_margingate.serving.settings_rules import ENVIRONMENT
+    from sglang_margingate.settings.rules import ENVIRONMENT
 
     code = """
 from sglang.srt.environ import envs

@@ -10,7 +10,7 @@ from sglang_margingate.canonical.selftest import SelfTestResult
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.machine import device_name, model_name, versions
 from sglang_margingate.runtime.faults import TestKnobs
-from sglang_margingate.serving.settings_clear import clear_settings, clear_value, without_credentials
+from sglang_margingate.settings.clear import clear_settings, clear_value, without_credentials
 
 
 def server_facts(
@@ -45,7 +45,7 @@ def run_facts(config: MarginGateConfig, args: Any, facts: dict[str, Any], attach
     config
         Ours; its paths and its profile are written as they are.
     args
-        SGLang's settings, written by :func:`~sglang_margingate.serving.settings_clear.clear_settings`.
+        SGLang's settings, written by :func:`~sglang_margingate.settings.clear.clear_settings`.
     facts
         :func:`server_facts`.
     attached

@@ -1,6 +1,6 @@
 """Settings of SGLang that can break a claim: which values were tested, and what the others break.
 
-Every field of ``ServerArgs`` stands either here or in :mod:`~sglang_margingate.serving.settings_neutral`. Values are looked
+Every field of ``ServerArgs`` stands either here or in :mod:`~sglang_margingate.settings.neutral`. Values are looked
 at as SGLang resolved them, so a value that SGLang itself chose for a model is judged too.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Radix
-from sglang_margingate.serving.radix_names import BACKEND_NAME, uses_backend
+from sglang_margingate.runtime.namespaces import BACKEND_NAME, uses_backend
 
 Accepts = Callable[[Any, Any, MarginGateConfig], bool]
 """Whether a value is fine, given the whole ``ServerArgs`` and our configuration."""

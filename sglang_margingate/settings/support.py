@@ -1,7 +1,7 @@
 """Which SGLang and which of its configurations are supported, and what happens with the others.
 
 Everything outside what was tested is refused with the reason and the flag that overrides it at guarantee `none`. The tables
-stand in :mod:`~sglang_margingate.serving.settings_rules` and :mod:`~sglang_margingate.serving.settings_neutral`.
+stand in :mod:`~sglang_margingate.settings.rules` and :mod:`~sglang_margingate.settings.neutral`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.tags import parse_tag, sys_tags
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
-from sglang_margingate.serving.settings_clear import clear_value, declared_defaults
-from sglang_margingate.serving.settings_neutral import neutral_fields
-from sglang_margingate.serving.settings_rules import ENVIRONMENT, RULES, EnvRule, Rule, ruled_fields
+from sglang_margingate.settings.clear import clear_value, declared_defaults
+from sglang_margingate.settings.neutral import neutral_fields
+from sglang_margingate.settings.rules import ENVIRONMENT, RULES, EnvRule, Rule, ruled_fields
 
 OVERRIDE = "--margingate-allow-untested"
 

@@ -1,6 +1,6 @@
 """Settings of SGLang that were read and found to leave alone what a row computes and where its columns are stored.
 
-Every field of ``ServerArgs`` stands either here or in :mod:`~sglang_margingate.serving.settings_rules`; a unit test
+Every field of ``ServerArgs`` stands either here or in :mod:`~sglang_margingate.settings.rules`; a unit test
 enumerates them. A field belongs here when no value of it can break a claim. A new field of a new SGLang stands in neither
 until somebody has read what it does, and until then only its default is served.
 """
