@@ -9,10 +9,10 @@ from types import SimpleNamespace as Some
 from typing import Any
 
 import pytest
+from sglang_margingate.serving.settings_clear import clear_settings, declared_defaults
 
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.serving import cpu, hooks, sgl, shape_hooks, views
-from sglang_margingate.serving.settings_clear import clear_settings, declared_defaults
 from sglang_margingate.serving.sgl import Moved, Reader
 
 
