@@ -361,7 +361,7 @@ def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) ->
     plugin.load()
     load_plugins()
     try:
-        hooks.check(config)
+        hooks.check()
         server_args = prepare_server_args(flags)
         args = sgl.resolve(server_args)
         support.check_server_args(args, config)

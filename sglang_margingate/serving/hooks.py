@@ -1,50 +1,15 @@
-"""Every place where margingate touches SGLang: why, how, until when.
-
-SGLang logs and skips a hook whose target is missing. :func:`check` is the answer: a process in which one hook of its
-role is not in place refuses to serve, and a launcher whose scheduler did not report refuses as well.
-
-========================================  ====================================================  =======================
-Touch point beside the hooks below        Why and how                                           Until
-========================================  ====================================================  =======================
-``triton`` (triton_stub.py)               a CPU-only environment has none; a stand-in is        SGLang runs on a CPU
-                                          installed before SGLang is imported                   without it
-radix cache backend ``margingate``        shares canonical columns only (radix.py); SGLang's own    stays: it is an official
-                                          registry and flag                                     extension point
-``torchvision::nms`` (cpu.py)             PyPI's torchvision fails to import beside a CPU       wheels match
-                                          torch; its two operators are declared
-``Req`` attribute ``margingate_state``    per-request state that dies with the request          SGLang offers a place
-``ForwardBatch`` attributes               the requests behind its rows and when it began (views.py)    ForwardBatch keeps reqs
-``margingate_view``,                      travel with the batch, so that delayed sampling
-``margingate_shape``                      (grammar, overlap) finds them; and the shape that it
-                                          really ran at (runtime/shape.py)
-========================================  ====================================================  =======================
-
-State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
-``shape_hooks._captured``, ``attention_hooks._decode``, ``launcher._rules`` and ``plugin._loaded`` are set once at start-up;
-``shape_hooks._running`` is the forward that runs now, None between forwards. The readers of ``sgl`` and
-``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.
-"""
+"""What a hook into SGLang is, and the proof that each is in place; the hooks themselves stand in hook_table.py."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
-from sglang_margingate.serving import (
-    attention_hooks,
-    cpu,
-    launcher,
-    openai_answers,
-    scheduler_hooks,
-    shape_hooks,
-    weight_hooks,
-)
-from sglang_margingate.serving.support import TESTED
+from sglang_margingate.settings.support import TESTED
 
 LAUNCHER, SCHEDULER = "launcher", "scheduler"
 
@@ -84,226 +49,6 @@ class Hook:
     needed: Callable[[], bool] | None = None
 
 
-GATE_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
-        "after", scheduler_hooks.begin_forward, (SCHEDULER,),
-        "the step hook needs the requests behind the rows and the time the forward began",
-        "ForwardBatch carries its requests",
-    ),
-    Hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.forward",
-        "after", scheduler_hooks.end_forward, (SCHEDULER,),
-        "what a forward did is noted where it ends: not every forward has its tokens sampled",
-        "SGLang has a forward-done event",
-    ),
-    Hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
-        "around", scheduler_hooks.sample, (SCHEDULER,),
-        "margin, gate, verify and repair happen between the logits and the choice of the token",
-        "SGLang has a hook between logits and sampling",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_batch.Req.__init__",
-        "after", scheduler_hooks.open_request, (SCHEDULER,),
-        "a request's policy decides its prefill and its name space in the radix cache before it is first scheduled",
-        "SGLang has a request-created event",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_batch.Req.update_finish_state",
-        "after", scheduler_hooks.after_finish_state, (SCHEDULER,),
-        "a finished request's row and summary are made while its K/V still stands",
-        "SGLang has a request-finished event",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
-        "around", scheduler_hooks.cumulate_penalties, (SCHEDULER,),
-        "with overlap, which tokens SGLang's penalties count depends on who arrives meanwhile",
-        "SGLang counts each token of a request once",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
-        "around", scheduler_hooks.add_one_req, (SCHEDULER,),
-        "a gated prompt is prefilled alone, its chunks on a fixed grid",
-        "SGLang has a per-request prefill policy",
-    ),
-    Hook(
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
-        "around", scheduler_hooks.add_chunked_req, (SCHEDULER,),
-        "the same for the later chunks of a prompt",
-        "SGLang has a per-request prefill policy",
-    ),
-    Hook(
-        "sglang.srt.managers.scheduler.Scheduler.get_init_info",
-        "after", scheduler_hooks.set_up, (SCHEDULER,),
-        "builds the verifier, runs the self-test, and attests both to the launcher",
-        "SGLang has a scheduler-ready event",
-    ),
-    Hook(
-        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
-        "after", scheduler_hooks.add_status, (SCHEDULER,),
-        "GET /margingate/status and /server_info show the gate's counters",
-        "SGLang lets plugins add server info",
-    ),
-    *(
-        Hook(
-            f"sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}",
-            "after", weight_hooks.after_update, (SCHEDULER,),
-            "map, self-test and thresholds were made with other weights: the guarantee is lowered",
-            "SGLang has a weights-changed event",
-        )
-        for name in (
-            "update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor",
-            "update_weights_from_ipc", "release_memory_occupation", "resume_memory_occupation",
-        )
-    ),
-    *(
-        Hook(
-            f"sglang.srt.managers.scheduler.Scheduler.{name}",
-            "after", weight_hooks.after_adapter, (SCHEDULER,),
-            "layers that came after the start were never probed: the guarantee is lowered",
-            "SGLang has a weights-changed event",
-        )
-        for name in ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter")
-    ),
-)  # fmt: skip
-
-REQUEST_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
-        "before", launcher.before_http_server, (LAUNCHER,),
-        "refuses to serve unless every scheduler attested, and adds GET /margingate/status",
-        "SGLang fails closed on plugins",
-    ),
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        "before", launcher.validate_request, (LAUNCHER,),
-        "wrong margingate parameters are answered with HTTP 400 before they reach a batch",
-        "SGLang validates custom_params by schema",
-    ),
-    Hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response",
-        "around", launcher.unpack_summary, (LAUNCHER,),
-        "customized_info is a list per token; clients get one object, meta_info.margingate",
-        "SGLang has per-request customized info",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response",
-        "after", openai_answers.add_summaries, (LAUNCHER,),
-        "chat answers carry the summary too",
-        "OpenAI answers carry customized info",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
-        "around", openai_answers.add_to_stream, (LAUNCHER,),
-        "the last chunk of every streamed choice carries it",
-        "OpenAI answers carry customized info",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._build_completion_response",
-        "after", openai_answers.add_summaries, (LAUNCHER,),
-        "the same for completions",
-        "OpenAI answers carry customized info",
-    ),
-    Hook(
-        "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream",
-        "around", openai_answers.add_to_stream, (LAUNCHER,),
-        "the same for completions",
-        "OpenAI answers carry customized info",
-    ),
-)  # fmt: skip
-
-FAST_PATH_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
-        "before", shape_hooks.choose_shapes, (SCHEDULER,),
-        "probes the loaded layers, and has decode graphs captured at sizes of one class only",
-        "the sizes can be chosen after the model is loaded",
-    ),
-    Hook(
-        "sglang.srt.model_executor.runner.eager_runner.EagerRunner.execute",
-        "around", shape_hooks.run_eagerly, (SCHEDULER,),
-        "forwards without a graph are padded into the canonical class, and the batch remembers whether they fitted",
-        "SGLang pads eager forwards to given sizes",
-    ),
-    Hook(
-        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply",
-        "around", shape_hooks.linear, (SCHEDULER,),
-        "the padding of linear layers",
-        "SGLang pads eager forwards to given sizes",
-    ),
-    Hook(
-        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
-        "around", shape_hooks.head, (SCHEDULER,),
-        "the padding of the layer that makes logits",
-        "SGLang pads eager forwards to given sizes",
-    ),
-)  # fmt: skip
-
-VERIFY_GPU_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
-        "after", attention_hooks.set_up_prefill, (SCHEDULER,),
-        "FlashInfer's Hopper prefill is not repeatable, and canonical prompt columns must be",
-        "FlashInfer's fa3 epilogue waits for all of its warps",
-    ),
-)  # fmt: skip
-
-DECODE_GPU_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode",
-        "around", attention_hooks.decode, (SCHEDULER,),
-        "the verify graph, and decode graphs of the canonical fast path, attend with a kernel that cuts a context by its "
-        "own length",
-        "FlashInfer has a fixed K/V chunk that is safe in CUDA graphs",
-    ),
-)  # fmt: skip
-
-FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
-        "after", attention_hooks.set_up, (SCHEDULER,),
-        "batch-invariant attention: our prefill, FlashInfer's tensor-core decode without K/V split where ours does not fit",
-        "SGLang has a flag for each, outside its deterministic mode",
-    ),
-    Hook(
-        "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend",
-        "around", attention_hooks.extend, (SCHEDULER,),
-        "the padding rows of a prefill are left out of attention",
-        "SGLang pads eager forwards to given sizes",
-    ),
-    Hook(
-        "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch",
-        "after", shape_hooks.pad_forward, (SCHEDULER,),
-        "a prefill is padded into the canonical class once instead of before every layer",
-        "SGLang pads eager forwards to given sizes",
-    ),
-)  # fmt: skip
-
-CPU_HOOKS: tuple[Hook, ...] = (
-    Hook(
-        "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__",
-        "before", cpu.set_rotary_is_cpu, (SCHEDULER,),
-        "SGLang imports vLLM for a rotary fallback that it never calls on a CPU",
-        "SGLANG_USE_CPU_ENGINE is no longer needed for plain x86",
-    ),
-    Hook(
-        "sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask",
-        "replace", cpu.allocate_token_bitmask, (SCHEDULER,),
-        "SGLang pins the grammar bitmask, which needs a CUDA driver: one regex request kills the server",
-        "SGLang before 0.5.19 is served no more: later versions pin where pinning exists",
-        cpu.grammars_need_a_gpu,
-    ),
-    Hook(
-        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
-        "around", cpu.apply_vocab_mask, (SCHEDULER,),
-        "SGLang has no CPU branch for applying the bitmask",
-        "SGLang before 0.5.19 is served no more",
-        cpu.grammars_need_a_gpu,
-    ),
-)  # fmt: skip
-
-
 def role() -> str:
     """Return this process's role.
 
@@ -316,28 +61,16 @@ def role() -> str:
     return LAUNCHER if multiprocessing.parent_process() is None else SCHEDULER
 
 
-def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
-    """Return the hooks that a process of this role must have."""
-    hooks = list(REQUEST_HOOKS)
-    if config.policy is not Policy.OFF:
-        hooks += GATE_HOOKS
-    canonical = config.fast_path is FastPathMode.CANONICAL
-    if canonical:
-        hooks += FAST_PATH_HOOKS
-    if cpu.is_cpu_host():
-        hooks += CPU_HOOKS
-    else:
-        verifies = config.policy.verifies
-        hooks += FAST_PATH_GPU_HOOKS if canonical else VERIFY_GPU_HOOKS if verifies else ()
-        hooks += DECODE_GPU_HOOKS if canonical or verifies else ()
-    return [h for h in hooks if process_role in h.roles and (h.needed is None or h.needed())]
+_installed: tuple[Hook, ...] | None = None
 
 
-def register(config: MarginGateConfig) -> None:
-    """Hand this process's hooks to SGLang's registry."""
+def install(hooks: Sequence[Hook]) -> None:
+    """Hand this process's hooks to SGLang's registry; :func:`check` tells whether they attached."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for hook in wanted(config, role()):
+    global _installed
+    _installed = tuple(hooks)
+    for hook in hooks:
         HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
 
 
@@ -354,16 +87,18 @@ def _resolve(target: str) -> Any:
     raise HookError(f"{target}: no such module")
 
 
-def check(config: MarginGateConfig) -> list[str]:
-    """Return the targets whose hooks are in place; raise when one is not.
+def check() -> list[str]:
+    """Return the targets whose hooks are in place; raise when one is not, or none was ever installed.
 
     Raises
     ------
     HookError
         Names the target and what it is needed for.
     """
+    if _installed is None:
+        raise HookError("no hook was installed in this process: the plugin did not load. Check SGLANG_PLUGINS")
     done = []
-    for hook in wanted(config, role()):
+    for hook in _installed:
         try:
             found = _resolve(hook.target)
         except (AttributeError, HookError) as error:

@@ -22,7 +22,7 @@ def load() -> None:
     if _loaded or config is None:
         return
     _loaded = True
-    from sglang_margingate.serving import hooks, radix
+    from sglang_margingate.serving import hook_table, hooks, radix
 
-    hooks.register(config)
+    hooks.install(hook_table.wanted(config, hooks.role()))
     radix.register(config)

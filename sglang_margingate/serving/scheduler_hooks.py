@@ -13,7 +13,7 @@ from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.runtime.state import ATTRIBUTE, state_of
 from sglang_margingate.runtime.status import Runtime
 from sglang_margingate.runtime.summary import FIELD, PerRequest
-from sglang_margingate.serving import sgl, views
+from sglang_margingate.serving import batches, sgl
 from sglang_margingate.serving.setup import build_runtime
 
 _runtime: Runtime | None = None
@@ -35,11 +35,6 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     return info
 
 
-def runtime() -> Runtime | None:
-    """Return this process's runtime, None before :func:`set_up`."""
-    return _runtime
-
-
 # ---- the way of a request ----------------------------------------------------------------------------------------------
 
 
@@ -47,7 +42,7 @@ def open_request(_result: Any, req: Any, *_: Any, **__: Any) -> None:
     """Attach a state to a new request. SGLang's own requests before set-up (warm-up forwards) get none."""
     if _runtime is None:
         return
-    state = _runtime.requests.open(views.opened(req))
+    state = _runtime.requests.open(batches.opened(req))
     setattr(req, ATTRIBUTE, state)
     if uses_backend(_runtime.config):
         req.extra_key = namespace(state.ledger.gated, req.extra_key, req.lora_id, _runtime.labels.weight_changes)
@@ -56,12 +51,12 @@ def open_request(_result: Any, req: Any, *_: Any, **__: Any) -> None:
 def begin_forward(result: Any, _cls: Any, batch: Any, *_: Any, **__: Any) -> None:
     """Attach the view of a forward to its batch."""
     if _runtime is not None and batch.reqs is not None:
-        views.begin(result, batch.reqs, _runtime.recorder.clock)
+        batches.begin(result, batch.reqs, _runtime.recorder.clock)
 
 
 def end_forward(output: Any, model_runner: Any, batch: Any, *_: Any, **__: Any) -> Any:
     """Note what a forward did, whether or not a token is chosen from it."""
-    found = getattr(batch, views.VIEW, None)
+    found = getattr(batch, batches.VIEW, None)
     if _runtime is not None and found is not None and not model_runner.is_draft_worker:
         found[0].shape = _shape(model_runner, batch, output.can_run_graph)
         _runtime.step.ended(found[0])
@@ -85,14 +80,14 @@ def _shape(model_runner: Any, batch: Any, graph: bool) -> ForwardShape | None:
 
 def sample(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:
     """Gate one step."""
-    found = getattr(batch, views.VIEW, None)
+    found = getattr(batch, batches.VIEW, None)
     logits = logits_output.next_token_logits
     if _runtime is None or found is None or model_runner.is_draft_worker or logits is None:
         return original(model_runner, logits_output, batch)
     view, reqs = found
     if len(view.states) != len(logits):
         return original(model_runner, logits_output, batch)
-    return _runtime.step.sample(view, views.BatchSampling(original, model_runner, logits_output, batch, reqs))
+    return _runtime.step.sample(view, batches.BatchSampling(original, model_runner, logits_output, batch, reqs))
 
 
 def after_finish_state(_result: Any, req: Any, *_: Any, **__: Any) -> None:
@@ -100,7 +95,7 @@ def after_finish_state(_result: Any, req: Any, *_: Any, **__: Any) -> None:
     state = state_of(req)
     if _runtime is None or state is None or not req.finished():
         return
-    summary = _runtime.requests.finish(state, views.ended(req, _digest(req)))
+    summary = _runtime.requests.finish(state, batches.ended(req, _digest(req)))
     if summary is not None:
         req.customized_info = {**(req.customized_info or {}), FIELD: PerRequest([summary])}
 
@@ -185,3 +180,32 @@ def add_status(result: Any, *_: Any, **__: Any) -> Any:
     if _runtime is not None:
         result.internal_state["margingate"] = _runtime.status()
     return result
+
+
+WHAT = {
+    "UpdateWeightFromDiskReqInput": "an update from disk",
+    "UpdateWeightsFromDistributedReqInput": "an update from other processes",
+    "UpdateWeightsFromTensorReqInput": "an update from tensors",
+    "UpdateWeightsFromIPCReqInput": "an update from a checkpoint engine",
+    "ReleaseMemoryOccupationReqInput": "a release of memory",
+    "ResumeMemoryOccupationReqInput": "memory that was taken again",
+}
+
+
+def after_update(result: Any, _manager: Any, request: Any) -> None:
+    """Lower the server's guarantee: nothing of its start-up checks was made with these weights.
+
+    A failed update counts as well: SGLang loads in place, so some weights may be new ones by then.
+    """
+    if _runtime is not None:
+        failed = "" if getattr(result, "success", True) else ", which failed half-way or before"
+        what = WHAT.get(type(request).__name__, type(request).__name__)
+        _runtime.weights_changed(f"the weights may not be those that were checked at the start, after {what}{failed}")
+
+
+def after_adapter(result: Any, _scheduler: Any, request: Any) -> None:
+    """Lower the server's guarantee once an adapter was loaded or unloaded: its layers were never probed."""
+    if _runtime is not None and result.success:
+        _runtime.weights_changed(
+            f"the LoRA adapter {request.lora_name!r:.80} was loaded or unloaded after the start-up checks"
+        )

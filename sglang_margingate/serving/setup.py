@@ -27,9 +27,8 @@ from sglang_margingate.runtime.requests import Requests
 from sglang_margingate.runtime.status import BatchSizes, Runtime
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
-from sglang_margingate.serving import sgl, shape_hooks
-from sglang_margingate.serving.trial_engine import TrialEngine
-from sglang_margingate.serving.verify_engines import make_verifier
+from sglang_margingate.serving import hooks, sgl, shape_hooks
+from sglang_margingate.serving.engines import TrialEngine, make_verifier
 from sglang_margingate.settings import support
 from sglang_margingate.settings.manifest import run_facts, server_facts
 
@@ -48,12 +47,10 @@ def build_runtime(scheduler: Any) -> Runtime:
     HookError, ConfigError, SelfTestError, TraceError
         The server must not start; the message is one line and names what broke and the fix.
     """
-    from sglang_margingate.serving import hooks  # hooks names this module's caller, so it is imported when called
-
     config = MarginGateConfig.from_env()
     if config is None:
         raise ConfigError("the configuration did not reach the scheduler; start with sglang_margingate.launch_server")
-    attached = hooks.check(config)
+    attached = hooks.check()
     args, model_runner = sgl.resolved(scheduler.server_args), scheduler.tp_worker.model_runner
     notes = [
         *config.notes,

@@ -107,13 +107,6 @@ def resolved(args: Any) -> Any:
     return args if view is None else view(args)
 
 
-def record(args: Any) -> Any:
-    """Return the object that declares the settings, which may stand behind a view of :func:`resolved`."""
-    if type(args).__name__ not in ("ResolvingConfig", "ResolvedView"):
-        return args
-    return object.__getattribute__(args, "_server_args")
-
-
 def graph_config(model_runner: Any) -> Any:
     """Return the configuration that CUDA graph runners read their sizes from, or None where there is none yet.
 

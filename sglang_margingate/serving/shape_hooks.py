@@ -25,13 +25,12 @@ import torch
 from sglang_margingate.canonical.classes import GPU_LARGEST, Classes
 from sglang_margingate.canonical.invariance import RowSizes, rows_to_probe
 from sglang_margingate.canonical.map_store import map_of
-from sglang_margingate.config import CANONICAL_PREFILL_CPU, FastPathMode, MarginGateConfig
+from sglang_margingate.config import CANONICAL_PREFILL_CPU, ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.machine import kernel_environment
 from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, sgl
-from sglang_margingate.serving.fault_hooks import split_sums
-from sglang_margingate.serving.layers import layer_kinds, unknown_layers
+from sglang_margingate.serving.engines import layer_kinds, unknown_layers
 
 log = logging.getLogger(__name__)
 
@@ -249,3 +248,35 @@ def _padded(target: int, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Te
 def _config() -> MarginGateConfig | None:
     config = MarginGateConfig.from_env()
     return config if config is not None and config.fast_path is FastPathMode.CANONICAL else None
+
+
+class _SplitLinear:
+    """``torch.nn.functional`` with a ``linear`` that sums one weight's products in two parts where there are few rows."""
+
+    def __init__(self, weight: torch.Tensor, most_rows: int) -> None:
+        self._weight, self._most_rows = weight, most_rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.functional, name)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight is not self._weight or len(x) > self._most_rows:
+            return torch.nn.functional.linear(x, weight, bias)
+        first = torch.zeros_like(x)
+        first[:, ::3] = x[:, ::3]
+        return torch.nn.functional.linear(first, weight, bias) + torch.nn.functional.linear(x - first, weight)
+
+
+def split_sums(model: torch.nn.Module, knob: str) -> str:
+    """Make one linear layer's bits depend on the number of rows; ``knob`` is NAME@M. Return the layer's full name.
+
+    The map tries one layer of each shape, the first: name that one.
+    """
+    from sglang.srt.layers.quantization import unquant
+
+    suffix, _, rows = knob.rpartition("@")
+    for name, module in model.named_modules():
+        if suffix and name.endswith(suffix) and rows.isdigit() and hasattr(module, "quant_method"):
+            unquant.F = _SplitLinear(module.weight, int(rows))
+            return name
+    raise ConfigError(f"MARGINGATE_TEST_SPLIT: {knob!r} is not NAME@M with a linear layer's name")

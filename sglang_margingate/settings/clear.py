@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from sglang_margingate.serving import sgl
-
 SET = "<set>"
 """Stands for a value that was set and is not shown."""
 
@@ -80,13 +78,20 @@ def clear_settings(args: Any) -> dict[str, Any]:
     return out
 
 
+def record(args: Any) -> Any:
+    """Return the object that declares the settings, which may stand behind a view of SGLang's resolved values."""
+    if type(args).__name__ not in ("ResolvingConfig", "ResolvedView"):
+        return args
+    return object.__getattribute__(args, "_server_args")
+
+
 def declared_defaults(args: Any) -> dict[str, Any] | None:
     """Return the settings that SGLang declares with their defaults, or None of an object that declares none.
 
     ``ServerArgs`` is a dataclass in 0.5.17 and a msgspec structure in later versions. A default is made anew where a factory
     makes it, and None where there is none. What SGLang keeps for itself among the fields is left out.
     """
-    args = sgl.record(args)
+    args = record(args)
     if dataclasses.is_dataclass(args):
         return _declared(dataclasses.fields(args), dataclasses.MISSING)
     if hasattr(args, "__struct_fields__"):

@@ -13,12 +13,12 @@ import contract
 import overlays
 import pytest
 from contract import Sources, Touch, compare, load, record, recorded
-from sglang_margingate.serving.settings_neutral import neutral_fields
-from sglang_margingate.serving.settings_rules import ruled_fields
-from sglang_margingate.serving.support import TESTED
 from touch_points import EITHER, EITHER_NAME, touch_points
 
-from sglang_margingate.serving import hooks
+from sglang_margingate.serving import hook_table as hooks
+from sglang_margingate.settings.neutral import neutral_fields
+from sglang_margingate.settings.rules import ruled_fields
+from sglang_margingate.settings.support import TESTED
 
 versions = pytest.mark.parametrize("version", recorded())
 

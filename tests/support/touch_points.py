@@ -170,7 +170,7 @@ EITHER_NAME = (
 
 def hook_targets() -> list[str]:
     """Return the targets of all hooks, of every device and configuration."""
-    from sglang_margingate.serving import hooks
+    from sglang_margingate.serving import hook_table as hooks
 
     tables = [value for name, value in vars(hooks).items() if name.endswith("_HOOKS") and isinstance(value, tuple)]
     return sorted({hook.target for table in tables for hook in table})

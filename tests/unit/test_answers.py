@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from sglang_margingate.config import CONFIG_ENV, ConfigError, MarginGateConfig, Policy
 from sglang_margingate.runtime.summary import PerRequest, last_of
-from sglang_margingate.serving import launcher
+from sglang_margingate.serving import launcher_hooks as launcher
 
 SUMMARY = {"guarantee": "gated", "steps": 3}
 
@@ -159,7 +159,7 @@ class Response(BaseModel):
 
 @needs_pydantic
 def test_a_response_carries_one_summary_a_choice() -> None:
-    from sglang_margingate.serving.openai_answers import add_summaries
+    from sglang_margingate.serving.launcher_hooks import add_summaries
 
     def answer(*summaries: Any) -> dict[str, Any]:
         ret = [{"meta_info": {} if s is None else {"margingate": s}} for s in summaries]
@@ -176,7 +176,7 @@ def test_a_response_carries_one_summary_a_choice() -> None:
 
 @needs_pydantic
 def test_a_stream_carries_the_summary_in_each_choices_last_chunk() -> None:
-    from sglang_margingate.serving.openai_answers import add_to_stream
+    from sglang_margingate.serving.launcher_hooks import add_to_stream
 
     def sse(index: int, text: str, finish: str | None) -> str:
         choice = {"index": index, "text": text, "finish_reason": finish}
@@ -223,17 +223,17 @@ def test_a_stream_carries_the_summary_in_each_choices_last_chunk() -> None:
 
 @pytest.mark.parametrize("success", [True, False])
 def test_changed_weights_lower_the_guarantee(monkeypatch: pytest.MonkeyPatch, success: bool) -> None:
-    pytest.importorskip("sglang_margingate.serving.weight_hooks")
-    from sglang_margingate.serving import weight_hooks
+    pytest.importorskip("sglang_margingate.serving.scheduler_hooks")
+    from sglang_margingate.serving import scheduler_hooks
 
     lowered: list[str] = []
     runtime = SimpleNamespace(weights_changed=lowered.append)
-    monkeypatch.setattr(weight_hooks.scheduler_hooks, "runtime", lambda: runtime)
+    monkeypatch.setattr(scheduler_hooks, "_runtime", runtime)
     result = SimpleNamespace(success=success)
-    weight_hooks.after_update(result, None, type("UpdateWeightFromDiskReqInput", (), {})())
+    scheduler_hooks.after_update(result, None, type("UpdateWeightFromDiskReqInput", (), {})())
     assert "an update from disk" in lowered[0]
     assert ("failed" in lowered[0]) is not success
-    weight_hooks.after_adapter(result, None, SimpleNamespace(lora_name="poet"))
+    scheduler_hooks.after_adapter(result, None, SimpleNamespace(lora_name="poet"))
     assert len(lowered) == 1 + success
-    weight_hooks.after_update(SimpleNamespace(), None, type("ReleaseMemoryOccupationReqInput", (), {})())
+    scheduler_hooks.after_update(SimpleNamespace(), None, type("ReleaseMemoryOccupationReqInput", (), {})())
     assert "a release of memory" in lowered[-1]

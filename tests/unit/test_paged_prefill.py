@@ -11,8 +11,8 @@ import torch
 from margingate_kernels import prefill_attention_reference
 
 from sglang_margingate.serving import attention_hooks as attention
-from sglang_margingate.serving import paged_prefill
-from sglang_margingate.serving.paged_prefill import PagedPrefill, prefill_works
+from sglang_margingate.serving import attention_hooks as paged_prefill
+from sglang_margingate.serving.attention_hooks import PagedPrefill, prefill_works
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 40
 

@@ -83,7 +83,26 @@ def circles(rooms: tuple[str, ...]) -> list[list[str]]:
 
 
 def test_no_circle_of_files() -> None:
-    assert not circles(("bench", "demo", "gate", "trace", "canonical", "runtime"))
+    rooms = tuple(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+    assert {"serving", "settings", "runtime"} <= set(rooms)
+    assert not circles(rooms)
+
+
+def test_sglang_is_named_in_serving_alone() -> None:
+    named = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.startswith("sglang.srt") for name in imports(path))
+    }
+    assert {name.split("/")[0] for name in named} == {"serving"}
+
+
+def test_rooms_stay_small() -> None:
+    """A room is read in one look: 16 files at one level, 400 lines a file."""
+    for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if (path / "__init__.py").exists())]:
+        assert len(list(folder.glob("*.py"))) <= 16, folder.name
+    long = {path.name for path in PACKAGE.rglob("*.py") if len(path.read_text(encoding="utf-8").splitlines()) > 400}
+    assert not long
 
 
 def test_circles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,17 +145,17 @@ def test_chunks_stay_on_the_grid_and_stop_at_the_prompts_end(prefix: int, prompt
 
 @needs_sglang
 def test_every_hook_says_why_and_until_when() -> None:
-    from sglang_margingate.serving import hooks
+    from sglang_margingate.serving import hook_table
 
     every = (
-        *hooks.GATE_HOOKS,
-        *hooks.REQUEST_HOOKS,
-        *hooks.CPU_HOOKS,
-        *hooks.FAST_PATH_HOOKS,
-        *hooks.FAST_PATH_GPU_HOOKS,
-        *hooks.DECODE_GPU_HOOKS,
+        *hook_table.GATE_HOOKS,
+        *hook_table.REQUEST_HOOKS,
+        *hook_table.CPU_HOOKS,
+        *hook_table.FAST_PATH_HOOKS,
+        *hook_table.FAST_PATH_GPU_HOOKS,
+        *hook_table.DECODE_GPU_HOOKS,
     )
-    assert all(h.why and h.until and h.roles for h in (*every, *hooks.VERIFY_GPU_HOOKS))
+    assert all(h.why and h.until and h.roles for h in (*every, *hook_table.VERIFY_GPU_HOOKS))
     assert len({h.target for h in every}) == len(every)
 
 
@@ -173,12 +173,12 @@ def test_every_hook_says_why_and_until_when() -> None:
 def test_attention_on_a_gpu_is_touched_where_something_is_promised(
     monkeypatch: pytest.MonkeyPatch, policy: str, fast_path: str, names: list[str]
 ) -> None:
-    from sglang_margingate.serving import hooks
+    from sglang_margingate.serving import hook_table
 
-    monkeypatch.setattr(hooks.cpu, "is_cpu_host", lambda: False)
+    monkeypatch.setattr(hook_table.cpu, "is_cpu_host", lambda: False)
     config = MarginGateConfig(policy=Policy(policy), fast_path=FastPathMode(fast_path))
-    touched = [h for h in hooks.wanted(config, hooks.SCHEDULER) if ".attention." in h.target]
-    expected = [h for name in names for h in getattr(hooks, name) if ".attention." in h.target]
+    touched = [h for h in hook_table.wanted(config, hook_table.SCHEDULER) if ".attention." in h.target]
+    expected = [h for name in names for h in getattr(hook_table, name) if ".attention." in h.target]
     assert touched == expected
     assert len({h.target for h in touched}) == len(touched), "two hooks on one place"
 
@@ -186,8 +186,12 @@ def test_attention_on_a_gpu_is_touched_where_something_is_promised(
 @needs_sglang
 @pytest.mark.parametrize(
     ("replace", "says"),
-    [("", "did not attach"), ("hooks.wanted = lambda *_: [gone]", "because a test")],
-    ids=["nothing registered", "target gone"],
+    [
+        ("", "did not load"),
+        ("hooks._installed = tuple(hook_table.wanted(MarginGateConfig(), hooks.role()))", "did not attach"),
+        ("hooks.install([gone])", "because a test"),
+    ],
+    ids=["the plugin did not load", "nothing registered", "target gone"],
 )
 def test_a_hook_that_did_not_attach_is_refused(replace: str, says: str) -> None:
     """In a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
@@ -195,11 +199,11 @@ def test_a_hook_that_did_not_attach_is_refused(replace: str, says: str) -> None:
 from sglang_margingate.serving.cpu import install_stand_ins
 install_stand_ins()
 from sglang_margingate.config import MarginGateConfig
-from sglang_margingate.serving import hooks
+from sglang_margingate.serving import hook_table, hooks
 gone = hooks.Hook("sglang.srt.plugins.nothing", "after", print, (hooks.LAUNCHER,), "a test", "never")
 {replace}
 try:
-    hooks.check(MarginGateConfig())
+    hooks.check()
 except hooks.HookError as error:
     print("refused:", error)
 """
@@ -215,7 +219,7 @@ def test_layers_that_the_probe_does_not_know_are_named() -> None:
 from sglang_margingate.serving.cpu import install_stand_ins
 install_stand_ins()
 import torch
-from sglang_margingate.serving.layers import unknown_layers
+from sglang_margingate.serving.engines import unknown_layers
 plain = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4))
 assert unknown_layers(plain) == []
 odd = torch.nn.Sequential(plain, torch.nn.Conv1d(4, 4, 3))
@@ -240,7 +244,7 @@ install_stand_ins()
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang_margingate.canonical.layer_probe import probe_layers
-from sglang_margingate.serving.layers import layer_kinds
+from sglang_margingate.serving.engines import layer_kinds
 processor = LogitsProcessor.__new__(LogitsProcessor)
 torch.nn.Module.__init__(processor)
 processor.use_fp32_lm_head, processor.rl_on_policy_target = {fp32}, None

@@ -9,11 +9,11 @@ from types import SimpleNamespace as Some
 from typing import Any
 
 import pytest
-from sglang_margingate.serving.settings_clear import clear_settings, declared_defaults
 
 from sglang_margingate.config import MarginGateConfig
-from sglang_margingate.serving import cpu, hooks, sgl, shape_hooks, views
+from sglang_margingate.serving import batches, cpu, hook_table, sgl, shape_hooks
 from sglang_margingate.serving.sgl import Moved, Reader
+from sglang_margingate.settings.clear import clear_settings, declared_defaults
 
 
 def fresh(reader: Reader) -> Reader:
@@ -145,7 +145,7 @@ def test_decode_sizes_are_read_and_written_where_the_runners_look(monkeypatch: p
     assert shape_hooks._wanted_sizes(runner) == [1, 2, 4]
 
 
-def sampling(**told: Any) -> views.BatchSampling:
+def sampling(**told: Any) -> batches.BatchSampling:
     """Return how a greedy batch is sampled, with what a version tells beside it."""
     plain = {"is_all_greedy": True, "grammars": None, "logit_bias": None, "acc_additive_penalties": None}
     info = Some(**plain, acc_scaling_penalties=None, penalizer_orchestrator=None, has_custom_logit_processor=False,
@@ -153,7 +153,7 @@ def sampling(**told: Any) -> views.BatchSampling:
     batch = Some(sampling_info=info, out_cache_loc=None, return_logprob=False, ngram_embedding_info=None)
     sampler = type("Sampler", (), {"__module__": "sglang.srt.layers.sampler"})()
     output = Some(next_token_logits=None, auxiliary_device_output="of the last forward")
-    found = views.BatchSampling(None, Some(sampler=sampler, **told), output, batch, [])
+    found = batches.BatchSampling(None, Some(sampler=sampler, **told), output, batch, [])
     assert (output.auxiliary_device_output is None) is found.plain_argmax
     return found
 
@@ -195,7 +195,7 @@ def test_grammars_are_hooked_only_where_sglang_has_no_cpu_branch(
     )
     monkeypatch.setattr(cpu, "is_cpu_host", lambda: True)
     cpu.grammars_need_a_gpu.cache_clear()
-    wanted = {hook.target for hook in hooks.wanted(MarginGateConfig(), hooks.SCHEDULER)}
+    wanted = {hook.target for hook in hook_table.wanted(MarginGateConfig(), hook_table.SCHEDULER)}
     cpu.grammars_need_a_gpu.cache_clear()
     assert ("sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask" in wanted) is needed
     assert "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__" in wanted
