@@ -13,7 +13,7 @@ import pytest
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.serving import batches, cpu, hook_table, sgl, shape_hooks
 from sglang_margingate.serving.sgl import Moved, Reader
-from sglang_margingate.settings.clear import clear_settings, declared_defaults
+from sglang_margingate.settings.clear import clear_settings, declared_defaults, record
 
 
 def fresh(reader: Reader) -> Reader:
@@ -88,7 +88,7 @@ def test_settings_are_read_as_they_were_decided_on() -> None:
     assert args.calls == 1
     assert sgl.resolved(args).page_size == 1
     assert args.calls == 1  # a scheduler does not decide again
-    assert sgl.record(args) is args
+    assert record(args) is args
 
 
 @pytest.mark.usefixtures("first")
@@ -113,7 +113,7 @@ def test_what_is_written_down_is_what_was_decided_on() -> None:
     fields = [("page_size", Any, None), ("attention_backend", Any, None), ("log_level", str, "info"), ("bs", list, [])]
     args = msgspec.defstruct("ServerArgs", fields)()
     view = ResolvingConfig(args)
-    assert sgl.record(view) is args
+    assert record(view) is args
     assert declared_defaults(view) == {"page_size": None, "attention_backend": None, "log_level": "info", "bs": []}
     shown = clear_settings(view)
     assert shown == {"attention_backend": "torch_native", "log_level": "info", "page_size": 1}
