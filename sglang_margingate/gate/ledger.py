@@ -86,6 +86,11 @@ class RequestLedger:
     _stale: bool = False
     """`column` repair left batch-shaped columns behind for good."""
     _newest: tuple[int, int] = (-1, -1)
+    _verifies: bool = False
+    """Whether its policy verifies; asked several times a step."""
+
+    def __post_init__(self) -> None:
+        self._verifies = self.params.policy.verifies
 
     @property
     def clean(self) -> bool:
@@ -100,7 +105,7 @@ class RequestLedger:
     @property
     def gated(self) -> bool:
         """True when this request's steps may be verified."""
-        return self.ungated is None and self.params.policy.verifies
+        return self.ungated is None and self._verifies
 
     def note(self, text: str) -> None:
         """Note once why this request claims nothing."""

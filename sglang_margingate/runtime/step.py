@@ -203,7 +203,7 @@ class Step:
 
     def _open_decode(self, view: ForwardView, sampling: Sampling) -> list[StepRow]:
         in_class = view.shape is not None and view.shape.in_class
-        rows = []
+        audits, by_share, rows = self._sampler.rate > 0, self._knobs.trigger_by_share, []
         for index, (state, slot, position) in enumerate(zip(view.states, sampling.slots, sampling.positions())):
             if state is None or slot is None:
                 # Sampling delayed by a grammar runs after the last step's results: a request without a slot has ended
@@ -213,20 +213,20 @@ class Step:
             step = position - state.prompt_tokens + 1
             row = StepRow(index, slot, state, position, step, state.observed)
             if ledger.gated:
-                row.audit = self._audits(state, step)
+                row.audit = audits and self._audits(state, step)
                 if not in_class or self._needs_tokens(row):
                     self.recorder.catch_up()  # the token that this step reads is known once the last step was read
                 try:
                     row.structural = ledger.read(position, state.last_token, in_class)
                 except LedgerError as error:
                     self._give_up(state, str(error))
-            row.threshold = self._threshold(state, step)
+            row.threshold = self._share_threshold(state, step) if by_share else ledger.params.threshold
             rows.append(row)
         return rows
 
     def _audits(self, state: RequestState, step: int) -> bool:
-        sampler, ledger = self._sampler, state.ledger
-        return sampler.rate > 0 and ledger.params.policy is Policy.GATE and sampler.draw(str(ledger.number), step)
+        ledger = state.ledger
+        return ledger.params.policy is Policy.GATE and self._sampler.draw(str(ledger.number), step)
 
     @staticmethod
     def _needs_tokens(row: StepRow) -> bool:
@@ -253,11 +253,9 @@ class Step:
             rows.append(row)
         return rows
 
-    def _threshold(self, state: RequestState, step: int) -> float:
-        params = state.ledger.params
-        if not self._knobs.trigger_by_share:
-            return params.threshold
-        return float("inf") if self._knobs.draws(state.ledger.request_id, step, params.threshold) else -1.0
+    def _share_threshold(self, state: RequestState, step: int) -> float:
+        ledger = state.ledger
+        return float("inf") if self._knobs.draws(ledger.request_id, step, ledger.params.threshold) else -1.0
 
     def _give_up(self, state: RequestState, why: str) -> None:
         log.error("margingate: %s; the request goes on without verifies, guarantee none", why)
