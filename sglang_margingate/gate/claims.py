@@ -60,8 +60,11 @@ def label(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool = Fal
     if claims.prefill_in_class and not ledger.outside and not ledger.stale:
         if not decodes:
             return Guarantee.STRUCTURAL, "one token: it stands on its prefill alone, which ran inside the probed class"
-        if claims.decode and c.structural + c.repaired >= decodes:
+        if claims.decode and c.structural >= decodes:
             return Guarantee.STRUCTURAL, f"the prefill and all of {steps} ran inside the probed class"
+        if claims.decode and c.structural + c.repaired >= decodes:
+            text = f"the prefill and {c.structural} of {steps} ran inside the probed class, and so did the verify of the rest"
+            return Guarantee.STRUCTURAL, text
     if decodes and c.repaired >= decodes and not ledger.stale:
         return Guarantee.VERIFIED, f"all of {steps} were verified, on canonical columns"
     if claims.gated_note is not None:

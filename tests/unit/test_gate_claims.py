@@ -92,7 +92,9 @@ def test_a_resumed_request_on_the_canonical_path_keeps_its_label() -> None:
     book.start(10, [5, 6])
     book.repaired()
     count(book, Reason.RESUME)
-    assert label(book, CANONICAL, 4)[0] is Guarantee.STRUCTURAL
+    found, why = label(book, CANONICAL, 4)
+    assert found is Guarantee.STRUCTURAL
+    assert "the verify of the rest" in why
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_summary_that_fits_is_left_alone() -> None:
         ({"guarantee": "none", "guarantee_note": ""}, "none has no note"),
         ({"guarantee": "sure"}, "the label 'sure' is unknown"),
         ({"steps": 4, "structural": 3}, "steps is not the number of tokens shown"),
-        ({"structural": 1}, "structural, but not every decode step is"),
+        ({"structural": 1}, "structural, but not every decode step is, or was recomputed in the class"),
         ({"structural": 3}, "more structural steps than decode steps"),
         ({"guarantee": "verified", "structural": 0, "verified": 1}, "verified, but not every decode step is"),
         ({"flips": 1}, "not flips <= verified <= steps"),

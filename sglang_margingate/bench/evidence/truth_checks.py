@@ -119,6 +119,8 @@ def check_answers(answers: Sequence[Answer], problems: Problems) -> None:
 def check_summary(answer: Answer, reply: Reply, say: Callable[[str], None]) -> None:
     """Check one summary against the answer that it came with and against itself."""
     summary, case = reply.summary or {}, answer.case
+    if summary.get("guarantee") == "none" and set(summary) == {"guarantee", "guarantee_note"}:
+        return  # it ended where nobody watched, such as in the queue: no counts, and it says so
     if missing := [name for name in COUNTS if not isinstance(summary.get(name), int)]:
         say(f"the summary has no number {', '.join(missing)}")
     label, note = summary.get("guarantee"), summary.get("guarantee_note")
@@ -135,8 +137,9 @@ def check_summary(answer: Answer, reply: Reply, say: Callable[[str], None]) -> N
         say("not flips <= verified <= steps")
     if "structural" in summary and count["structural"] > decode:
         say("more structural steps than decode steps")
-    if label == "structural" and "structural" in summary and count["structural"] != decode:
-        say("structural, but not every decode step is")
+    # After a retraction one verify, itself in the class, recomputes what was prefilled again.
+    if label == "structural" and count["structural"] + int(summary.get("repaired") or 0) < decode:
+        say("structural, but not every decode step is, or was recomputed in the class")
     if label == "verified" and count["verified"] + count["structural"] < decode:
         say("verified, but not every decode step is")
     if label in ABOVE_NONE:
