@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,18 +17,25 @@ from sglang_margingate.serving.cpu import install_stand_ins
 install_stand_ins()
 
 import torch
+from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.runtime.namespaces import namespace
 from sglang_margingate.runtime.state import ATTRIBUTE
+from sglang_margingate.serving import sgl
 from sglang_margingate.serving.radix import CanonicalRadixCache
 
 CHUNK, SLOTS = 4, 400
+
+CHECKPOINTS = hasattr(RadixCache, "checkpoint")
+"""SGLang 0.5.23: the tree is told how far columns reach, and who releases them frees the rest."""
+IN_RECORD = any(field.name == "req_pool_idx" for field in fields(ReqKvInfo))
+"""SGLang 0.5.20 and later: where a request's columns lie stands in a record of its own."""
 
 
 class World:
@@ -42,12 +50,16 @@ class World:
         self.tree = CanonicalRadixCache(params, MarginGateConfig(chunk=CHUNK))
         self.free, self.next_row = self.memory.available_size(), 0
 
-    def open(self, prompt: list[int], key: str | None, seen: bool = True) -> Any:
+    def open(self, prompt: list[int], key: str | None, seen: bool = True, salt: str | None = None) -> Any:
         """Return a request as it stands after prefill; ``hit`` is what it found in the tree."""
         req: Any = SimpleNamespace(
-            origin_input_ids=array("q", prompt), output_ids=array("q"), extra_key=key, priority=0, last_node=None,
-            req_pool_idx=self.next_row, cache_protected_len=0,
+            origin_input_ids=array("q", prompt), output_ids=array("q"), extra_key=key, cache_salt=salt, priority=0,
+            last_node=None, lock=None, kv=None,
         )  # fmt: skip
+        if IN_RECORD:
+            req.kv = ReqKvInfo(req_pool_idx=self.next_row)
+        else:
+            req.req_pool_idx, req.cache_protected_len = self.next_row, 0
         req.get_fill_ids = lambda: req.origin_input_ids + req.output_ids
         if seen:
             setattr(req, ATTRIBUTE, SimpleNamespace(ledger=SimpleNamespace(gated=True, notes=[]), floored_tokens=0))
@@ -56,28 +68,58 @@ class World:
         return req
 
     def match(self, req: Any) -> None:
-        found = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(req.get_fill_ids(), req.extra_key), req=req))
-        req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
-        req.hit = req.cache_protected_len = len(found.device_indices)
-        self.tree.inc_lock_ref(req.last_node)
-        self.rows.write((req.req_pool_idx, slice(0, req.hit)), found.device_indices)
+        salt = {"cache_salt": req.cache_salt} if IN_RECORD else {}
+        key = RadixKey(req.get_fill_ids(), req.extra_key, **salt)
+        found = self.tree.match_prefix(MatchPrefixParams(key=key, req=req))
+        req.last_node, req.hit = found.last_device_node, sgl.matched_len(found)
+        if CHECKPOINTS:
+            req.prefix_len, hit = req.hit, self.tree.path_device_indices(req.last_node)
+            req.lock = self.tree.lock(req.last_node)
+        else:
+            req.prefix_indices = hit = found.device_indices
+            self.tree.inc_lock_ref(req.last_node)
+        (req.kv if IN_RECORD else req).cache_protected_len = req.hit
+        self.rows.write((sgl.pool_index(req), slice(0, req.hit)), hit)
         self.extend(req, req.hit, len(req.get_fill_ids()))
 
     def extend(self, req: Any, start: int, end: int) -> None:
         if end > start:
-            self.rows.write((req.req_pool_idx, slice(start, end)), self.memory.alloc(end - start).to(torch.int32))
+            slots = self.memory.alloc(end - start)
+            self.rows.write((sgl.pool_index(req), slice(start, end)), slots.to(torch.int32))
 
     def decode(self, req: Any, tokens: list[int]) -> None:
         start = len(req.get_fill_ids())
         req.output_ids.extend(tokens)
         self.extend(req, start, start + len(tokens))
 
-    def finish(self, req: Any) -> None:
-        self.tree.cache_finished_req(req, kv_len_to_handle=len(req.get_fill_ids()))
+    def prefilled(self, req: Any) -> None:
+        """Tell the tree of a prefill step, as SGLang does."""
+        if CHECKPOINTS:
+            self.checkpoint(req)
+        else:
+            self.tree.cache_unfinished_req(req)
 
-    def run(self, prompt: list[int], key: str | None, generated: tuple[int, ...] = (), seen: bool = True) -> int:
-        req = self.open(prompt, key, seen)
-        self.tree.cache_unfinished_req(req)
+    def checkpoint(self, req: Any) -> None:
+        req.full_untruncated_fill_ids = req.get_fill_ids()
+        self.tree.checkpoint(req, up_to=len(req.full_untruncated_fill_ids))
+
+    def finish(self, req: Any, keep: bool = True) -> None:
+        """Release a request that has finished, or was retracted where nothing is kept."""
+        columns = len(req.get_fill_ids())
+        if not CHECKPOINTS:
+            self.tree.cache_finished_req(req, is_insert=keep, kv_len_to_handle=columns)
+            return
+        if keep:  # the steps of SGLang's release_kv_cache
+            self.checkpoint(req)
+        self.tree.free_kv_row(req.kv, [(req.kv.cache_protected_len, columns)])
+        self.tree.unlock(req.lock)
+
+    def run(
+        self, prompt: list[int], key: str | None, generated: tuple[int, ...] = (), seen: bool = True,
+        salt: str | None = None,
+    ) -> int:  # fmt: skip
+        req = self.open(prompt, key, seen, salt)
+        self.prefilled(req)
         self.decode(req, list(generated))
         self.finish(req)
         return req.hit
@@ -114,10 +156,10 @@ def gave_up(while_decoding: bool) -> dict[str, int]:
     req = w.open(PROMPT, key)
     ledger = getattr(req, ATTRIBUTE).ledger
     if while_decoding:
-        w.tree.cache_unfinished_req(req)
+        w.prefilled(req)
         w.decode(req, list(GENERATED))
     ledger.gated, ledger.notes = False, ["gave up"]
-    w.tree.cache_unfinished_req(req)
+    w.prefilled(req)
     w.finish(req)
     return {"hit": w.run(LONGER, key), "leaked": w.leaked()}
 
@@ -130,7 +172,7 @@ def gave_up_and_retracted() -> dict[str, int]:
     ledger = getattr(req, ATTRIBUTE).ledger
     w.decode(req, list(GENERATED))
     ledger.gated, ledger.notes = False, ["gave up"]
-    w.tree.cache_finished_req(req, is_insert=False, kv_len_to_handle=len(LONGER))
+    w.finish(req, keep=False)
     w.match(req)
     hit = req.hit
     w.finish(req)
@@ -150,6 +192,19 @@ def other_weights() -> dict[str, int]:
     w = World()
     w.run(PROMPT, namespace(True, None, None, 0), GENERATED)
     return {"hit": w.run(PROMPT, namespace(True, None, None, 1)), "leaked": w.leaked()}
+
+
+def salted() -> dict[str, int]:
+    """From 0.5.19 on a client's ``cache_salt`` stands beside the name space: it parts, and it never joins."""
+    w, key = World(), namespace(True, None)
+    w.run(PROMPT, key, GENERATED, salt="a")
+    other, same = w.run(LONGER, key, salt="b"), w.run(LONGER, key, salt="a")
+    return {
+        "other": other,
+        "same": same,
+        "ungated": w.run(LONGER, namespace(False, None), salt="a"),
+        "leaked": w.leaked(),
+    }
 
 
 def prefill_only() -> dict[str, int]:
@@ -175,6 +230,7 @@ if __name__ == "__main__":
                 "unseen": unseen(),
                 "other weights": other_weights(),
                 "prefill only": prefill_only(),
+                **({"salted": salted()} if IN_RECORD else {}),
             }
         )
     )

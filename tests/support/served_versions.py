@@ -17,13 +17,18 @@ VERSIONS = recorded()
 PROMPTS, CONCURRENCY, TOKENS = 48, 16, 96
 
 
-def serving(version: str, *flags: str, log: Path, **environment: str) -> AbstractContextManager[Server]:
+def environment(version: str) -> dict[str, str]:
+    """Return the variables with which a process of this Python finds that SGLang."""
+    if version == installed_version("sglang"):
+        return {}
+    paths = [str(overlays.overlay(version)), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def serving(version: str, *flags: str, log: Path, **variables: str) -> AbstractContextManager[Server]:
     """Start a server of one SGLang version; its traces lie beside its log."""
-    if version != installed_version("sglang"):
-        paths = [str(overlays.overlay(version)), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     trace = ["--margingate-trace-dir", str(log.parent / "traces")]
-    return serve([*flags, *trace], log=log, env=environment, timeout=400)
+    return serve([*flags, *trace], log=log, env={**variables, **environment(version)}, timeout=400)
 
 
 def identical(name: str, alone: list[Completion], other: list[Completion]) -> int:
