@@ -14,7 +14,7 @@ from sglang_margingate.bench.servers.client import Completion
 from sglang_margingate.bench.servers.process import Server, serve
 
 VERSIONS = recorded()
-PROMPTS, CONCURRENCY, TOKENS = 48, 16, 96
+PROMPTS, CONCURRENCY, TOKENS = 48, 16, 64
 
 
 def environment(version: str) -> dict[str, str]:
