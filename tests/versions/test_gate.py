@@ -45,7 +45,8 @@ def test_gated_sequences_do_not_depend_on_the_batch(gate: Served, prompts: list[
 
 
 def test_requests_of_many_lengths_in_one_batch(gate: Served, prompts: list[Prompt]) -> None:
-    uneven = [Prompt(p.id, p.text * (1 + i % 4), p.dataset, max_tokens=1 + 13 * i % 60) for i, p in enumerate(prompts)]
+    texts = [(p.text * 4)[: 60 + 90 * (i % 9)] for i, p in enumerate(prompts)]
+    uneven = [Prompt(p.id, t, p.dataset, max_tokens=1 + 13 * i % 60) for i, (p, t) in enumerate(zip(prompts, texts))]
     alone = run_alone(gate.server.client, uneven)
     together = run_together(gate.server.client, uneven, CONCURRENCY, background=prompts[:2])
     assert identical(f"SGLang {gate.version} gate, uneven", alone, together) == PROMPTS
