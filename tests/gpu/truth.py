@@ -220,7 +220,7 @@ class Truth:
         self.check("broken", [] if set(labels) == {"none"} else [f"labels {sorted(set(labels))}"], refused=False)
 
 
-def prepare(argv: list[str]) -> None:
+def prepare(argv: list[str], script: Path = HERE / "truth.py") -> None:
     """On an offline host become the same command with SGLang unpacked and host.sh's environment, once."""
     if not Path(".gpu/host.sh").exists() or READY in os.environ:
         return
@@ -229,7 +229,7 @@ def prepare(argv: list[str]) -> None:
     ).stdout
     env = dict(line.split("=", 1) for line in shell.split("\0") if line)
     env |= {"PYTHONPATH": f"{Path.cwd()}/kernels:{env['PYTHONPATH']}", READY: "1"}
-    os.execvpe(sys.executable, [sys.executable, str(HERE / "truth.py"), *argv], env)
+    os.execvpe(sys.executable, [sys.executable, str(script), *argv], env)
 
 
 def main(argv: list[str] | None = None) -> int:

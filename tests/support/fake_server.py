@@ -45,6 +45,8 @@ class FakeServer:
         Whether /v1/completions takes token ids.
     model
         Name or folder of the model.
+    pool, most_requests
+        Tokens and requests that /v1/loads says the server holds; None: it has no such page but for the gauge.
 
     As SGLang, it ends with an id beyond its vocabulary: no answer, to this request or later ones.
     """
@@ -63,7 +65,10 @@ class FakeServer:
         tokenizer: bool = True,
         takes_ids: bool = True,
         model: str = "fake-model",
+        pool: int | None = None,
+        most_requests: int = 64,
     ) -> None:
+        self.pool, self.most_requests = pool, most_requests
         self.tokenizer, self.takes_ids, self.model = tokenizer, takes_ids, model
         self.flip_rate, self.gauge, self.native, self.token_ids = flip_rate, gauge, native, token_ids
         self.status, self.dies_after, self.seconds = status or {}, dies_after, seconds
@@ -147,8 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"skip_tokenizer_init": not fake.tokenizer, "context_length": None})
         elif path == "/v1/models":
             self._answer(200, {"data": [{"id": fake.model}]})
-        elif path == "/v1/loads" and fake.gauge == "loads":
-            self._answer(200, {"loads": [{"num_running_reqs": fake.running}]})
+        elif path == "/v1/loads" and (fake.gauge == "loads" or fake.pool is not None):
+            with fake._lock:
+                rows, steps = sum(k * v for k, v in fake.by_rows.items()), sum(fake.by_rows.values())
+            load = {"num_running_reqs": fake.running, "decode_moments": [steps, rows, 2000 * steps, 0, 0, 0]}
+            if fake.pool is not None:
+                load |= {"max_total_num_tokens": fake.pool, "max_running_requests": fake.most_requests}
+            self._answer(200, {"loads": [load]})
         elif path == "/metrics" and fake.gauge == "metrics":
             self._answer(200, f'vllm:num_requests_running{{model="fake"}} {fake.running}.0\n')
         elif path == "/margingate/status" and fake.gauge == "margingate":

@@ -14,6 +14,7 @@ from fake_server import FakeServer
 from sglang_margingate.bench import options
 from sglang_margingate.bench.servers.client import Client, ServerError
 from sglang_margingate.bench.servers.process import OURS, STOCK
+from sglang_margingate.bench.side_by_side.compare import MODES
 from sglang_margingate.bench.side_by_side.modes import choose, command, parse_mode_flags
 from sglang_margingate.cli import main
 
@@ -128,7 +129,7 @@ def test_join_goes_on_with_the_same_work(servers: Servers, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("words", "flags", "message"),
     [
-        (["--modes", "moon"], [], "'moon' is unknown; use stock, log, gate, canonical"),
+        (["--modes", "moon"], [], "'moon' is unknown; use stock, stock-flashinfer, log, gate"),
         (["--modes", "deterministic"], [], "needs CUDA and does not exist on a CPU; leave deterministic out"),
         ([], ["--margingate-policy=log"], "-- --margingate-policy: bench sets it for each server; choose with --modes"),
         ([], ["--port", "1"], "-- --port: bench sets it"),
@@ -152,7 +153,7 @@ def test_wrong_words_are_one_line_before_any_server(
 
 def test_on_a_gpu_stock_and_deterministic_are_sglang_alone() -> None:
     given = ["--model-path", "m", "--margingate-chunk", "32", "--margingate-allow-untested", "--max-total-tokens=9"]
-    assert choose(None, cpu=False) == (["stock", "log", "gate", "canonical", "always", "deterministic"], "")
+    assert choose(None, cpu=False) == (list(MODES), "")
     stock = command("stock", False, given, ["--x"], Path("t"), None)
     assert stock == (STOCK, ["--model-path", "m", "--max-total-tokens=9", "--x"])
     deterministic = command("deterministic", False, given, [], Path("t"), None)

@@ -47,7 +47,7 @@ def rendered(
     client
         Of the running server, to be asked whether it has a tokenizer; None where it is not started yet.
     """
-    info = _server_info(client)
+    info = server_info(client)
     if info.get("skip_tokenizer_init"):
         _need_api(client)
         _need_ids(prompts, "as /server_info says", "start the server without the flag")
@@ -67,7 +67,7 @@ def _context(args: argparse.Namespace, info: dict[str, Any]) -> int | None:
     return int(given) if given.isdigit() else None
 
 
-def _server_info(client: Client | OpenAIClient | None) -> dict[str, Any]:
+def server_info(client: Client | OpenAIClient | None) -> dict[str, Any]:
     """Return SGLang's ``/server_info``; empty for other servers."""
     if client is None:
         return {}

@@ -89,7 +89,7 @@ def load(
     DatasetError, RandomError
         One line: unknown name, unreadable file, missing field in line N, empty dataset.
     """
-    files = _files(names, data)
+    files = files_of(names, data)
     if field is not None and not files:
         raise DatasetError(f"--field {field} names a field of a file; give the file with --data [NAME=]FILE")
     wanted = list(dict.fromkeys([*names, *files]))
@@ -110,7 +110,8 @@ def load(
     return out
 
 
-def _files(names: Sequence[str], data: Sequence[str]) -> dict[str, Path]:
+def files_of(names: Sequence[str], data: Sequence[str]) -> dict[str, Path]:
+    """Return the file of each dataset that has one, from ``NAME=FILE`` entries."""
     files: dict[str, Path] = {}
     for entry in data:
         name, equals, path = entry.partition("=")

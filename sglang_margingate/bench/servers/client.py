@@ -130,6 +130,7 @@ class Client:
     def __init__(self, base_url: str, timeout: float = TIMEOUT, tagged: bool = True, api_key: str = "") -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout = timeout
+        self.api_key = api_key
         self.tagged = tagged
         self.post_mortem: Callable[[], str] = lambda: ""
         """Says why the server died, where that is known; added to errors."""
@@ -157,7 +158,7 @@ class Client:
 
     def flush_cache(self) -> bool:
         """Empty the server's prefix cache; it refuses while requests run, so this tries for some seconds."""
-        end = time.monotonic() + FLUSH_SECONDS
+        end, pause = time.monotonic() + FLUSH_SECONDS, 0.01
         while True:
             try:
                 answer = self._http.post(self.base_url + "/flush_cache", timeout=60)
@@ -165,7 +166,8 @@ class Client:
                 raise ServerError(f"POST {self.base_url}/flush_cache: {brief(error)}") from None
             if answer.is_success or answer.status_code in (404, 405) or time.monotonic() > end:
                 return answer.is_success
-            time.sleep(0.2)
+            time.sleep(pause)  # a scheduler forgets a finished request within a step: the first look comes soon
+            pause = min(0.2, 2 * pause)
 
     def post(self, payload: dict[str, Any]) -> tuple[int, Any]:
         """Send one ``/generate``; return status code and JSON, whatever the code."""

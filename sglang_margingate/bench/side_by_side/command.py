@@ -24,17 +24,27 @@ command's. The servers' runs are in --trace-dir; `margingate dashboard` opens th
 
   margingate bench --dataset random:512:96 --modes stock,canonical -- --model-path DIR --skip-tokenizer-init
 
-exit status: 0 every mode was measured; 2 a server failed or the input is wrong; 130 interrupted.
+With --workload requests arrive as users' do, every server is visited in every round, and each sequence is compared
+with its run alone on its server:
+
+  margingate bench --workload closed:8,closed:48 --requests 192 --dataset random:64-1024:32-256 \\
+    --modes stock,canonical -- --model-path DIR --skip-tokenizer-init
+
+exit status: 0 every mode was measured; 1 a sequence that claimed identity has it not (--workload); 2 a server failed or
+the input is wrong; 130 interrupted.
 """
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Add the command's options."""
+    from sglang_margingate.bench.workload import arguments as workloads
+
     p.epilog = EPILOG
     add = p.add_argument_group("servers").add_argument
     add("--modes", type=options.names, default=None, metavar="NAME[,NAME]",
-        help="stock, log, gate, canonical (the gate on the canonical fast path), always, deterministic (SGLang's own; "
-        "CUDA only) (all)")  # fmt: skip
+        help="stock (SGLang with its own defaults), stock-flashinfer, log, gate, canonical (the gate on the "
+        "canonical fast path), always, deterministic (SGLang's own; "
+        "CUDA only) (all; with --workload stock,canonical)")  # fmt: skip
     add("--mode-flags", action="append", default=[], metavar="'NAME[,NAME]=FLAGS'",
         help="further flags of these modes' servers, as 'stock,log=--disable-radix-cache'; may be repeated")  # fmt: skip
     add("--profile", type=Path, metavar="FILE", help="threshold profile for the modes gate and canonical")
@@ -57,6 +67,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="percent of deterministic traffic; the others opt out (2,10,50,100)")  # fmt: skip
     add("--repeats", type=options.whole(1), default=3, metavar="N", help="runs of each (%(default)s)")
     add("--seed", type=int, default=0, help="random prompts, order, arrivals and opt-outs (%(default)s)")
+    workloads.add_arguments(p)
     add = p.add_argument_group("output").add_argument
     add("-o", "--out", type=Path, default=Path("bench.json"), metavar="FILE",
         help="results; the tables go beside it as .md (%(default)s)")  # fmt: skip
@@ -78,11 +89,14 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     from sglang_margingate.bench.side_by_side.compare import Comparison, Workload
     from sglang_margingate.bench.side_by_side.join import join
     from sglang_margingate.machine import model_name, versions
-    from sglang_margingate.serving.cpu import is_cpu_host
 
     flags: list[str] = args.server_flags
+    if args.workload is not None:
+        return _run_workload(args)
+    if args.base_url:
+        raise options.UsageError("--base-url is for --workload; without it servers are started, see --modes")
     bench_modes.check_flags(flags)
-    cpu = flag_value(flags, "--device") == "cpu" or is_cpu_host()
+    cpu = _on_cpu(flags)
     result = Comparison()
     modes, note = bench_modes.choose(args.modes, cpu)
     result.notes += [note] if note else []
@@ -120,6 +134,20 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     print(bench_report.markdown(result, workload, facts))
     print(f"\nresults: {args.out}, {args.out.with_suffix('.md')}; runs: {args.trace_dir}")
     return 2 if failed else 0
+
+
+def _run_workload(args: argparse.Namespace) -> int:
+    from sglang_margingate.bench.workload.command import run as run_workloads
+
+    return run_workloads(args, args.modes, _on_cpu(args.server_flags))
+
+
+def _on_cpu(flags: list[str]) -> bool:
+    from sglang_margingate.bench.servers.process import flag_value
+    from sglang_margingate.serving.cpu import is_cpu_host
+
+    device = flag_value(flags, "--device")
+    return is_cpu_host() if device is None else device == "cpu"
 
 
 def _measure(

@@ -24,17 +24,23 @@ class Mode(NamedTuple):
     """SGLang alone, without this package."""
     gated: bool = False
     """A request can opt out, so the share of deterministic traffic matters."""
+    cuda: bool = False
+    """It does not exist on a CPU."""
 
 
 MODES: Mapping[str, Mode] = {
     "stock": Mode((), stock=True),
+    "stock-flashinfer": Mode(
+        ("--attention-backend", "flashinfer", "--cuda-graph-backend-prefill", "disabled"), stock=True, cuda=True
+    ),
     "log": Mode(("--margingate-policy", "log")),
     "gate": Mode(GATE_ALONE, gated=True),
     "canonical": Mode(("--margingate-policy", "gate", "--margingate-fast-path", "canonical"), gated=True),
     "always": Mode(("--margingate-policy", "always"), gated=True),
-    "deterministic": Mode(("--enable-deterministic-inference",), stock=True),
+    "deterministic": Mode(("--enable-deterministic-inference",), stock=True, cuda=True),
 }
-"""`canonical` is the gate on the canonical fast path; `deterministic` is SGLang's own mode and needs CUDA."""
+"""`stock` is SGLang with its own defaults for the machine, `stock-flashinfer` with what our servers are given on a GPU;
+`canonical` is the gate on the canonical fast path; `deterministic` is SGLang's own mode and needs CUDA."""
 
 WARM_UP_TOKENS = 8
 WATCH_SECONDS = 0.25
@@ -147,7 +153,7 @@ def compare(
     saved
         Called whenever ``result`` has grown, to keep what is there.
     """
-    for label, mode in _labels(modes, [*result.servers]):
+    for label, mode in labels_of(modes, [*result.servers]):
         try:
             with start(label, mode) as client:
                 _measure(client, label, mode, workload, result, tell, done, saved)
@@ -156,8 +162,8 @@ def compare(
         saved()
 
 
-def _labels(modes: Sequence[str], taken: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Name a mode that comes again: measuring stock first and last shows the machine's drift."""
+def labels_of(modes: Sequence[str], taken: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Name each mode, and number one that comes again: measuring stock first and last shows the machine's drift."""
     seen: dict[str, int] = {}
     for label in taken:
         name = label.partition(" (")[0]

@@ -14,6 +14,7 @@ from sglang_margingate.bench.servers.process import OURS, STOCK
 from sglang_margingate.bench.side_by_side.compare import MODES
 
 NO_DETERMINISTIC = "SGLang's deterministic mode needs CUDA and does not exist on a CPU"
+NO_FLASHINFER = "FlashInfer needs CUDA and does not exist on a CPU"
 
 OWN = {
     "--margingate-policy": "choose with --modes",
@@ -45,12 +46,13 @@ def choose(wanted: Sequence[str] | None, cpu: bool) -> tuple[list[str], str]:
     for mode in wanted or []:
         if mode not in MODES:
             raise UsageError(f"--modes: {mode!r} is unknown; use {', '.join(MODES)}")
-        if mode == "deterministic" and cpu:
-            raise UsageError(f"--modes: {NO_DETERMINISTIC}; leave deterministic out")
+        if MODES[mode].cuda and cpu:
+            why = NO_DETERMINISTIC if mode == "deterministic" else NO_FLASHINFER
+            raise UsageError(f"--modes: {why}; leave {mode} out")
     if wanted:
         return list(wanted), ""
     if cpu:
-        return [m for m in MODES if m != "deterministic"], f"Not measured: {NO_DETERMINISTIC}."
+        return [m for m in MODES if not MODES[m].cuda], f"Not measured: {NO_DETERMINISTIC}."
     return list(MODES), ""
 
 

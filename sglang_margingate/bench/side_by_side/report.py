@@ -64,7 +64,7 @@ def markdown(result: Comparison, workload: Workload, facts: Mapping[str, Any]) -
         remarks.append(f"No batch of two or more was seen in: {', '.join(dict.fromkeys(unproven))}.")
     if cells:
         remarks.append(LEGEND)
-    return "\n".join(out) + "\n" + "\n\n".join("\n".join(_wrap(r)) for r in remarks)
+    return "\n".join(out) + "\n" + "\n\n".join("\n".join(wrap(r)) for r in remarks)
 
 
 def _conditions(result: Comparison, workload: Workload, facts: Mapping[str, Any]) -> list[str]:
@@ -76,15 +76,15 @@ def _conditions(result: Comparison, workload: Workload, facts: Mapping[str, Any]
     lengths = [] if len(own) == len(workload.prompts) else [f"at most {workload.max_tokens}"]
     if own:
         lengths.append(f"exactly {_range(own)}")
-    out = _wrap(f"{facts.get('model', 'model')} on {facts['device']}; {versions}; {facts['date'][:10]}.")
-    out += _wrap(
+    out = wrap(f"{facts.get('model', 'model')} on {facts['device']}; {versions}; {facts['date'][:10]}.")
+    out += wrap(
         f"{len(workload.prompts):,} prompts ({', '.join(sets)}), {' or '.join(lengths)} tokens each, "
         f"{workload.arrivals.describe()}."
     )
     if facts.get("server_flags"):
-        out += _wrap(f"Every server: {' '.join(facts['server_flags'])}")
+        out += wrap(f"Every server: {' '.join(facts['server_flags'])}")
     for label, flags in result.mode_flags.items():
-        out += _wrap(f"{label} also: {' '.join(flags)}")
+        out += wrap(f"{label} also: {' '.join(flags)}")
     return out
 
 
@@ -123,13 +123,14 @@ def _share(rate: Rate) -> str:
     return f"{_count(rate)} ({percent(rate.value)})" if rate.denominator else "-"
 
 
-def _wrap(text: str) -> list[str]:
+def wrap(text: str) -> list[str]:
+    """Return the lines of a remark."""
     return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def to_dict(result: Comparison, workload: Workload, facts: Mapping[str, Any], complete: bool) -> dict[str, Any]:
     """Return everything in plain types; NaN becomes null."""
-    return _plain(
+    return plain(
         {
             "schema": BENCH_SCHEMA,
             "complete": complete,
@@ -170,9 +171,10 @@ def _cell(result: Comparison, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return plain types for JSON; a number that is none becomes null."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
