@@ -74,7 +74,10 @@ def test_wrong_options_are_one_line(words: list[str], message: str, capsys: pyte
         (["runs", "/nowhere"], "margingate runs: error: /nowhere: no such folder"),
         (["export", "/nowhere", "--csv", "/tmp/x"], "margingate export: error: /nowhere: no such folder"),
         (["check", "--dataset", "moon"], "margingate check: error: unknown dataset 'moon'"),
-        (["bench", "--modes", "fast"], "margingate bench: error: --modes: 'fast' is unknown; use stock, stock-flashinfer"),
+        (
+            ["bench", "--modes", "fast"],
+            "margingate bench: error: --modes: 'fast' is unknown; use stock, stock-flashinfer",
+        ),
         (["calibrate", "--data", "/nowhere"], "margingate calibrate: error: dataset nowhere: no file /nowhere"),
     ],
 )
