@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ from truth import GPU, LLAMA_8B, prepare  # noqa: E402
 
 from sglang_margingate.bench import tables  # noqa: E402
 from sglang_margingate.bench.prompts.random_ids import draw, model_facts, parse  # noqa: E402
+from sglang_margingate.bench.servers.client import ServerError  # noqa: E402
 from sglang_margingate.bench.servers.process import OURS, STOCK, Server, serve  # noqa: E402
 from sglang_margingate.bench.side_by_side.compare import MODES  # noqa: E402
+from sglang_margingate.bench.side_by_side.modes import device  # noqa: E402
 from sglang_margingate.bench.side_by_side.report import environment  # noqa: E402
 from sglang_margingate.bench.workload import report  # noqa: E402
 from sglang_margingate.bench.workload.command import exit_status  # noqa: E402
@@ -49,7 +51,7 @@ from sglang_margingate.bench.workload.rounds import (  # noqa: E402
     run_once,
     warm_up,
 )
-from sglang_margingate.machine import device_name, versions  # noqa: E402
+from sglang_margingate.machine import versions  # noqa: E402
 
 MODE_OF = {"ours": "canonical"}
 SHAPE = (
@@ -79,7 +81,7 @@ class Mixed:
             rounds=args.rounds,
             identity="none" if args.identity == "none" else "all",
         )
-        self.facts: dict[str, Any] = environment(device_name(args.device), versions())
+        self.facts: dict[str, Any] = environment(device(self.cpu), versions())
         self.facts |= {"model": str(self.model), "server_flags": self._common()}
 
     def say(self, text: str) -> None:
@@ -144,20 +146,29 @@ class Mixed:
         with ThreadPoolExecutor(4) as pool, ExitStack() as kept:
             stacks = {name: kept.enter_context(ExitStack()) for name in self.modes}
             starting = {name: pool.submit(self.start, stacks[name], name) for name in first}
-            served = [self.serve(name, starting[name].result()) for name in first]
-            self.rounds(served, reserve=60 * len(further) + (180 if self.ours(served) else 0))
+            served = [s for name in first if (s := self.ready(name, starting[name])) is not None]
             ours = self.ours(served)
-            for server in served:
-                if server is not ours:
-                    stacks[server.label].close()
+            self.rounds(served, reserve=60 * len(further) + (180 if ours else 0))
+            for name in first:
+                if ours is None or name != ours.label:
+                    stacks[name].close()
             alone = pool.submit(self.alone, ours)
             for name in further:
-                later = self.start(stacks[name], name)
+                later = self.ready(name, pool.submit(self.start, stacks[name], name))
                 alone.result()  # a timed round has the GPU to itself
-                self.rounds([self.serve(name, later)])
+                self.rounds([later] if later is not None else [])
                 stacks[name].close()
             alone.result()
         self.save()
+
+    def ready(self, name: str, starting: Future[Server]) -> Served | None:
+        """Return a server that was started, warm; None, and a note, where it was not to be had."""
+        try:
+            return self.serve(name, starting.result())
+        except ServerError as error:
+            self.results.failures[name] = str(error)
+            self.say(f"{name}: {error}")
+            return None
 
     def ours(self, served: list[Served]) -> Served | None:
         """Return the server whose sequences are compared with their runs alone."""
@@ -171,7 +182,11 @@ class Mixed:
             for load in self.work.loads:
                 for server in served[:: 1 if number % 2 == 0 else -1]:
                     self.phase(f"{server.label}: {load.name}, round {number + 1}", 0)
-                    run_once(server, load, number, self.work, self.results, self)
+                    try:
+                        run_once(server, load, number, self.work, self.results, self)
+                    except ServerError as error:
+                        self.results.failures[server.label] = str(error)
+                        served = [s for s in served if s is not server]
                     self.save()
             took, left = time.monotonic() - began, self.args.budget - (time.monotonic() - self.began) - reserve
             if took > left and number + 1 < self.args.rounds:
@@ -184,8 +199,14 @@ class Mixed:
         """Run alone what ran in company, and compare."""
         if server is None:
             return
+        if server.label in self.results.failures:
+            return
         prompts = [chain.turns[0] for made in self.work.loads.values() for chain in made]
-        fill_alone(server, prompts, self.work, self, self.results)
+        try:
+            fill_alone(server, prompts, self.work, self, self.results)
+        except ServerError as error:
+            self.results.failures[server.label] = str(error)
+            return
         compare_alone(server, self.work, self.results, self, self.save)
         self.say(f"{server.label}: compared with its runs alone")
 

@@ -1,0 +1,101 @@
+"""tests/gpu/mixed_load.py on fake servers: what it starts, when, with which flags, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_server import FakeServer
+
+from sglang_margingate.bench.servers.client import Client, ServerError
+from sglang_margingate.bench.servers.process import OURS, STOCK
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
+mixed_load = __import__("mixed_load")
+
+
+class Started:
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.flags: dict[str, tuple[str, str]] = {}
+        self.living: set[str] = set()
+        self.together: list[set[str]] = []
+        self.flip_rate = 0.0
+        self.dead = ""
+
+    @contextmanager
+    def serve(self, flags: Sequence[str], log: Path, timeout: float, module: str) -> Iterator[Any]:
+        name = log.stem
+        self.order.append(name)
+        if name == self.dead:
+            raise ServerError("the server died (exit 1): no kernel image")
+        self.flags[name] = module, " ".join(flags)
+        self.living.add(name)
+        self.together.append(set(self.living))
+        own = name == "ours"
+        more = {"flip_rate": self.flip_rate} if own else {"gauge": "loads"}
+        with FakeServer(tokenizer=False, seconds=0.001, pool=90_000, most_requests=80, **more) as fake:  # type: ignore[arg-type]
+            yield SimpleNamespace(client=Client(fake.base_url))
+        self.living.remove(name)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+    found = Started()
+    monkeypatch.setattr(mixed_load, "serve", found.serve)
+    monkeypatch.setattr(mixed_load, "prepare", lambda words, script: None)
+    monkeypatch.setattr(mixed_load, "device", lambda cpu: "a fake GPU")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 900, "max_position_embeddings": 40960}))
+    return found
+
+
+def mixed(tmp_path: Path, *words: str) -> int:
+    given = ["--out", str(tmp_path / "out"), "--model", str(tmp_path), "--lengths", "8-20:3-6", "--requests", "12"]
+    return int(mixed_load.main([*given, "--loads", "2,6", *words]))
+
+
+def test_all_modes(started: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mixed(tmp_path) == 0
+    assert set(started.order[:2]) == {"stock", "ours"}
+    assert started.order[2:] == ["stock-flashinfer"]
+    assert {"stock", "ours"} in started.together
+    assert {"ours", "stock-flashinfer"} in started.together, "stock is gone; ours runs alone what it ran in company"
+    module, flags = started.flags["stock"]
+    assert module == STOCK
+    assert "attention" not in flags
+    assert "prefill" not in flags
+    assert "--cuda-graph-backend-prefill disabled" in started.flags["stock-flashinfer"][1]
+    assert started.flags["ours"][0] == OURS
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    cells = {(c["mode"], c["load"]): c for c in found["cells"]}
+    assert len(cells) == 6
+    assert all(len(c["rounds"]) == 2 for c in cells.values())
+    assert cells["ours", "closed:6"]["identical"] == {"numerator": 24, "denominator": 24}
+    assert "identical" not in cells["stock", "closed:6"]
+    assert found["alone"]["ours"]["batches"]["largest"] == 1
+    last = capsys.readouterr().out.strip().splitlines()[-7:]
+    assert last[0].split()[:3] == ["load", "mode", "tokens/s"]
+    assert [line.split()[:2] for line in last[1:]] == [
+        [load, mode] for load in ("closed:2", "closed:6") for mode in ("stock", "ours", "stock-flashinfer")
+    ]
+
+
+def test_a_broken_promise_and_a_spent_budget(started: Started, tmp_path: Path) -> None:
+    started.flip_rate = 0.3
+    assert mixed(tmp_path, "--modes", "stock,ours", "--budget", "0", "--rounds", "3") == 1
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(len(c["rounds"]) == 1 for c in found["cells"])
+
+
+def test_a_server_that_dies_leaves_the_others(started: Started, tmp_path: Path) -> None:
+    started.dead = "stock"
+    assert mixed(tmp_path, "--rounds", "1") == 2
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["failures"] == {"stock": "the server died (exit 1): no kernel image"}
+    assert {c["mode"] for c in found["cells"] if c["rounds"]} == {"ours", "stock-flashinfer"}
