@@ -17,6 +17,9 @@ from sglang_margingate.gate.stats import Rate
 
 WORKLOAD_SCHEMA = "margingate-workload/1"
 
+CLIENT_BUSY = 0.7
+"""One thread at a time runs in the client: near 1 it holds servers up."""
+
 SPEED: Mapping[str, tuple[str, int]] = {
     "tokens/s": ("tokens_per_s", 0),
     "TTFT p50": ("ttft_p50_ms", 1),
@@ -71,6 +74,9 @@ def markdown(results: Results, work: Work, facts: Mapping[str, Any]) -> str:
         if c.identity is not None
     ]
     remarks += [f"**{label}: {_stopped(results, label)}**: {why}" for label, why in results.failures.items()]
+    busy = max((r.get("client_cpu_share", 0.0) for c in cells for r in c.rounds), default=0.0)
+    if busy > CLIENT_BUSY:
+        remarks.append(f"This client was on a CPU for up to {busy:.0%} of the time: it may be what was measured.")
     remarks += results.notes
     return "\n".join(out) + "\n" + "\n\n".join("\n".join(wrap(r)) for r in remarks)
 
