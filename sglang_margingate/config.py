@@ -181,6 +181,8 @@ class MarginGateConfig:
     window: int | None = None
     """Most columns of a request that may stand open before a verify is forced; None: as many as a pass has rows."""
     fast_path: FastPathMode = FastPathMode.STOCK
+    prefill_graphs: bool = True
+    """Replay prefills of the canonical fast path from CUDA graphs, where there is a GPU."""
     map_dir: str | None = None
     """Folder that keeps invariance maps between starts; None keeps none."""
     radix: Radix = Radix.CANONICAL
@@ -232,6 +234,7 @@ class MarginGateConfig:
             object.__setattr__(self, "trace_keep", parse_keep(self.trace_keep))
         kinds: tuple[tuple[str, Any, str], ...] = (
             ("trace", bool, "true or false"), ("trace_text", bool, "true or false"), ("allow_untested", bool, "true or false"),
+            ("prefill_graphs", bool, "true or false"),
             ("trace_dir", str, "the name of a folder"), ("map_dir", (str, type(None)), "the name of a folder"),
             ("profile", (dict, type(None)), "the content of a profile"), ("notes", (list, tuple), "a list of notes"),
             ("trace_keep", Keep, f"what to keep, such as {DEFAULT_KEEP}"),

@@ -19,9 +19,10 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["requests"])
 def plan_kernel(
     queries,  # int32 [requests + 1]: where each request's new tokens begin
-    columns,  # int32 [requests + 1]: where its slots begin in indices
+    begins,  # int32 [requests]: where its slots begin in indices
+    ends,  # int32 [requests]: where they end
     tiles,  # int32 [>= tiles, 4]: first token, tokens, first slot, columns that the first token sees
-    count,  # int32 [1]: tiles in use
+    count,  # int32 [2]: tiles in use, tokens in them
     requests,
     TOKENS: tl.constexpr,
     REQUESTS: tl.constexpr,
@@ -35,10 +36,11 @@ def plan_kernel(
     before = tl.sum(tl.where(r < request, counts, 0), 0)
     if request == 0:
         tl.store(count, tl.sum(counts, 0))
+        tl.store(count + 1, tl.load(queries + requests))
     begin = tl.load(queries + request)
     tokens = tl.load(queries + request + 1) - begin
-    slots = tl.load(columns + request)
-    cached = tl.load(columns + request + 1) - slots - tokens
+    slots = tl.load(begins + request)
+    cached = tl.load(ends + request) - slots - tokens
     n = (tokens + TOKENS - 1) // TOKENS
     for at in range(0, n, WIDE):
         i = at + tl.arange(0, WIDE)
@@ -61,7 +63,7 @@ def _attend(s, values, best, total, acc, scale):
     return above, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def prefill_kernel(
     q,  # [tokens, KV_HEADS * GROUP, DIM], tokens q_stride apart
     k,  # [slots, KV_HEADS, DIM], contiguous
@@ -69,9 +71,10 @@ def prefill_kernel(
     indices,  # int32: the slots of each request's context, in order
     tiles,  # from plan_kernel
     count,
-    out,  # [tokens, KV_HEADS * GROUP, DIM], contiguous
+    out,  # [rows, KV_HEADS * GROUP, DIM], contiguous
     scale,  # of the logits, times log2(e)
     q_stride,
+    rows,  # tokens and padding after them
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_P2: tl.constexpr,
@@ -82,18 +85,19 @@ def prefill_kernel(
 ):
     tile = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
-    if tile < tl.load(count):
+    used = tl.load(count)
+    m = tl.arange(0, ROWS)
+    token, g = m // GROUP_P2, m % GROUP_P2
+    d = tl.arange(0, DIM)
+    heads = (head * GROUP + g)[:, None] * DIM + d[None, :]
+    if tile < used:
         first = tl.load(tiles + tile * 4).to(tl.int64)
         tokens = tl.load(tiles + tile * 4 + 1)
         begin = tl.load(tiles + tile * 4 + 2)
         seen = tl.load(tiles + tile * 4 + 3)
 
-        m = tl.arange(0, ROWS)
-        token, g = m // GROUP_P2, m % GROUP_P2
-        d = tl.arange(0, DIM)
         b = tl.arange(0, BLOCK)
         real = (token < tokens) & (g < GROUP)
-        heads = (head * GROUP + g)[:, None] * DIM + d[None, :]
         x = tl.load(q + (first + token)[:, None] * q_stride + heads, mask=real[:, None], other=0.0)
         best = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -116,3 +120,9 @@ def prefill_kernel(
         y = acc / total[:, None]
         into = out + (first + token)[:, None] * (KV_HEADS * GROUP * DIM) + heads
         tl.store(into, y.to(out.dtype.element_ty), mask=real[:, None])
+    else:
+        # Padding attends to nothing. A grid of rows / TOKENS + requests programs a head has enough left for all of it.
+        first = tl.load(count + 1).to(tl.int64) + (tile - used).to(tl.int64) * (ROWS // GROUP_P2)
+        padding = (first + token < rows) & (g < GROUP)
+        into = out + (first + token)[:, None] * (KV_HEADS * GROUP * DIM) + heads
+        tl.store(into, tl.zeros([ROWS, DIM], out.dtype.element_ty), mask=padding[:, None])

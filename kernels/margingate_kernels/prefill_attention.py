@@ -53,9 +53,9 @@ class PrefillAttention:
             raise ValueError(f"{q_heads} / {kv_heads} heads of {head_dim}: not supported")
         self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, head_dim
         self.device = torch.device(device)
-        self._count = torch.zeros(1, dtype=torch.int32, device=device)
+        self._count = torch.zeros(2, dtype=torch.int32, device=device)
         self._tiles = torch.zeros(0, 4, dtype=torch.int32, device=device)
-        self._queries = self._columns = torch.zeros(1, dtype=torch.int32, device=device)
+        self._queries = self._begins = self._ends = torch.zeros(1, dtype=torch.int32, device=device)
         shared = 0
         if self.device.type == "cuda":
             shared = torch.cuda.get_device_properties(self.device).shared_memory_per_multiprocessor
@@ -66,8 +66,10 @@ class PrefillAttention:
         """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
         return supports(q_heads, kv_heads, head_dim)
 
-    def plan(self, queries: torch.Tensor, columns: torch.Tensor, most_tokens: int) -> None:
-        """Cut the requests of the next calls into tiles.
+    def plan(
+        self, queries: torch.Tensor, columns: torch.Tensor, most_tokens: int, ends: torch.Tensor | None = None
+    ) -> None:
+        """Cut the requests of the next calls into tiles. Nothing is read on the host, so a CUDA graph may hold it.
 
         Parameters
         ----------
@@ -77,7 +79,10 @@ class PrefillAttention:
             int32 [requests + 1]: its context, the new tokens last, lies in ``indices[columns[r]:columns[r + 1]]``. Values
             are not checked: that needs a sync.
         most_tokens
-            At least ``queries[-1]``; more costs a little memory.
+            At least ``queries[-1]``, and the rows of ``q``; more costs a little memory.
+        ends
+            int32 [requests]: contexts lie apart from each other, in ``indices[columns[r]:ends[r]]``, and ``columns`` is as
+            long as ``ends``.
 
         Raises
         ------
@@ -85,19 +90,27 @@ class PrefillAttention:
             A shape, dtype or device is wrong.
         """
         check_indptr("queries", queries, self._count.device)
-        check_indptr("columns", columns, self._count.device)
-        if len(columns) != len(queries):
-            raise ValueError(f"columns must be as long as queries, {len(queries)}, got {len(columns)}")
-        self._queries, self._columns = queries, columns
+        if ends is None:
+            check_indptr("columns", columns, self._count.device)
+            if len(columns) != len(queries):
+                raise ValueError(f"columns must be as long as queries, {len(queries)}, got {len(columns)}")
+            columns, ends = columns[:-1], columns[1:]
+        elif len(columns) != len(queries) - 1 or len(ends) != len(columns):
+            raise ValueError(f"columns and ends must be one shorter than queries, got {len(columns)}, {len(ends)}")
+        elif {(t.dtype, t.device, t.is_contiguous()) for t in (columns, ends)} != {
+            (torch.int32, self._count.device, True)
+        }:
+            raise ValueError(f"columns and ends must be int32, contiguous and on {self._count.device}")
+        self._queries, self._begins, self._ends = queries, columns, ends
         if not use_triton(queries):
             return
         from margingate_kernels._triton_prefill_attention import plan_kernel
 
         requests, tokens = len(queries) - 1, self._tile_tokens()
-        self._tiles = torch.empty(most_tokens // tokens + requests, 4, dtype=torch.int32, device=queries.device)
+        self._tiles = torch.empty(-(-most_tokens // tokens) + requests, 4, dtype=torch.int32, device=queries.device)
         with on_device(queries):
             plan_kernel[(requests,)](
-                queries, columns, self._tiles, self._count, requests,
+                queries, columns, ends, self._tiles, self._count, requests,
                 TOKENS=tokens, REQUESTS=power_of_2(requests), WIDE=PLAN, num_warps=1,
             )  # fmt: skip
 
@@ -109,7 +122,8 @@ class PrefillAttention:
         Parameters
         ----------
         q
-            [tokens, q_heads, head_dim], bfloat16 or float16, each token contiguous; as many tokens as were planned.
+            [rows, q_heads, head_dim], bfloat16 or float16, each row contiguous; as many as tokens were planned. Further
+            rows are padding: they attend to nothing and give zeros.
         k, v
             The pool: [slots, kv_heads, head_dim] of the same dtype, contiguous. Finite in every slot of a context.
         indices
@@ -124,15 +138,16 @@ class PrefillAttention:
         """
         check_attention(q, k, v, indices, (self.q_heads, self.kv_heads, self.head_dim), self._count.device)
         if not use_triton(q):
-            return prefill_attention_reference(q, k, v, self._queries, self._columns, indices, scale)
+            return _reference(q, k, v, self._queries, self._begins, self._ends, indices, scale)
         from margingate_kernels._triton_prefill_attention import prefill_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         group = self.q_heads // self.kv_heads
-        tiles = min(len(self._tiles), len(q) // self._tile_tokens() + len(self._queries) - 1)
+        tiles = min(len(self._tiles), -(-len(q) // self._tile_tokens()) + len(self._queries) - 1)
         with on_device(q):
             prefill_kernel[(tiles * self.kv_heads,)](
                 q, k, v, indices, self._tiles, self._count, out, scale * math.log2(math.e), q.stride(0),
+                len(q),
                 KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), ROWS=ROWS, DIM=self.head_dim,
                 BLOCK=BLOCK, STAGES=self._stages, num_warps=WARPS,
             )  # fmt: skip
@@ -152,10 +167,22 @@ def prefill_attention_reference(
     scale: float,
 ) -> torch.Tensor:
     """Compute the same in float32 with plain PyTorch."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return _reference(q, k, v, queries, columns[:-1], columns[1:], indices, scale)
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    begins: torch.Tensor,
+    ends: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // k.shape[1]
-    pairs = zip(itertools.pairwise(queries.tolist()), itertools.pairwise(columns.tolist()))
-    for (first, last), (begin, end) in pairs:
+    for (first, last), begin, end in zip(itertools.pairwise(queries.tolist()), begins.tolist(), ends.tolist()):
         slots = indices[begin:end].long()
         keys, values = (pool[slots].float().repeat_interleave(group, dim=1) for pool in (k, v))
         logits = torch.einsum("qhd,thd->hqt", q[first:last].float(), keys).mul_(scale)

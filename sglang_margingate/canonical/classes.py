@@ -67,6 +67,8 @@ class Trial:
         What attends in decode graphs.
     seconds
         What the trials took.
+    prefill_graphs
+        Captured prefill sizes at which graphs gave the bits of eager forwards; empty where prefills run eagerly.
     """
 
     graphs: RowSizes = NO_SIZES
@@ -75,6 +77,7 @@ class Trial:
     notes: tuple[str, ...] = ()
     decode_attention: str = "sglang"
     seconds: float = 0.0
+    prefill_graphs: RowSizes = NO_SIZES
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class FastPath:
             "one_class": bool(classes.decode.sizes) and set(classes.decode.sizes) <= set(classes.prefill.sizes),
             "verify_rows": classes.verify_rows,
             "graph_sizes": list(trial.graphs.sizes),
+            "prefill_graph_sizes": list(trial.prefill_graphs.sizes),
             "decode_attention": trial.decode_attention,
             "decode_ok": trial.decode_ok,
             "prefill": trial.prefill,

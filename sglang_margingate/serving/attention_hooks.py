@@ -26,6 +26,9 @@ _decode: DecodeAttention | None = None
 VERIFY = "margingate_verify_attention"
 """Attribute of the verify graph's attention backend: its own kernel, where decode graphs are SGLang's."""
 
+PREFILL = "margingate_prefill_attention"
+"""Attribute of the batch that a prefill graph is captured with: what attends in it."""
+
 
 def prepare(model_runner: Any, rows: int) -> str:
     """Make the decode kernel for batches of up to ``rows`` before graphs are captured; return what will decode."""
@@ -150,14 +153,9 @@ def decode(
     attend, wrappers = getattr(backend, VERIFY, None) or _decode, backend.forward_metadata.decode_wrappers
     if attend is None or not wrappers[0].is_cuda_graph_enabled:
         return original(backend, q, k, v, layer, batch, save_kv_cache)
-    pool = backend.token_to_kv_pool
-    if k is not None and save_kv_cache:
-        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-
-        pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)
-    keys, values = pool.get_kv_buffer(layer.layer_id)
+    keys, values = _written(backend, k, v, layer, batch, save_kv_cache)
     rows = len(q)
-    if layer.layer_id == pool.start_layer:
+    if layer.layer_id == backend.token_to_kv_pool.start_layer:
         attend.plan(backend.kv_indptr[0][: rows + 1])  # for all layers of this forward
         for wrapper in wrappers:
             wrapper.begin_forward = _no_plan
@@ -175,12 +173,35 @@ def extend(
     batch: Any,
     save_kv_cache: bool = True,
 ) -> torch.Tensor:
-    """Run one layer's prefill attention over the real rows of a padded forward (:func:`.shape_hooks.pad_forward`)."""
+    """Run one layer's prefill attention over the real rows of a padded forward (:func:`.shape_hooks.pad_forward`).
+
+    A forward that is being captured in a CUDA graph brings its own attention (prefill_graphs.py).
+    """
+    captured = getattr(batch, PREFILL, None)
+    if captured is not None:
+        rows = len(q)
+        keys, values = _written(backend, k, v, layer, batch, save_kv_cache)
+        queries = q.view(rows, layer.tp_q_head_num, layer.head_dim)
+        out: torch.Tensor = captured(queries, keys, values, layer.scaling)
+        return out.view(rows, -1)
     real = batch.extend_num_tokens
     if real is None or len(q) <= real:
         return original(backend, q, k, v, layer, batch, save_kv_cache)
     out = original(backend, q[:real], k, v, layer, batch, save_kv_cache)
     return torch.nn.functional.pad(out, (0, 0, 0, len(q) - real))
+
+
+def _written(
+    backend: Any, k: torch.Tensor | None, v: torch.Tensor | None, layer: Any, batch: Any, save_kv_cache: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a layer's new columns into the pool, where that is asked; return the pool's K and V."""
+    pool = backend.token_to_kv_pool
+    if k is not None and save_kv_cache:
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        pool.set_kv_buffer(layer, KVWriteLoc(batch.out_cache_loc, None), k, v)
+    keys, values = pool.get_kv_buffer(layer.layer_id)
+    return keys, values
 
 
 def _no_plan(*_args: Any, **_kwargs: Any) -> None:

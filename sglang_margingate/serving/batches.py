@@ -1,6 +1,6 @@
 """SGLang's batches: the only place that builds a ``ForwardBatch``, and the views of them that the runtime sees.
 
-Built: a decode for verify passes and trials, a prefill for trials. Seen: a request where it is opened and where it has ended,
+Built: a decode for verify passes and trials, a prefill for trials and for graphs. Seen: a request where it is opened and where it has ended,
 a forward where it begins, and how its tokens would be chosen.
 """
 
@@ -110,6 +110,37 @@ def extend_batch(model_runner: Any, parts: Sequence[Extend], tokens: torch.Tenso
         extend_logprob_start_lens_cpu=[0 if p.logprobs else p.end - p.start for p in parts],
         return_logprob=bool(asking),
         **logprobs,
+    )
+
+
+def graph_batch(model_runner: Any, tokens: torch.Tensor, requests: torch.Tensor) -> Any:
+    """Return the batch of a prefill whose tensors are buffers, to be captured in a CUDA graph.
+
+    Parameters
+    ----------
+    model_runner
+        SGLang's ``ModelRunner``.
+    tokens
+        [3, tokens]: token, position and the slot to write.
+    requests
+        [3, requests]: new tokens, length of the context, and row of the ``req_to_token`` table.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    (ids, positions, out_loc), (new, lengths, rows) = tokens, requests
+    return _bound(
+        model_runner,
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=len(rows),
+        input_ids=ids,
+        req_pool_indices=rows,
+        seq_lens=lengths,
+        orig_seq_lens=lengths,
+        out_cache_loc=out_loc,
+        seq_lens_sum=len(ids),
+        positions=positions,
+        extend_num_tokens=len(ids),
+        extend_seq_lens=new,
     )
 
 

@@ -98,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
         "steps inside them need no verify. Without it: canonical on a GPU with the policy gate, else stock",
     )
     add(
+        "--margingate-prefill-graphs",
+        choices=ON_OFF,
+        default="on",
+        help="replay prefills of the canonical fast path on a GPU from CUDA graphs, captured at sizes of its class; off: all run "
+        "eagerly, with the same bits",
+    )
+    add(
         "--margingate-map-dir",
         metavar="DIR",
         default=cfg.default_map_dir(),
@@ -169,6 +176,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         max_miss=ours.margingate_max_miss,
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
         fast_path=FastPathMode(ours.margingate_fast_path or default_fast_path(ours.margingate_policy, cpu)),
+        prefill_graphs=ours.margingate_prefill_graphs == "on",
         map_dir=_map_dir(ours.margingate_map_dir),
         window=ours.margingate_window,
         radix=_radix(ours.margingate_radix, rest),

@@ -20,7 +20,7 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
 ========================================  ====================================================  =======================
 
 State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
-``shape_hooks._captured``, ``attention_hooks._decode``, ``launcher_hooks._rules``,
+``shape_hooks._captured``, ``shape_hooks._prefill_graphs``, ``attention_hooks._decode``, ``launcher_hooks._rules``,
 ``hooks._installed`` and ``plugin._loaded`` are set once at start-up;
 ``shape_hooks._running`` is the forward that runs now, None between forwards. The readers of ``sgl`` and
 ``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.
@@ -171,8 +171,9 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_executor.runner.eager_runner.EagerRunner.execute",
         "around", shape_hooks.run_eagerly, (SCHEDULER,),
-        "forwards without a graph are padded into the canonical class, and the batch remembers whether they fitted",
-        "SGLang pads eager forwards to given sizes",
+        "prefills are replayed from graphs of our own, other forwards without a graph padded into the canonical class, and "
+        "the batch remembers whether they fitted",
+        "SGLang captures prefills whose attention needs no plan, at given sizes, and pads eager forwards to such",
     ),
     Hook(
         "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply",

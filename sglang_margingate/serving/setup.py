@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.canonical.classes import FastPath
+from sglang_margingate.canonical.classes import Classes, FastPath
 from sglang_margingate.canonical.engine import Engine
 from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
 from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
 from sglang_margingate.canonical.path_probe import try_fast_path
+from sglang_margingate.canonical.prefill_graph_probe import try_prefill_graphs
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.audit import AuditSampler
@@ -29,6 +31,7 @@ from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
 from sglang_margingate.serving import hooks, sgl, shape_hooks
 from sglang_margingate.serving.engines import TrialEngine, make_verifier
+from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
 from sglang_margingate.settings import support
 from sglang_margingate.settings.manifest import run_facts, server_facts
 
@@ -114,10 +117,10 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     if rows:
         log.warning("margingate: decode attention of up to %d rows rounds otherwise on purpose", rows)
         split_attention(model_runner.attn_backend, rows)
-    trial = try_fast_path(
-        classes, TrialEngine(verifier, model_runner), config.chunk, graphs, captured.decode_attention, captured.notes
-    )
-    fast = FastPath(classes, trial)
+    engine = TrialEngine(verifier, model_runner)
+    prefill_sizes, notes = _prefill_graphs(config, model_runner, classes, engine)
+    trial = try_fast_path(classes, engine, config.chunk, graphs, captured.decode_attention, (*captured.notes, *notes))
+    fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes))
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
     for note in trial.notes:
@@ -131,6 +134,29 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
                  "(at most about %.0f%% of a step), one of more than %d is gated by margin; --cuda-graph-max-bs-decode sets "
                  "what the class must hold: smaller means less padding", first, 100 * ROW_COST * (first - 1), last)  # fmt: skip
     return fast
+
+
+def _prefill_graphs(
+    config: MarginGateConfig, model_runner: Any, classes: Classes, engine: Engine
+) -> tuple[RowSizes, tuple[str, ...]]:
+    """Capture prefill graphs and try them against eager forwards; return the sizes in use, and what is not in words."""
+    if model_runner.device == "cpu":
+        return RowSizes(), ()
+    if not config.prefill_graphs:
+        log.info(
+            "margingate: prefill graphs are off (--margingate-prefill-graphs off): prefills run eagerly, with the same bits"
+        )
+        return RowSizes(), ()
+    graphs, notes = capture_prefill_graphs(model_runner, classes)
+    if graphs is None:
+        return RowSizes(), notes
+    shape_hooks.replay_prefills(graphs)
+    start = time.perf_counter()
+    notes += try_prefill_graphs(engine, graphs)
+    sizes = RowSizes(graphs.sizes)
+    log.info("margingate: prefill graphs tried against eager forwards in %.1f s: %s tokens in use",
+             time.perf_counter() - start, sizes.describe())  # fmt: skip
+    return sizes, notes
 
 
 def prefill_notes(engine: Engine, chunk: int, fast: FastPath | None) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ What they change in SGLang, all through hooks (table in hooks.py) and only with 
 * decode graphs are captured at sizes of one class, and verify passes get a size of it too; smaller batches are padded
   up to them;
 * on a GPU attention looks at each row's own context only (attention_hooks.py);
-* forwards without a graph (prefill; decode on a CPU) are padded to a probed number of rows: a prefill on a GPU as a whole,
+* prefills on a GPU are replayed from CUDA graphs of our own where they fit one (prefill_graphs.py);
+* forwards without a graph (other prefills; decode on a CPU) are padded to a probed number of rows: a prefill on a GPU as a whole,
   others linear layer by linear layer. The layer that makes logits runs at probed numbers of rows of its own.
 
 What a forward did is noted by the layers that did it, and set on its batch where it ends. What is not known from the linear
@@ -18,7 +19,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -82,9 +83,20 @@ class Running:
         return ForwardShape(self.rows, self.padded, self.padded is not None and not self.escaped)
 
 
-# State of this process (hooks.py lists all of it): the first two are set once at start-up.
+class PrefillReplay(Protocol):
+    """Prefills in CUDA graphs, as :class:`~.prefill_graphs.PrefillGraphs` replays them."""
+
+    def size_for(self, batch: Any) -> int | None:
+        """Return the size that this batch is to be replayed at, None where it must run eagerly."""
+
+    def run(self, batch: Any, size: int, forward: Running) -> Any:
+        """Replay its layers and make its logits; note in ``forward`` what they ran at."""
+
+
+# State of this process (hooks.py lists all of it): the first three are set once at start-up.
 _classes: Classes | None = None
 _captured = Captured()
+_prefill_graphs: PrefillReplay | None = None
 _running: Running | None = None
 
 
@@ -116,6 +128,12 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
 def captured() -> Captured:
     """Return what was chosen when this process captured its decode graphs."""
     return _captured
+
+
+def replay_prefills(graphs: PrefillReplay | None) -> None:
+    """Let ``graphs`` serve the prefills that fit them."""
+    global _prefill_graphs
+    _prefill_graphs = graphs
 
 
 def _wanted_sizes(model_runner: Any) -> list[int]:
@@ -162,7 +180,7 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
 
 
 def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-    """Pad the layers of a forward without a graph, and note on its batch at which shape it really ran."""
+    """Replay a prefill that fits a graph of ours, pad the layers of another forward; note on its batch at which shape it ran."""
     classes = _classes
     if classes is None:
         return original(runner, batch, *args, **kwargs)
@@ -170,8 +188,12 @@ def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: An
     forward = Running(classes.decode if decode else classes.prefill, classes.head, rows)
     if decode and batch.input_ids.device.type != "cpu":
         forward.escape()  # on a GPU a decode without a graph plans its attention with a K/V split
+    graphs = None if decode else _prefill_graphs
+    size = None if graphs is None else graphs.size_for(batch)
     try:
         with running(forward):
+            if graphs is not None and size is not None:
+                return graphs.run(batch, size, forward)
             return original(runner, batch, *args, **kwargs)
     finally:
         setattr(batch, SHAPE, forward.shape())

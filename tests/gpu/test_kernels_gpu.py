@@ -615,6 +615,58 @@ def test_prefill_attention_of_a_slice(prefill_module):
     assert torch.equal(prefilled(attend, wide, *rest), prefilled(attend, q, *rest))
 
 
+class Captured:
+    """What a CUDA graph of a padded prefill holds: buffers of one size, whatever is asked of it, and a table of slots."""
+
+    def __init__(self, to: Prompts, shape: tuple[int, int, int], rows: int, requests: int) -> None:
+        self.to, self.attend = to, PrefillAttention(*shape, DEVICE)
+        wide = max(map(len, to.slots)) + 3
+        self.table = torch.stack([torch.nn.functional.pad(slots, (0, wide - len(slots))) for slots in to.slots])
+        self.q = torch.full((rows, shape[0], shape[2]), NAN, dtype=to.k.dtype, device=DEVICE)
+        self.queries = torch.zeros(requests + 1, dtype=torch.int32, device=DEVICE)
+        self.begins, self.ends = torch.zeros(2, requests, dtype=torch.int32, device=DEVICE)
+
+    def fill(self, parts: list[tuple[int, int, int]]) -> int:
+        new = torch.tensor([last - first for _, first, last in parts]).cumsum(0).int()
+        tokens, n, wide = int(new[-1]), len(parts), self.table.shape[1]
+        self.q.fill_(NAN)  # no row of a context reads the padding
+        self.q[:tokens] = torch.cat([self.to.q[r][first:last] for r, first, last in parts])
+        self.queries.fill_(tokens)[0] = 0
+        self.queries[1 : n + 1] = new.to(DEVICE)
+        self.begins.zero_()[:n] = torch.tensor([r * wide for r, *_ in parts], device=DEVICE)
+        self.ends.zero_()[:n] = torch.tensor([r * wide + last for r, _, last in parts], device=DEVICE)
+        return tokens
+
+    def run(self) -> torch.Tensor:
+        self.attend.plan(self.queries, self.begins, len(self.q), self.ends)
+        return self.attend(self.q, self.to.k, self.to.v, self.table.view(-1), self.to.scale)
+
+
+def parts_of(seed: int) -> list[tuple[int, int, int]]:
+    """Draw parts of some of the prompts: whole, a chunk, behind a cached prefix, one token."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [cached + new for cached, new in PROMPTS]
+    order = torch.randperm(len(lengths), generator=draw).tolist()[: 1 + seed % len(lengths)]
+    cuts = [sorted(torch.randint(0, lengths[r] + 1, (2,), generator=draw).tolist()) for r in order]
+    return [(r, a, b) if a < b else (r, 0, lengths[r]) for r, (a, b) in zip(order, cuts)]
+
+
+def test_prefill_attention_of_a_padded_batch_with_contexts_in_a_table(prefill_module):
+    """The grid is that of the padded size and of most requests; a row has the bits that it has alone, padding is zero."""
+    shape = ATTENTION_SHAPES[0]
+    to, attend = Prompts(shape), PrefillAttention(*shape, DEVICE)
+    most = sum(cached + new for cached, new in PROMPTS)
+    for seed in range(4 if INTERPRETED else 40):
+        parts = parts_of(seed)
+        tokens = sum(b - a for _, a, b in parts)
+        for rows, requests in ((tokens, len(parts)), (tokens + 1, len(parts) + 1), (most + 40, len(PROMPTS) + 3)):
+            captured = Captured(to, shape, rows, requests)
+            assert captured.fill(parts) == tokens
+            got = captured.run()
+            assert torch.equal(got[:tokens], prefilled(attend, *to.arguments(parts))), f"{parts} in {rows} rows"
+            assert not got[tokens:].any(), f"{parts}: padding of {rows} rows"
+
+
 def test_prefill_attention_bad_input():
     shape = ATTENTION_SHAPES[0]
     attend = PrefillAttention(*shape, DEVICE)
@@ -628,5 +680,12 @@ def test_prefill_attention_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             prefilled(attend, *bad, scale)
+    for begins, ends, message in (
+        (columns, columns, "one shorter"),
+        (columns[:-1], columns[2:], "one shorter"),
+        (columns[:-1], columns[1:].long(), "int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend.plan(queries, begins, len(q), ends)
     with pytest.raises(ValueError, match="not supported"):
         PrefillAttention(4, 4, 80, DEVICE)
