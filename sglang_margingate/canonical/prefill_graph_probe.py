@@ -1,4 +1,4 @@
-"""Tries prefill graphs against eager forwards: a row must have the same bits in both, at every captured size.
+"""Chooses the sizes of prefill graphs, and tries each against eager forwards: a row must have the same bits in both.
 
 That companions, chunks and cached prefixes change nothing is tried by path_probe.py, with whatever serves each forward: its
 prompts are replayed where they fit a graph.
@@ -12,11 +12,43 @@ from typing import Protocol
 import torch
 
 from sglang_margingate.canonical.engine import Engine, Extend, lent_table, slots
+from sglang_margingate.canonical.invariance import RowSizes
 
 REQUESTS = 4
 LEAST_TOKENS = 16
 PREFIX = 130
 """Most cached columns of a prompt."""
+
+
+FINE, COARSE, COARSE_FROM = 64, 128, 512
+"""Sizes are multiples of the first up to the last, of the second above it, and an eighth apart: padding costs GPU time."""
+
+
+def graph_sizes(prefill: RowSizes, largest: int) -> list[int]:
+    """Return the padded sizes to capture, all of the class: few enough to capture, near enough to pad little.
+
+    Parameters
+    ----------
+    prefill
+        The prefill class.
+    largest
+        Tokens of the largest prefill that a graph may hold.
+    """
+    inside = [size for size in prefill.sizes if size <= largest]
+    if not inside:
+        return []
+    found: list[int] = []
+    wanted = _multiple(inside[0], FINE)
+    while (size := prefill.target(wanted)) is not None and size <= largest:
+        found.append(size)
+        wanted = _multiple(max(size + FINE, size * 9 // 8), FINE if size < COARSE_FROM else COARSE)
+    if not found or found[-1] < inside[-1]:
+        found.append(inside[-1])  # whole chunks of a long prompt have just this size
+    return found
+
+
+def _multiple(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 class Graphs(Protocol):

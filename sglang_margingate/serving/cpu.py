@@ -31,7 +31,7 @@ def install_stand_ins() -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         if importlib.util.find_spec("sglang") is None:
             return
-        from sglang_margingate.serving import triton_stub
+        from sglang_margingate import triton_stub
 
         triton_stub.install()
         _declare_torchvision_operators()

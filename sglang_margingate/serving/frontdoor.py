@@ -97,13 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="canonical: run ordinary forwards only at shapes probed to give a row the same bits (tried at start-up); "
         "steps inside them need no verify. Without it: canonical on a GPU with the policy gate, else stock",
     )
-    add(
-        "--margingate-prefill-graphs",
-        choices=ON_OFF,
-        default="on",
-        help="replay prefills of the canonical fast path on a GPU from CUDA graphs, captured at sizes of its class; off: all run "
-        "eagerly, with the same bits",
-    )
+    add("--margingate-prefill-graphs", choices=ON_OFF, default="on",
+        help="on a GPU, replay prefills of the canonical fast path from CUDA graphs; off: run them eagerly, with the same bits")  # fmt: skip
     add(
         "--margingate-map-dir",
         metavar="DIR",

@@ -1,6 +1,6 @@
 """Prefills replayed from CUDA graphs at sizes of the prefill class: one whole graph per padded number of tokens.
 
-An eager prefill of a 8B model is 33 layers of Python, a hook on each linear layer and Triton launches for each attention;
+An eager prefill of an 8B model is 33 layers of Python, a hook on each linear layer and Triton launches for each attention;
 meanwhile the GPU waits. Our attention needs no plan on the host and a prefill is padded to a size of its class anyway, so
 the transformer layers can be captured as they are. What a graph reads lies in buffers of fixed size: tokens, positions and
 K/V slots of the padded size; new tokens, context length and table row of the most requests. K/V slots of contexts are read
@@ -32,10 +32,10 @@ import torch
 from margingate_kernels import PrefillAttention
 
 from sglang_margingate.canonical.classes import Classes
-from sglang_margingate.canonical.invariance import RowSizes
+from sglang_margingate.canonical.prefill_graph_probe import graph_sizes
 from sglang_margingate.canonical.shape import ForwardShape
 from sglang_margingate.serving import sgl
-from sglang_margingate.serving.attention_hooks import PREFILL
+from sglang_margingate.serving.attention_hooks import PREFILL, PagedPrefill
 from sglang_margingate.serving.shape_hooks import Running, running
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,6 @@ MOST_TOKENS = 4096
 
 MOST_REQUESTS = 128
 """Requests of a prefill that a graph holds; more run eagerly."""
-
-FINE, COARSE, COARSE_FROM = 64, 128, 512
-"""Sizes are multiples of the first up to the last, of the second above it, and an eighth apart: padding costs GPU time."""
 
 Run = Callable[[], None]
 Record = Callable[[Run], Run]
@@ -59,33 +56,6 @@ NONE_OF = (
     "cross_attention_custom_mask", "return_pooled_hidden_states", "return_hidden_states_before_norm",
 )  # fmt: skip
 """What a batch must not carry: inputs and outputs that a graph has no buffer for."""
-
-
-def graph_sizes(prefill: RowSizes, largest: int) -> list[int]:
-    """Return the padded sizes to capture, all of the class: few enough to capture, near enough to pad little.
-
-    Parameters
-    ----------
-    prefill
-        The prefill class.
-    largest
-        Tokens of the largest prefill that a graph may hold.
-    """
-    inside = [size for size in prefill.sizes if size <= largest]
-    if not inside:
-        return []
-    found: list[int] = []
-    wanted = _multiple(inside[0], FINE)
-    while (size := prefill.target(wanted)) is not None and size <= largest:
-        found.append(size)
-        wanted = _multiple(max(size + FINE, size * 9 // 8), FINE if size < COARSE_FROM else COARSE)
-    if not found or found[-1] < inside[-1]:
-        found.append(inside[-1])  # whole chunks of a long prompt have just this size
-    return found
-
-
-def _multiple(n: int, step: int) -> int:
-    return -(-n // step) * step
 
 
 class Inputs:
@@ -327,8 +297,6 @@ class RunnerSide:
 
 def obstacle(model_runner: Any, classes: Classes) -> str | None:
     """Return why this server's prefills cannot be captured, or None."""
-    from sglang_margingate.serving.paged_prefill import PagedPrefill
-
     args, table = sgl.resolved(model_runner.server_args), model_runner.req_to_token_pool.req_to_token
     wrappers = getattr(model_runner.attn_backend, "prefill_wrappers_paged", ())
     checks = (

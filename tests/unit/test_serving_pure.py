@@ -100,6 +100,16 @@ def test_sglangs_way_to_share_nothing_is_ours() -> None:
         flags("--disable-radix-cache", "--margingate-radix", "canonical")
 
 
+def test_prefill_graphs_are_on_unless_switched_off() -> None:
+    assert flags()[0].prefill_graphs
+    config, given = flags("--margingate-prefill-graphs", "off")
+    assert not config.prefill_graphs
+    assert not MarginGateConfig.from_json(config.to_json()).prefill_graphs
+    assert "--margingate-prefill-graphs" not in given
+    with pytest.raises(ConfigError, match="--margingate-prefill-graphs: 1 is not true or false"):
+        MarginGateConfig(prefill_graphs=1)  # type: ignore[arg-type]
+
+
 def test_the_window_and_what_is_kept() -> None:
     config, _ = flags()
     assert config.window is None
