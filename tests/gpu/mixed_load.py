@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -220,10 +221,12 @@ class Mixed:
                     continue
                 row = [load.name, name, f"{cell.median('tokens_per_s'):,.0f}"]
                 row += [report.ratio(self.results, cell, metric) for metric, _ in report.SPEED.values()]
-                row += [f"{cell.median(m):.2f}" for m in ("gpu_busy", "host_ms_per_step")]
+                seen = [cell.median(m) for m in ("gpu_busy", "host_ms_per_step")]
+                row += ["-" if math.isnan(value) else f"{value:.2f}" for value in seen]
                 same = cell.identity.same if cell.identity else None
                 rows.append([*row, f"{same.numerator}/{same.denominator}" if same else "-"])
-        return tables.text(["load", "mode", "tokens/s", *report.SPEED, "busy", "host ms", "identical"], rows, (0, 1))
+        speed = [f"{name} ratio" for name in report.SPEED]
+        return tables.text(["load", "mode", "tokens/s", *speed, "busy", "host ms", "identical"], rows, (0, 1))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -76,7 +76,7 @@ def test_rounds_visit_every_server_and_every_sequence_is_compared(
     assert cells["canonical", "closed:6"]["promised"] == {"numerator": 24, "denominator": 24}
     assert cells["stock", "closed:6"]["promised"]["denominator"] == 0
     assert all(r["goodput"] == 1.0 for c in cells.values() for r in c["rounds"])
-    assert cells["stock (2)", "closed:3"]["rounds"][0]["decode_step_ms"] == 2.0
+    assert cells["stock (2)", "closed:3"]["rounds"][0]["decode_steps"] > 0
     assert len(cells["canonical", "closed:3"]["ratio_spread"]["tokens_per_s"]) == 2
     assert 2 <= cells["canonical", "closed:6"]["batches"]["largest"] <= 6
     # Both loads have the same requests, so each is run alone once, and alone indeed.

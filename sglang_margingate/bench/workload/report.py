@@ -45,7 +45,7 @@ LEGEND = {
     "in limits": "in limits: share of requests within the TTFT and TPOT given in --goodput",
     "GPU busy": "GPU busy: share of the time in which the GPU ran anything",
     "host ms": "host ms: for each decode step, time in which it ran nothing",
-    "step ms": "step ms: from one decode step's launch to the next one's, prefills between them included",
+    "step ms": "step ms: time for each decode step, prefills between them included",
     "rows": "rows: requests in a decode step, mean",
     "identical": "identical: sequences with the same tokens and finish reason as alone on that server, all rounds",
     "promised": "promised: the same, of the sequences whose answers claim it",

@@ -24,12 +24,10 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class Moments(NamedTuple):
-    """SGLang's own sums over the decode steps since its start."""
+    """SGLang's own sums over the decode steps since its start; its sum of times counts idle seconds before a load, too."""
 
     steps: float
     rows: float
-    us: float
-    """From each step's launch to the next one's, prefills between them included."""
 
 
 class Pool(NamedTuple):
@@ -117,8 +115,8 @@ class Watcher:
         found = _loads(self.client)
         if found is None or "decode_moments" not in found:
             return None
-        count, rows, us = (found["decode_moments"] or [0.0, 0.0, 0.0])[:3]
-        return Moments(float(count), float(rows), float(us))
+        count, rows = (found["decode_moments"] or [0.0, 0.0])[:2]
+        return Moments(float(count), float(rows))
 
     def _read(self, asked: subprocess.Popen[str]) -> None:
         for line in asked.stdout or ():
@@ -131,7 +129,7 @@ class Watcher:
 
 
 def server_facts(before: Moments | None, after: Moments | None, busy: list[float], seconds: float) -> dict[str, float]:
-    """Return decode steps, their mean size and distance, the GPU's busy share, and its idle time for each step.
+    """Return decode steps, their mean size, the time for each, the GPU's busy share, and its idle time for each step.
 
     The GPU's idle time for each decode step is what the host costs: while it prepares, the GPU has nothing to do.
     """
@@ -140,8 +138,8 @@ def server_facts(before: Moments | None, after: Moments | None, busy: list[float
     if before is not None and after is not None:
         steps = after.steps - before.steps
         if steps > 0:
-            rows, us = after.rows - before.rows, after.us - before.us
-            found |= {"decode_steps": steps, "decode_rows": rows / steps, "decode_step_ms": us / steps / 1e3}
+            rows = after.rows - before.rows
+            found |= {"decode_steps": steps, "decode_rows": rows / steps, "decode_step_ms": seconds / steps * 1e3}
     if busy:
         found["gpu_busy"] = sum(busy) / len(busy)
         if steps > 0:
