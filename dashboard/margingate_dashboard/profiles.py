@@ -12,7 +12,8 @@ import pandas as pd
 
 from margingate_dashboard import states
 from margingate_dashboard.summary import has_tag, tag
-from sglang_margingate.gate.profile import DatasetThreshold, Profile
+from sglang_margingate.config import DEFAULT_THRESHOLD
+from sglang_margingate.gate.profile import DatasetThreshold, Profile, enough_evidence, too_small
 
 Samples = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -45,6 +46,18 @@ def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
     return samples, int(usable.sum()), int(decode.sum())
 
 
+def left_out(chosen: Mapping[str, pd.Series]) -> dict[str, str]:
+    """Say of each dataset, by its tag as shown, why the server would take no threshold from it."""
+    why = {}
+    for name, row in chosen.items():
+        steps, flips = int(row["steps"]), int(row["flips"])
+        if name == tag(""):
+            why[name] = "untagged traffic takes the default threshold"
+        elif not enough_evidence(steps, flips):
+            why[name] = too_small(steps, flips)
+    return why
+
+
 def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, pd.Series]) -> Profile:
     """Return the profile of the chosen thresholds.
 
@@ -59,8 +72,10 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
 
     Notes
     -----
-    A dataset that the profile does not know gets the largest threshold: dear, but the one that missed least.
+    It holds the datasets whose samples may set a threshold, no others (:func:`left_out`). One that it does not know gets the
+    largest threshold: dear, but the one that missed least.
     """
+    backed = {name: row for name, row in chosen.items() if name not in left_out(chosen)}
     flags = manifest.get("flags")
     flags = flags.get("sglang") if isinstance(flags, dict) else None
     versions = manifest.get("versions") if isinstance(manifest.get("versions"), dict) else {}
@@ -77,9 +92,9 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
         torch_version=named((versions, "torch")),
         created=datetime.now(timezone.utc).date().isoformat(),
         repair=repair,
-        default_threshold=max(float(row["threshold"]) for row in chosen.values()),
+        default_threshold=max((float(row["threshold"]) for row in backed.values()), default=DEFAULT_THRESHOLD),
         datasets={
-            "" if name == tag("") else name: DatasetThreshold(
+            name: DatasetThreshold(
                 threshold=float(row["threshold"]),
                 steps=int(row["steps"]),
                 flips=int(row["flips"]),
@@ -87,7 +102,7 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
                 missed=int(row["missed"]),
                 miss_upper_95=float(row["miss_upper"]),
             )
-            for name, row in chosen.items()
+            for name, row in backed.items()
         },
     )
 

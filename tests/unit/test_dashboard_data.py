@@ -22,6 +22,7 @@ from margingate_dashboard.figures.request import latency_parts
 from margingate_dashboard.summary import STEP_COLUMNS, headline
 from synthetic_runs import SyntheticSpec, make_frames, make_manifest, write_run
 
+from sglang_margingate.config import DEFAULT_THRESHOLD
 from sglang_margingate.gate.columns import missed_rows
 from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.profile import parse_profile
@@ -489,16 +490,28 @@ def test_the_exported_profile_is_the_servers_format() -> None:
     steps = with_derived(make_frames(ALWAYS)[0])
     samples, _, _ = profiles.calibration_samples(steps)
     chosen = {name: trade_off(*sample, [0.5]).iloc[0] for name, sample in samples.items()}
-    chosen["(untagged)"] = chosen["code"]
+    many = pd.concat([chosen["code"], pd.Series({"steps": 3_000, "flips": 10})]).groupby(level=0).last()
+    chosen["code"], chosen["(untagged)"] = many, many
+    chosen["story"] = pd.concat([many, pd.Series({"flips": 9})]).groupby(level=0).last()
     profile = profiles.make_profile(make_manifest(ALWAYS), "window", chosen)
     import json
 
     read = parse_profile(json.loads(profiles.to_json(profile)))
     assert read == profile
-    assert read.datasets[""].threshold == 0.5
-    assert read.threshold_for("") is None, "untagged traffic takes the default"
+    assert list(read.datasets) == ["code"], "no sample that is too small, and untagged traffic takes the default"
+    assert read.ignored() == []
+    assert (read.threshold_for("code"), read.backed_default) == (0.5, 0.5)
+    why = profiles.left_out(chosen)
+    assert set(why) == {"arith", "story", "(untagged)"}
+    assert why["story"].startswith("sample too small: 3,000 steps, 9 flips;")
     assert read.sglang_version == "0.5.17"
     assert read.dtype == "bfloat16"
+
+
+def test_a_profile_without_a_large_sample_keeps_the_servers_default() -> None:
+    row = pd.Series({"threshold": 0.0, "steps": 144, "flips": 0, "trigger_rate": 0.0, "missed": 0, "miss_upper": 0.02})
+    profile = profiles.make_profile(make_manifest(ALWAYS), "window", {"arith": row, "(untagged)": row})
+    assert (profile.datasets, profile.default_threshold) == ({}, DEFAULT_THRESHOLD)
 
 
 # links -------------------------------------------------------------------------------------------------------------

@@ -165,11 +165,19 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
 
 
 def _export(page: Page, chosen: dict[str, pd.Series]) -> None:
+    st.markdown("##### Threshold profile for the server")
+    for name, why in profiles.left_out(chosen).items():
+        st.warning(
+            f"{ui.markdown_safe(name)} is not in the profile: {ui.markdown_safe(why)}", icon=":material/warning:"
+        )
     repairs = page.data.requests("repair")["repair"].dropna().astype(str)
     repair = str(repairs.mode().iloc[0]) if len(repairs) else "window"
     profile = profiles.make_profile(page.info.manifest, repair, chosen)
     text = profiles.to_json(profile)
-    st.markdown("##### Threshold profile for the server")
+    if not profile.datasets:
+        st.caption("No sample is large enough, so there is no profile to take: the server's default threshold stands.")
+        page.exports.show(st.container(horizontal_alignment="right"), "tuning")
+        return
     unknown = [
         f
         for f in ("model", "dtype", "attention_backend", "device", "sglang_version", "torch_version")
