@@ -157,6 +157,17 @@ def test_the_argmax_is_enforced_beside_sampled_rows() -> None:
     assert gated.last_token == 3
 
 
+@pytest.mark.parametrize(("audit", "margin", "token"), [(0.0, 0.25, 7), (1.0, 3.0, 3)], ids=["repaired", "audited"])
+def test_beside_sampled_rows_a_repair_is_enforced_and_an_audit_is_not(audit: float, margin: float, token: int) -> None:
+    bench, gated, sampled = Bench(answer=7, audit=audit), a_state(), a_state(plain=False)
+    bench.prefill(gated)
+    bench.prefill(sampled)
+    tokens = bench.decode([gated, sampled], margin, PROMPT, all_greedy=False, drawn=[12, 12])
+    assert len(bench.verifier.jobs) == 1
+    assert tokens.tolist() == [token, 12]
+    assert gated.last_token == token
+
+
 def test_a_window_is_closed_at_its_limit() -> None:
     """Thousands of open columns would be recomputed in one silence."""
     bench, state = Bench(window=4), a_state()
@@ -187,6 +198,27 @@ def test_steps_inside_the_class_need_no_verify_and_are_noted_as_structural() -> 
     assert [row["canonical"] for row in bench.rows] == [True, True]
     assert [row["padded_rows"] for row in bench.rows] == [64, 2], "rows the kernels saw, not the requests"
     assert not state.ledger.notes
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_forward_is_canonical_only_where_it_was_seen_to_be(inside: bool) -> None:
+    bench, state = Bench(isolated=False), a_state()
+    bench.prefill(state, shape=ForwardShape(PROMPT, 64, inside))
+    bench.decode([state], 9.0, PROMPT, in_class=inside)
+    bench.recorder.finish(state, 2)
+    assert [row["canonical"] for row in bench.rows] == [inside, inside]
+    assert [row["structural"] for row in bench.rows] == [False, inside]
+
+
+def test_a_prefill_of_two_is_canonical_only_if_both_are() -> None:
+    bench, one, other = Bench(), a_state(), a_state()
+    chunks = [Chunk(0, PROMPT, PROMPT), Chunk(0, PROMPT, PROMPT)]
+    view = ForwardView([one, other], False, time.time(), chunks=chunks)
+    bench.step.ended(view)
+    bench.step.sample(view, FakeSampling([3, 4], 9.0, []))
+    for state in (one, other):
+        bench.recorder.finish(state, 1)
+    assert [row["canonical"] for row in bench.rows] == [False, False]
 
 
 @pytest.mark.parametrize("chooses", [True, False])
@@ -272,3 +304,72 @@ def test_penalties_that_were_forgotten_cost_the_label() -> None:
     bench.prefill(state, generated=(3,))
     assert state.resumed_at == 1
     assert any("penalties" in note for note in state.ledger.notes)
+
+
+# ---- observed without a wait: a GPU's path, on tensors of the host -------------------------------------------------------
+
+
+@pytest.fixture
+def unwaited(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A step whose clock passes late, as a GPU's does: forwards that wait for no verdict are measured by `_observe`."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: empty(*shape, **more))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    bench = Bench(isolated=False)
+    monkeypatch.setattr(bench.recorder.clock, "late", True, raising=False)
+    return bench
+
+
+def observe(bench: Bench, states: list[RequestState], position: int, sampling: FakeSampling) -> list[int]:
+    rows = len(states)
+    view = ForwardView(list(states), True, time.time(), True, ForwardShape(rows, rows, True))
+    opened = bench.step._open_decode(view, sampling)
+    tokens = bench.step._observe(view, opened, [row for row in opened if row.observed], sampling)
+    return tokens.tolist()
+
+
+def test_without_a_wait_the_same_numbers_are_recorded(unwaited: Bench) -> None:
+    state = a_state()
+    unwaited.prefill(state, shape=ForwardShape(PROMPT, 64, True))
+    for k, token in enumerate((5, 6, 7)):
+        assert observe(unwaited, [state], PROMPT + k, FakeSampling([token], 0.25, [PROMPT + k])) == [token]
+    assert state.late == 1, "the newest step's numbers are read with the next forward"
+    unwaited.recorder.finish(state, 4)
+    assert [row["token"] for row in unwaited.rows] == [3, 5, 6, 7]
+    assert [row["second_token"] for row in unwaited.rows[1:]] == [6, 7, 8]
+    assert [row["margin"] for row in unwaited.rows[1:]] == [0.25] * 3
+    assert [row["structural"] for row in unwaited.rows] == [False, True, True, True]
+    assert state.ledger.counters.steps == 4
+
+
+@pytest.mark.parametrize("all_greedy", [True, False])
+def test_without_a_wait_the_argmax_is_enforced_beside_sampled_rows(unwaited: Bench, all_greedy: bool) -> None:
+    gated, sampled = a_state(), a_state(plain=False)
+    for state in (gated, sampled):
+        unwaited.prefill(state, shape=ForwardShape(PROMPT, 64, True))
+    sampling = FakeSampling([3, 3], 3.0, [PROMPT] * 2, all_greedy=all_greedy, drawn=[12, 12])
+    assert observe(unwaited, [gated, sampled], PROMPT, sampling) == ([3, 3] if all_greedy else [3, 12])
+
+
+def test_what_waits_for_its_margin() -> None:
+    """On a GPU these steps stop the host; nothing else does."""
+    bench, state = Bench(isolated=False), a_state()
+    bench.prefill(state, shape=ForwardShape(PROMPT, 64, True))
+    waits: Callable[..., bool] = bench.step._waits
+
+    def opened(position: int, in_class: bool) -> Any:
+        view = ForwardView([state], True, time.time(), True, ForwardShape(1, 1, in_class))
+        return bench.step._open_decode(view, FakeSampling([3], 9.0, [position]))[0]
+
+    assert not waits(opened(PROMPT, True), True), "structural, and nothing is open"
+    assert waits(opened(PROMPT + 1, False), True), "its margin decides"
+    assert waits(opened(PROMPT + 2, True), True), "it read a column that is open"
+    resumed = bench.step._open_prefill(
+        ForwardView([state], False, time.time(), chunks=[Chunk(0, PROMPT + 2, PROMPT, (3, 3))]),
+        FakeSampling([3], 9.0, []),
+    )
+    assert waits(resumed[0], False), "a resumed step is verified before its token is shown"
+    first = bench.step._open_prefill(
+        ForwardView([state], False, time.time(), chunks=[Chunk(0, PROMPT, PROMPT)]), FakeSampling([3], 9.0, [])
+    )
+    assert not waits(first[0], False)

@@ -186,6 +186,13 @@ def test_a_head_of_no_class_takes_its_forward_out_of_the_class(sizes: RowSizes) 
     assert seen == ([8] if sizes.sizes else [3])
 
 
+def test_a_head_of_another_shape_takes_its_forward_out_of_the_class(forward: Running) -> None:
+    forward.ran(8)
+    hidden = torch.ones(2, 3, 4)
+    assert torch.equal(shape_hooks.head(lambda _processor, given: given * 2, None, hidden), hidden * 2)
+    assert not forward.shape().in_class
+
+
 def test_a_batch_of_more_requests_than_the_head_was_probed_for_stays_in_class() -> None:
     """By what was run, not by the number of requests."""
     seen: list[int] = []
