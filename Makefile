@@ -62,11 +62,15 @@ ifeq ($(SET),cpu)
 	else echo "no Triton for $$(uname -sm): its interpreter tests will skip"; fi
 endif
 
+# Tests that share a server run in one process (tests/conftest.py), each process on a core; WORKERS=0 runs all in one.
+WORKERS ?= 2
+SPREAD = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: install lint $(TRITON_STAMP)  ## everything that needs no GPU; of other SGLang versions the contract
-	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest -m 'not versions'
+	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest $(SPREAD) -m 'not versions'
 
 test-unit: install  ## the fast tests alone
-	@$(BIN)/python -m pytest -m 'not server and not browser and not gpu and not versions'
+	@$(BIN)/python -m pytest $(SPREAD) -m 'not server and not browser and not gpu and not versions'
 
 overlays: install  ## SGLang 0.5.20 and 0.5.23 beside the installed one, in .compat/ (600 MB)
 	@$(BIN)/python tests/support/overlays.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import socket
@@ -30,6 +31,21 @@ FLAGS = (
 ATTACK = "<img src=x onerror=\"document.title='attacked'\">"
 
 
+def missing(what: str) -> None:
+    """Skip where a person may do without a browser; fail in CI, where nobody would see that all of this was skipped."""
+    if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def wanted(module: str, what: str) -> Any:
+    """Import what the tests of this folder need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        missing(what)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,7 +55,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def trace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The committed sample run (a made-up one where it is missing), a second run to compare, and a hostile one."""
-    pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+    wanted("streamlit", "the dashboard's extra is not installed")
     import synthetic_runs as synthetic
 
     folder = tmp_path_factory.mktemp("traces")
@@ -47,7 +63,8 @@ def trace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(SAMPLE, folder / "sample")
     else:
         synthetic.write_run(folder / "sample", synthetic.SyntheticSpec(policy="always"))
-    synthetic.write_run(folder / "calibration", synthetic.SyntheticSpec(policy="always"))
+    # As long as a threshold needs.
+    synthetic.write_run(folder / "calibration", synthetic.SyntheticSpec(policy="always", requests=96))
     synthetic.write_run(folder / "stock", synthetic.SyntheticSpec(policy="off"))
     hostile = synthetic.write_run(folder / "hostile", synthetic.SyntheticSpec(policy="always", datasets=(ATTACK,)))
     poison(hostile)
@@ -88,9 +105,9 @@ def address(trace_dir: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
+    api = wanted("playwright.sync_api", "Playwright is not installed (pip install playwright)")
     if not Path(CHROMIUM).exists():
-        pytest.skip(f"{CHROMIUM} is missing (apt-get install chromium, or set MARGINGATE_CHROMIUM)")
+        missing(f"{CHROMIUM} is missing (apt-get install chromium, or set MARGINGATE_CHROMIUM)")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield browser

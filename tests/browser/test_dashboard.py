@@ -28,7 +28,7 @@ def wait_drawn(tab: Any, title: str) -> None:
                 && [...charts].every(c => c.querySelector('.main-svg'));
         }""",
         arg=title,
-        timeout=60_000,
+        timeout=180_000,
     )
 
 
@@ -240,7 +240,7 @@ def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None
         (live / "manifest.json").write_text(json.dumps(manifest))
         shutil.copy(whole / "steps-0001.parquet", live)
         tab.wait_for_function(
-            "old => document.querySelectorAll('.mg-card .sub')[1]?.textContent !== old", arg=before, timeout=20_000
+            "old => document.querySelectorAll('.mg-card .sub')[1]?.textContent !== old", arg=before, timeout=120_000
         )
     finally:
         shutil.rmtree(live)

@@ -13,6 +13,7 @@ from sglang_margingate.bench.servers.client import Prompt
 from sglang_margingate.bench.servers.process import Server, serve
 
 THRESHOLD = 0.0625
+CANONICAL = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +49,16 @@ def log_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The same model without a gate."""
     folder = tmp_path_factory.mktemp("log")
     flags = ["--margingate-policy", "log", "--margingate-trace-dir", str(folder / "traces")]
+    with serve(flags, log=folder / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The gate on the canonical fast path; sixteen requests run at once and more wait. Its map is kept beside its log."""
+    folder = tmp_path_factory.mktemp("canonical")
+    flags = [*CANONICAL, "--margingate-map-dir", str(folder / "maps"), "--margingate-threshold", str(THRESHOLD),
+             "--max-running-requests", "16"]  # fmt: skip
     with serve(flags, log=folder / "server.log") as server:
         yield server
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sglang_margingate.bench.servers.client import Client, Prompt
-from sglang_margingate.bench.servers.process import serve
+from sglang_margingate.bench.servers.process import Server, serve
 from sglang_margingate.cli import main
 from sglang_margingate.demo.paths import model_path
 from sglang_margingate.gate.profile import load_profile
@@ -35,16 +35,11 @@ def flags(tmp: Path, *words: str) -> list[str]:
     return ["--margingate-trace-dir", str(tmp / "traces"), *words]
 
 
-@pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> object:
-    tmp = tmp_path_factory.mktemp("gate")
-    with serve(flags(tmp, "--margingate-threshold", "0.25", "--margingate-audit-rate", "1.0")) as server:
-        yield server
-
-
-def test_gated_server_passes_with_proof(gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gated_server_passes_with_proof(
+    gate_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = tmp_path / "check.json"
-    assert main(["check", "--base-url", gate.base_url, *FEW, "--repeats", "1", "--json", str(report)]) == 0
+    assert main(["check", "--base-url", gate_server.base_url, *FEW, "--repeats", "1", "--json", str(report)]) == 0
     found = json.loads(report.read_text())
     assert found["batches"]["source"] == "/margingate/status batch_rows"
     assert found["batches"]["largest"] >= 8
@@ -52,17 +47,19 @@ def test_gated_server_passes_with_proof(gate, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.startswith("PASS: 12/12 prompts")
 
 
-def test_gated_server_passes_over_the_openai_api(gate, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gated_server_passes_over_the_openai_api(gate_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--api", "openai", "--phases", "alone,together", "--repeats", "1"]
-    assert main(["check", "--base-url", gate.base_url, *FEW, *words]) == 0
+    assert main(["check", "--base-url", gate_server.base_url, *FEW, *words]) == 0
     assert "token ids and finish reasons" in capsys.readouterr().out
 
 
-def test_other_traffic_beside_alone_is_named(gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_traffic_beside_alone_is_named(
+    gate_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stop = threading.Event()
 
     def neighbour() -> None:
-        client = Client(gate.base_url)
+        client = Client(gate_server.base_url)
         while not stop.is_set():
             client.generate(Prompt("n", "Write a short story about a duck.", "story"), 32)
 
@@ -70,7 +67,7 @@ def test_other_traffic_beside_alone_is_named(gate, tmp_path: Path, capsys: pytes
     thread.start()
     try:
         words = ["--phases", "alone,together", "--repeats", "1", "--expect-fail"]
-        assert main(["check", "--base-url", gate.base_url, *FEW, *words]) == 2
+        assert main(["check", "--base-url", gate_server.base_url, *FEW, *words]) == 2
     finally:
         stop.set()
         thread.join()
@@ -78,10 +75,10 @@ def test_other_traffic_beside_alone_is_named(gate, tmp_path: Path, capsys: pytes
     assert "INVALID: alone was not alone: other requests ran in " in out
 
 
-def test_stock_bench_serving_runs_against_a_cpu_server(gate, tmp_path: Path) -> None:
+def test_stock_bench_serving_runs_against_a_cpu_server(gate_server: Server, tmp_path: Path) -> None:
     out = tmp_path / "serving.jsonl"
     command = [sys.executable, "-m", "sglang_margingate.stock", "bench_serving", "--backend", "sglang"]
-    command += ["--base-url", gate.base_url, "--model", str(model_path()), "--dataset-name", "random-ids"]
+    command += ["--base-url", gate_server.base_url, "--model", str(model_path()), "--dataset-name", "random-ids"]
     command += ["--num-prompts", "8", "--random-input-len", "24", "--random-output-len", "8"]
     done = subprocess.run([*command, "--output-file", str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -89,19 +86,29 @@ def test_stock_bench_serving_runs_against_a_cpu_server(gate, tmp_path: Path) -> 
 
 
 def test_a_small_calibration_confirms_nothing_and_resumes(
-    gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gate_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "profile.json"
-    words = ["calibrate", "--base-url", gate.base_url, "--dataset", "arith", "--transfer", "story", "--limit", "6"]
+    words = [
+        "calibrate",
+        "--base-url",
+        gate_server.base_url,
+        "--dataset",
+        "arith",
+        "--transfer",
+        "story",
+        "--limit",
+        "6",
+    ]
     words += ["--max-tokens", "24", "-o", str(out)]
     assert main(words) == 1
     assert "arith: sample too small: " in capsys.readouterr().out
     profile = load_profile(out)
     assert (profile.model, profile.dtype, profile.repair) == ("margingate-demo", "bfloat16", "window")
     assert (profile.datasets, profile.default_threshold) == ({}, 0.5)
-    before = gate.client.status()["totals"]["requests"]
+    before = gate_server.client.status()["totals"]["requests"]
     assert main(words) == 1
-    assert gate.client.status()["totals"]["requests"] == before, "everything had been measured"
+    assert gate_server.client.status()["totals"]["requests"] == before, "everything had been measured"
     assert "going on with" in capsys.readouterr().err
 
 

@@ -23,13 +23,6 @@ LONG = 1500
 
 
 @pytest.fixture(scope="module")
-def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("canonical")
-    with serve([*FLAGS, *maps_in(folder)], log=folder / "server.log") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def split_server(tmp_path_factory: pytest.TempPathFactory, canonical_server: Server) -> Iterator[Server]:
     """One layer sums in another order for 20 rows and fewer: two classes where the kept map says one."""
     folder = tmp_path_factory.mktemp("split")

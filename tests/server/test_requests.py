@@ -101,7 +101,7 @@ def test_openai_requests_are_gated(gate_server: Server) -> None:
         "messages": [{"role": "user", "content": "Tell me a story."}], "custom_params": {"margingate_dataset": "openai"},
     }  # fmt: skip
     before = gate_server.client.status()["totals"]["steps"]
-    answer = requests.post(gate_server.base_url + "/v1/chat/completions", json=body, timeout=60)
+    answer = requests.post(gate_server.base_url + "/v1/chat/completions", json=body, timeout=300)
     assert answer.status_code == 200
     assert gate_server.client.status()["totals"]["steps"] > before
 
@@ -121,15 +121,14 @@ def test_disconnects_leave_nothing_behind(gate_server: Server, prompts: list[Pro
     def hang_up(i: int) -> None:
         body = {"text": prompts[i % len(prompts)].text, "stream": True,
                 "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}}  # fmt: skip
-        with requests.post(gate_server.base_url + "/generate", json=body, stream=True, timeout=60) as answer:
+        with requests.post(gate_server.base_url + "/generate", json=body, stream=True, timeout=300) as answer:
             for n, _ in enumerate(answer.iter_lines()):
                 if n > 2 + i % 5:
                     break
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(hang_up, range(24)))
-    deadline = time.monotonic() + 60
-    while not gate_server.client.flush_cache() and time.monotonic() < deadline:
+    while not gate_server.client.flush_cache():
         time.sleep(0.5)
     time.sleep(2)  # the leak check runs when the scheduler is idle
     assert gate_server.alive()
@@ -139,7 +138,7 @@ def test_disconnects_leave_nothing_behind(gate_server: Server, prompts: list[Pro
 
 def test_streaming_carries_the_summary_at_the_end(gate_server: Server, prompts: list[Prompt]) -> None:
     body = {"text": prompts[0].text, "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 12}}
-    with requests.post(gate_server.base_url + "/generate", json=body, stream=True, timeout=60) as answer:
+    with requests.post(gate_server.base_url + "/generate", json=body, stream=True, timeout=300) as answer:
         chunks = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith(b"data: {")]
     assert all("margingate" not in c["meta_info"] for c in chunks[:-1])
     assert chunks[-1]["meta_info"]["margingate"]["steps"] == 12

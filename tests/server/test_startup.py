@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from sglang_process import SGLangProcess
 
 from sglang_margingate.bench.servers.client import ServerError
 from sglang_margingate.bench.servers.process import serve
@@ -36,24 +36,37 @@ REFUSED = [
 ]
 
 
-def start(flags: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sglang_margingate.launch_server", "--margingate-trace", "off", *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})}, check=False
-    )
+START = """
+import sys
+from sglang_margingate.launch_server import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The front door, in a fork of a process that has imported SGLang already: what is refused is refused before more is started."""
+
+
+def start(sglang: SGLangProcess, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return sglang.run(START, "--margingate-trace", "off", *flags, env=env)
 
 
 @pytest.mark.parametrize(("flags", "names"), REFUSED)
-def test_wrong_flags_are_refused_in_one_line(flags: list[str], names: str) -> None:
-    done = start(flags)
+def test_wrong_flags_are_refused_in_one_line(sglang: SGLangProcess, flags: list[str], names: str) -> None:
+    done = start(sglang, *flags)
     assert done.returncode == 2, done.stderr[-2000:]
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("margingate: error:")
     assert names in last
 
 
-def test_a_variable_that_chooses_kernels_is_refused() -> None:
-    done = start([], {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"})
+def test_the_command_itself_refuses_in_one_line() -> None:
+    command = [sys.executable, "-m", "sglang_margingate.launch_server", "--enable-mixed-chunk"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("margingate: error: --enable-mixed-chunk")
+
+
+def test_a_variable_that_chooses_kernels_is_refused(sglang: SGLangProcess) -> None:
+    done = start(sglang, SGLANG_FORCE_FUSED_OP_BACKEND="torch")
     assert done.returncode == 2, done.stderr[-2000:]
     assert "SGLANG_FORCE_FUSED_OP_BACKEND=torch" in done.stderr.strip().splitlines()[-1]
 
@@ -69,7 +82,7 @@ def test_a_profile_longer_than_a_variable_may_be_is_served(tmp_path: Path) -> No
     private = tmp_path / "private"
     private.mkdir()
     with serve(flags, log=tmp_path / "server.log", env={"TMPDIR": str(private)}) as server:
-        status = httpx.get(f"{server.base_url}/margingate/status", timeout=30).json()
+        status = httpx.get(f"{server.base_url}/margingate/status", timeout=300).json()
         handed_over = list(private.glob("margingate-*/config.json"))
         assert [path.stat().st_mode & 0o777 for path in handed_over] == [0o600]
     assert status["threshold"] == 0.125
@@ -79,10 +92,10 @@ def test_a_profile_longer_than_a_variable_may_be_is_served(tmp_path: Path) -> No
     assert not list(private.glob("margingate-*"))
 
 
-def test_a_trace_dir_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_trace_dir_that_cannot_be_written_is_refused(sglang: SGLangProcess, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    done = start(["--margingate-trace", "on", "--margingate-trace-dir", str(blocker / "traces")])
+    done = start(sglang, "--margingate-trace", "on", "--margingate-trace-dir", str(blocker / "traces"))
     assert done.returncode == 2
     assert "--margingate-trace-dir" in done.stderr.strip().splitlines()[-1]
 

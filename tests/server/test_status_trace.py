@@ -21,7 +21,7 @@ def test_status_names_policy_self_test_and_versions(gate_server: Server) -> None
 
 def test_metrics_carry_our_prefix(gate_server: Server, prompts: list[Prompt]) -> None:
     gate_server.client.generate(prompts[2], max_new_tokens=64)
-    text = requests.get(gate_server.base_url + "/metrics", timeout=30).text
+    text = requests.get(gate_server.base_url + "/metrics", timeout=300).text
     for name in ("steps", "triggers", "flips", "missed", "verify_passes", "verify_rows", "verify_seconds"):
         assert f"margingate_{name}_total" in text, name
 
@@ -30,12 +30,11 @@ def test_the_trace_tells_what_the_response_told(gate_server: Server, prompts: li
     done = gate_server.client.generate(prompts[5], max_new_tokens=80, custom={"margingate_dataset": "traced"})
     rid = done.meta["id"]
     path = gate_server.client.status()["trace"]["path"]
-    deadline = time.monotonic() + 30
     while True:
         run = read_run(path)
         requests_seen = run.requests[run.requests.request_id == rid]
         steps = run.steps[run.steps.request_id == rid].sort_values("step")
-        if (len(requests_seen) and len(steps) >= len(done.tokens)) or time.monotonic() > deadline:
+        if len(requests_seen) and len(steps) >= len(done.tokens):
             break
         time.sleep(1)
     assert steps.token.tolist() == list(done.tokens)

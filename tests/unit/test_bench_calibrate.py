@@ -146,11 +146,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         # A shell without job control starts background jobs, CI's among them, with SIGINT ignored; a terminal does not.
         terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=terminal) as process:
-            end = time.monotonic() + 60
-            while fake.served < 6 and time.monotonic() < end:
+            while fake.served < 6:
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=30)
+            _, error = process.communicate()
     assert process.returncode == 130
     kept = len(out.with_name("p.json.samples.jsonl").read_text().splitlines()) - 1
     assert kept >= 4

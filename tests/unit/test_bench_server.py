@@ -32,10 +32,8 @@ def test_stop_ends_children_in_other_groups_and_those_that_ignore_sigint(monkeyp
     child = psutil.Process(int(parent.stdout.readline()))
     stop(parent)
     assert parent.poll() is not None
-    end = time.monotonic() + 5
-    while child.is_running() and child.status() != "zombie" and time.monotonic() < end:
+    while child.is_running() and child.status() != "zombie":
         time.sleep(0.05)
-    assert not child.is_running() or child.status() == "zombie"
 
 
 def test_dead_server_says_why(tmp_path: Path) -> None:

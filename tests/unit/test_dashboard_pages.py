@@ -175,7 +175,7 @@ SCENARIOS: list[Callable[[Path], None]] = [
 
 def open_app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setenv("MARGINGATE_TRACE_DIR", str(folder))
-    return AppTest.from_file(str(APP), default_timeout=60)
+    return AppTest.from_file(str(APP), default_timeout=300)
 
 
 @pytest.mark.parametrize("make", SCENARIOS, ids=lambda f: f.__name__)

@@ -24,7 +24,7 @@ def test_draws_do_not_depend_on_order_company_or_process() -> None:
     assert {p: b.draw(*p) for p in pairs} == first
     code = "from sglang_margingate.gate.audit import *; s = AuditSampler(0.05, 7); "
     code += "print(sum(s.draw(f'req-{i}', t) for i in range(50) for t in range(40)))"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(out.stdout) == sum(first.values()), "Python's own hash would differ from process to process"
 
 

@@ -33,8 +33,10 @@ import copy, dataclasses
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.serving.frontdoor import parse
+from sglang_margingate.settings import manifest
 from sglang_margingate.settings.manifest import run_facts, server_facts
 from sglang_margingate.settings.support import check_server_args
+manifest.versions = dict  # they read files, and thousands of times what no setting changes
 config, flags, _ = parse(["--device", "cpu", "--margingate-allow-untested"])
 plain = prepare_server_args(flags)
 MARKER = {MARKER!r}

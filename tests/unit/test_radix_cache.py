@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang_process import SGLangProcess
 
 from sglang_margingate.runtime.namespaces import namespace, opened_gated
 
@@ -19,11 +17,9 @@ KEYS = [None, "", "k", "margingate:fast", "margingate:fast:k", namespace(True, N
 
 
 @pytest.fixture(scope="module")
-def scenes() -> dict[str, dict[str, int]]:
+def scenes(sglang: SGLangProcess) -> dict[str, dict[str, int]]:
     program = Path(__file__).parents[1] / "support" / "radix_scenarios.py"
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return sglang.value("import runpy; runpy.run_path(sys.argv[1], run_name='__main__')", str(program))
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sglang_process import SGLangProcess
 
 from sglang_margingate.config import ConfigError, FastPathMode, Keep, MarginGateConfig, Policy, Radix
 
@@ -203,11 +204,8 @@ def test_attention_on_a_gpu_is_touched_where_something_is_promised(
     ],
     ids=["the plugin did not load", "nothing registered", "target gone"],
 )
-def test_a_hook_that_did_not_attach_is_refused(replace: str, says: str) -> None:
-    """In a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
+def test_a_hook_that_did_not_attach_is_refused(sglang: SGLangProcess, replace: str, says: str) -> None:
     code = f"""
-from sglang_margingate.serving.cpu import install_stand_ins
-install_stand_ins()
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.serving import hook_table, hooks
 gone = hooks.Hook("sglang.srt.plugins.nothing", "after", print, (hooks.LAUNCHER,), "a test", "never")
@@ -217,17 +215,15 @@ try:
 except hooks.HookError as error:
     print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = sglang.run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert "refused:" in done.stdout
     assert says in done.stdout
 
 
 @needs_sglang
-def test_layers_that_the_probe_does_not_know_are_named() -> None:
-    """In a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
+def test_layers_that_the_probe_does_not_know_are_named(sglang: SGLangProcess) -> None:
     code = """
-from sglang_margingate.serving.cpu import install_stand_ins
-install_stand_ins()
 import torch
 from sglang_margingate.serving.engines import unknown_layers
 plain = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4))
@@ -237,7 +233,8 @@ print(unknown_layers(odd))
 odd.lm_head = plain
 print(unknown_layers(odd))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = sglang.run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
         "['1 (Conv1d)']",
         "['1 (Conv1d)', 'lm_head (Sequential without a weight or a logits processor)']",
@@ -246,11 +243,9 @@ print(unknown_layers(odd))
 
 @needs_sglang
 @pytest.mark.parametrize(("fp32", "method"), [(False, "matmul"), (True, "matmul in fp32")])
-def test_the_probe_multiplies_through_the_servers_own_head(fp32: bool, method: str) -> None:
-    """In a process of its own, as above: with --enable-fp32-lm-head the head has another map, of what is really run."""
+def test_the_probe_multiplies_through_the_servers_own_head(sglang: SGLangProcess, fp32: bool, method: str) -> None:
+    """With --enable-fp32-lm-head the head has another map, of what is really run."""
     code = f"""
-from sglang_margingate.serving.cpu import install_stand_ins
-install_stand_ins()
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang_margingate.canonical.layer_probe import probe_layers
@@ -265,7 +260,8 @@ x = torch.randn(3, 64).bfloat16()
 print(kind.describe(), kind.apply(x, None).dtype, torch.equal(kind.apply(x, None), processor._compute_lm_head(x, model.lm_head)))
 print(sorted(probe_layers([kind], [1, 2, 3], {{}}).layers[0].labels))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = sglang.run(code)
+    assert done.returncode == 0, done.stderr[-2000:]
     dtype = "torch.float32" if fp32 else "torch.bfloat16"
     assert done.stdout.splitlines() == [f"bfloat16, {method}, no bias {dtype} True", "[1, 2, 3]"]
 
@@ -298,10 +294,10 @@ def test_a_prefill_that_really_left_the_class_is_noted(monkeypatch: pytest.Monke
 def test_rooms_do_not_shadow_packages() -> None:
     """SGLang imports Hugging Face's `kernels`; our folder of that name must stay a plain folder."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    for name in ("kernels", "dashboard", "tests", "traces"):
-        code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s is None or s.origin is None or {str(ROOT)!r} not in s.origin)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "True", name
+    names = ("kernels", "dashboard", "tests", "traces")
+    code = f"import importlib.util as u; print(*[s.origin for s in map(u.find_spec, {names}) if s and s.origin], sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not [origin for origin in done.stdout.splitlines() if Path(origin).is_relative_to(ROOT)]
 
 
 def test_the_plugin_is_inert_without_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

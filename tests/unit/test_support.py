@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from sglang_process import SGLangProcess
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
 from sglang_margingate.settings import support
@@ -28,27 +28,13 @@ GATE = MarginGateConfig()
 UNTESTED = MarginGateConfig(allow_untested=True)
 LOG = MarginGateConfig(policy=Policy.LOG)
 
-IN_SGLANG = """
-import dataclasses, json, sys
-from sglang_margingate.serving.cpu import install_stand_ins
-install_stand_ins()
-from sglang.srt.server_args import ServerArgs, prepare_server_args
-from sglang_margingate.serving.frontdoor import parse
-from sglang_margingate.settings.support import check_server_args
-"""
-
-
-def in_sglang(code: str, *argv: str) -> Any:
-    """Run code in a process of its own: importing SGLang here would leave its stand-ins to the other tests."""
-    done = subprocess.run([sys.executable, "-c", IN_SGLANG + code, *argv], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
 
 @pytest.fixture(scope="module")
-def fields() -> dict[str, Any]:
+def fields(sglang: SGLangProcess) -> dict[str, Any]:
     """Return SGLang's settings with their defaults."""
-    return in_sglang(
+    return sglang.value(
+        "import dataclasses\n"
+        "from sglang.srt.server_args import ServerArgs\n"
         "print(json.dumps({f.name: None if f.default is dataclasses.MISSING else f.default"
         " for f in dataclasses.fields(ServerArgs)}))"
     )
@@ -214,9 +200,12 @@ RESOLVED = [
 
 
 @pytest.fixture(scope="module")
-def resolved() -> list[Any]:
+def resolved(sglang: SGLangProcess) -> list[Any]:
     """Return what the checks say of each command line of RESOLVED."""
     code = """
+from sglang.srt.server_args import prepare_server_args
+from sglang_margingate.serving.frontdoor import parse
+from sglang_margingate.settings.support import check_server_args
 found = []
 for argv in json.loads(sys.argv[1]):
     try:
@@ -226,7 +215,7 @@ for argv in json.loads(sys.argv[1]):
         found.append(str(error))
 print(json.dumps(found))
 """
-    return in_sglang(code, json.dumps([argv for argv, _ in RESOLVED]))
+    return sglang.value(code, json.dumps([argv for argv, _ in RESOLVED]))
 
 
 @needs_sglang
@@ -272,10 +261,16 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_model(model(device="cuda"), GATE) == []
 
 
+def hide_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the SGLang that another test imported, parts and whole, until this test has ended."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == "sglang"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put a folder with a tested SGLang in front of the path, alone with its metadata."""
-    monkeypatch.delitem(sys.modules, "sglang", raising=False)
+    hide_sglang(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     add(tmp_path, "0.5.17")
@@ -351,7 +346,7 @@ def test_an_overlay_of_another_python_is_refused_in_one_line(
 
 
 def test_sglang_without_metadata_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "sglang", raising=False)
+    hide_sglang(monkeypatch)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match="not installed"):
         check_host(GATE)
@@ -401,7 +396,7 @@ def test_a_plugin_of_others(site: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_sglang
-def test_the_variables_of_the_table_exist() -> None:
+def test_the_variables_of_the_table_exist(sglang: SGLangProcess) -> None:
     """A mistyped name would never be refused."""
     from sglang_margingate.settings.rules import ENVIRONMENT
 
@@ -409,5 +404,5 @@ def test_the_variables_of_the_table_exist() -> None:
 from sglang.srt.environ import envs
 print(json.dumps(sorted(dir(type(envs)))))
 """
-    known = {*in_sglang(code), "SGLANG_USE_CPU_ENGINE"}  # read before SGLang's own list exists
+    known = {*sglang.value(code), "SGLANG_USE_CPU_ENGINE"}  # read before SGLang's own list exists
     assert [name for rule in ENVIRONMENT for name in rule.names if name not in known] == []

@@ -122,8 +122,7 @@ def test_live_reading_while_writing(tmp_path: Path) -> None:
         thread.start()
         seen: list[int] = []
         polls = 0
-        end = time.monotonic() + 30
-        while (len(seen) < 3000 or polls < 3) and time.monotonic() < end:
+        while len(seen) < 3000 or polls < 3:
             part = follower.poll()
             assert part.warnings == []
             polls += bool(len(part.steps))

@@ -190,8 +190,9 @@ def test_the_server_hands_its_limits_to_the_writer(tmp_path: Path, monkeypatch: 
     given: list[object] = []
     monkeypatch.setattr("sglang_margingate.trace.TraceWriter", lambda *args, **kwargs: given.append(kwargs["keep"]))
     monkeypatch.setattr(setup, "run_facts", lambda *args: {})
+    monkeypatch.setattr(setup.sgl, "tp_rank", lambda: 0)
     config = MarginGateConfig(trace_dir=str(tmp_path), trace_keep=parse_keep("2d"))
-    scheduler = SimpleNamespace(ps=SimpleNamespace(tp_rank=0), server_args=None)
+    scheduler = SimpleNamespace(server_args=None)
     arguments = [config, scheduler, *[None] * (len(inspect.signature(setup._writer).parameters) - 2)]
     setup._writer(*arguments)
     assert given == [parse_keep("2d")]

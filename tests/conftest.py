@@ -1,0 +1,58 @@
+"""What all tests share: how they are spread over processes, and one process that holds SGLang."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sglang_process import SGLangProcess
+
+TESTS = Path(__file__).parent
+
+GROUPS = {
+    "canonical_server": "canonical",
+    "log_server": "canonical",  # one test compares the two
+    "gate_server": "gate",
+    "address": "browser",
+    "sglang": "sglang",
+}
+"""Fixtures that take seconds to make, and the group of the tests that use them: one process runs a group, and makes them once.
+
+Groups stand in the order in which they are begun: the longest first.
+"""
+LAST = len(GROUPS) + 1
+
+
+def pytest_configure() -> None:
+    """Heed SIGINT: a background shell has it ignored, which every process that a test starts would inherit."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def place(item: pytest.Item) -> tuple[int, str | None]:
+    """Return when a test's turn is, and its group; None for one that runs wherever there is room."""
+    for turn, (fixture, group) in enumerate(GROUPS.items()):
+        if fixture in getattr(item, "fixturenames", ()):
+            return turn, group
+    name = item.path.relative_to(TESTS)
+    return (LAST - 1, None) if name.parts[0] == "server" else (LAST, name.as_posix())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what starts servers first: it takes longest, and the many short tests fill what is left of the processes' time."""
+    places = {item: place(item) for item in items}
+    for item, (_, group) in places.items():
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: places[item][0])
+
+
+@pytest.fixture(scope="session")
+def sglang() -> Iterator[SGLangProcess]:
+    """A process that has imported SGLang: code that needs it runs in a fork of it."""
+    process = SGLangProcess()
+    yield process
+    process.close()
