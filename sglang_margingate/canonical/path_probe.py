@@ -48,6 +48,8 @@ class PathProbe:
         self.length = min(wanted, table.shape[1] - 1, engine.capacity // (COMPANIONS + 2))
         if most_tokens is not None:
             self.length = min(self.length, most_tokens // (COMPANIONS + 1))
+        self.most_running = table.shape[0] - 1
+        """One row of the table is SGLang's padding, and its buffers hold as many requests as the others."""
         self.table_rows = min(table.shape[0], 1 + max(engine.rows, most_rows))
         generator = torch.Generator().manual_seed(4)
         self.tokens = torch.randint(0, engine.vocab_size, (COMPANIONS + 1, self.length + 1), generator=generator)
@@ -58,6 +60,8 @@ class PathProbe:
     def prefill_holds(self) -> str | None:
         """Return what changed a prompt's bits, or None when nothing did."""
         n = self.length
+        if self.most_running <= COMPANIONS:
+            return f"what could not be tried: only {self.most_running} may run at once"
         if n < 16:
             return f"what could not be tried: pool and chunks leave only {n} tokens a prompt"
         with lent_table(self.engine.table, self._own_slots()):
@@ -185,7 +189,7 @@ def try_fast_path(
         batched = broken is None
         if broken is not None:
             said.append(f"prefill depends on {broken}; gated prompts are prefilled one at a time, in chunks")
-        sizes = _decode_sizes(classes, graphs, probe.table_rows)
+        sizes = _decode_sizes(classes, graphs, min(probe.table_rows, probe.most_running))
         broken = probe.decode_holds(sizes) if sizes else "every size"
         decode_ok = broken is None
         if broken is not None:

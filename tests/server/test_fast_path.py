@@ -156,14 +156,6 @@ def test_attention_that_depends_on_the_batch_is_found_and_gated(tmp_path: Path, 
         assert all(a.same_as(b) for a, b in zip(alone, together))
 
 
-def test_policies_without_a_gate_are_refused(tmp_path: Path) -> None:
-    from sglang_margingate.bench.servers.client import ServerError
-
-    flags = ["--margingate-policy", "log", "--margingate-fast-path", "canonical"]
-    with pytest.raises(ServerError, match="--margingate-fast-path"), serve(flags, log=tmp_path / "server.log"):
-        pass
-
-
 def test_the_map_is_kept_in_a_file_that_says_what_it_is_bound_to(canonical_server: Server) -> None:
     found, path = map_of(canonical_server), the_map_file(canonical_server)
     assert (found["file"], found["checked_seconds"]) == (str(path), None)

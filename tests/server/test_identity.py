@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sglang_margingate.bench.servers.client import Client, Completion, Prompt, r
 from sglang_margingate.bench.servers.process import Server, serve
 
 CONCURRENCY = 16
+POISON = 7
 
 
 def differences(alone: list[Completion], other: list[Completion]) -> list[str]:
@@ -62,33 +64,39 @@ def test_the_ungated_server_fails_the_same_test(log_server: Server, prompts: lis
     assert {c.margingate["guarantee"] for c in together} == {"none"}
 
 
-def test_poisoned_fast_path_is_repaired(gate_server: Server, prompts: list[Prompt], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def poisoned_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Every 7th step the fast path picks the runner-up and spoils its K/V column; the verify must restore both."""
-    few = prompts[:6]
-    clean = run_alone(gate_server.client, few, max_new_tokens=60, custom={"margingate_policy": "always"})
-    env = {"MARGINGATE_TEST_POISON": "7", "MARGINGATE_KV_DIGEST": "1"}
-    with serve(
-        ["--margingate-policy", "always", "--margingate-trace", "off"], log=tmp_path / "server.log", env=env
-    ) as bad:
-        repaired = run_together(bad.client, few, 6, max_new_tokens=60)
-        ungated = run_alone(bad.client, few[:2], max_new_tokens=60, custom={"margingate_policy": "log"})
+    flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-trace", "off"]
+    env = {"MARGINGATE_TEST_POISON": str(POISON), "MARGINGATE_KV_DIGEST": "1"}
+    with serve(flags, log=tmp_path_factory.mktemp("poisoned") / "server.log", env=env) as server:
+        yield server
+
+
+def poisoned_steps(clean: list[Completion]) -> int:
+    return sum((len(c.tokens) - 1) // POISON for c in clean)
+
+
+def test_poisoned_fast_path_is_repaired(gate_server: Server, poisoned_server: Server, prompts: list[Prompt]) -> None:
+    few, always = prompts[:6], {"margingate_policy": "always"}
+    clean = run_alone(gate_server.client, few, max_new_tokens=60, custom=always)
+    repaired = run_together(poisoned_server.client, few, 6, max_new_tokens=60, custom=always)
+    ungated = run_alone(poisoned_server.client, few[:2], max_new_tokens=60, custom={"margingate_policy": "log"})
     assert differences(clean, repaired) == []
     assert [c.margingate["kv_digest"] for c in clean] == [c.margingate["kv_digest"] for c in repaired]
-    poisoned = sum((len(c.tokens) - 1) // 7 for c in clean)
     # At a natural near tie the runner-up that the poison lifted may be the verify's own choice: no flip there.
+    poisoned = poisoned_steps(clean)
     assert poisoned * 0.8 <= sum(c.margingate["flips"] for c in repaired) <= poisoned * 1.2
     assert differences(clean[:2], ungated), "the poison does nothing, so the repair proves nothing"
+    assert {c.margingate["guarantee"] for c in repaired} == {"none"}, "a server with a fault put in claims nothing"
 
 
 def test_poisoned_gate_repairs_what_its_margin_shows(
-    prompts: list[Prompt], gate_server: Server, tmp_path: Path
+    gate_server: Server, poisoned_server: Server, prompts: list[Prompt]
 ) -> None:
     """The poison leaves a near tie, so the gate must catch every poisoned step by its margin alone."""
     few = prompts[:6]
     clean = run_alone(gate_server.client, few, max_new_tokens=60)
-    flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-trace", "off"]
-    with serve(flags, log=tmp_path / "server.log", env={"MARGINGATE_TEST_POISON": "11"}) as bad:
-        repaired = run_together(bad.client, few, 6, max_new_tokens=60)
+    repaired = run_together(poisoned_server.client, few, 6, max_new_tokens=60)
     assert differences(clean, repaired) == []
-    poisoned = sum((len(c.tokens) - 1) // 11 for c in clean)
-    assert sum(c.margingate["flips"] for c in repaired) >= poisoned * 0.8
+    assert sum(c.margingate["flips"] for c in repaired) >= poisoned_steps(clean) * 0.8

@@ -12,6 +12,9 @@ LeakExtend = Callable[[Sequence[Extend]], float]
 LeakDecode = Callable[[int], float]
 
 
+HELD = "SGLang's buffers hold one request fewer than its table has rows"
+
+
 class FakeEngine:
     """An :class:`~sglang_margingate.canonical.engine.Engine` with one layer whose column is its token, position and leak.
 
@@ -50,6 +53,7 @@ class FakeEngine:
         self.forwards: list[list[Extend]] = []
 
     def extend(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
+        assert len(parts) < len(self.table), HELD
         self.forwards.append(list(parts))
         leak = self.extend_leak(parts)
         for part in parts:
@@ -58,6 +62,7 @@ class FakeEngine:
         return torch.stack([self._logits(part.row, part.end, leak) for part in parts])
 
     def decode(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
+        assert len(tokens) < len(self.table), HELD
         return self._step(requests, positions, tokens, self.decode_leak(len(tokens)))
 
     def verify(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:

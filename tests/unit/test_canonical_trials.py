@@ -38,6 +38,16 @@ def test_a_server_whose_bits_depend_on_nothing_is_batched_and_in_class() -> None
     assert max(map(tokens_of, engine.forwards)) <= max(SIZES.sizes)
 
 
+@pytest.mark.parametrize("most_running", [1, 2, 3, 7, 16, 17, 32])
+def test_no_more_requests_are_tried_than_may_run(most_running: int) -> None:
+    tried: list[int] = []
+    engine = FakeEngine(decode_leak=lambda rows: tried.append(rows) or 0.0, requests=most_running + 1)
+    found = try_fast_path(CLASSES, engine, CHUNK)
+    assert found.decode_ok
+    assert max(tried) <= most_running
+    assert found.prefill == ("batched" if most_running > 3 else "grid"), "what could not be tried is not claimed"
+
+
 @pytest.mark.parametrize(
     ("leak", "says"),
     [
