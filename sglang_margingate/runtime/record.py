@@ -138,7 +138,7 @@ class Recorder:
                 at = row.index
                 row.fast_token, row.second_token, row.margin = numbers.token[at], numbers.second[at], numbers.margin[at]
                 row.token = state.last_token = numbers.chosen[at]
-            if state.closed:
+            if state.closed or row.step >= state.most_tokens:
                 continue  # overlap ran one step too many
             if state.pending is not None:
                 self._commit(state)

@@ -33,6 +33,8 @@ class Opened:
     """It brings a custom logit processor."""
     penalised: bool = False
     """It asks for frequency, presence or repetition penalties."""
+    most_tokens: int | None = None
+    """Tokens that it asks for at most."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Requests:
         ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._opened)
         state = RequestState(ledger, hidden=hidden, plain=new.greedy and not new.custom_processor)
         state.penalised = new.penalised
+        if new.most_tokens is not None:
+            state.most_tokens = new.most_tokens
         if params.return_steps:
             state.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
         return state

@@ -122,6 +122,8 @@ class RequestState:
     """A health check of SGLang's: in no count and in no trace."""
     plain: bool = True
     """Its tokens are the argmax of logits that we can compute: neither sampled nor behind a logit processor of its own."""
+    most_tokens: int = 1 << 30
+    """Tokens that it asked for at most: what overlap computes beyond them is never shown."""
     pending: StepRow | None = None
     """The newest step, until it is known whether its token is shown."""
     late: int = 0

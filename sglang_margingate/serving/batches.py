@@ -169,7 +169,7 @@ def opened(req: Any) -> Opened:
     penalised = params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
     return Opened(
         req.rid, params.custom_params, params.top_k <= 1, float(params.temperature), params.sampling_seed,
-        req.custom_logit_processor is not None, penalised,
+        req.custom_logit_processor is not None, penalised, params.max_new_tokens,
     )  # fmt: skip
 
 

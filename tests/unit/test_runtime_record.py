@@ -97,6 +97,17 @@ def test_an_extra_overlapped_step_is_never_counted() -> None:
     assert state.last_token_time == pytest.approx(sink.rows[-1]["time"])
 
 
+def test_a_request_that_wanted_no_token_has_no_step() -> None:
+    """Its prefill is sampled beside others, and overlap decodes once more: neither token is shown."""
+    recorder, sink = a_recorder()
+    state = a_state()
+    state.most_tokens = 0
+    choose(recorder, state, 0)
+    choose(recorder, state, 1)
+    recorder.finish(state, 0)
+    assert (sink.rows, state.ledger.counters.steps, state.first_token_time) == ([], 0, None)
+
+
 def test_a_retraction_drops_the_step_in_flight_and_keeps_what_was_shown() -> None:
     recorder, sink = a_recorder()
     state = a_state()
