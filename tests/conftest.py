@@ -15,6 +15,7 @@ GROUPS = {
     "canonical_server": "canonical",
     "log_server": "canonical",  # one test compares the two
     "gate_server": "gate",
+    "audit_server": "audit",
     "address": "browser",
     "sglang": "sglang",
 }

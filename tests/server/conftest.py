@@ -64,6 +64,15 @@ def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 
 
 @pytest.fixture(scope="session")
+def audit_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Every step is audited, and no audit is ever long enough to show what is asked for."""
+    folder = tmp_path_factory.mktemp("audit")
+    flags = ["--margingate-audit-rate", "1", "--margingate-max-miss", "0.00001", "--margingate-trace", "off"]
+    with serve([*flags, "--enable-metrics"], log=folder / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
     """A few held-out prompts of each dataset."""
     return demo_prompts(24)

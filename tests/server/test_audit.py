@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import requests
 
 from sglang_margingate.bench.servers.client import Prompt
-from sglang_margingate.bench.servers.process import serve
+from sglang_margingate.bench.servers.process import Server
 
 
-def test_a_bound_above_the_limit_costs_the_guarantee_and_is_said(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_a_bound_above_the_limit_costs_the_guarantee_and_is_said(audit_server: Server, prompts: list[Prompt]) -> None:
     """So few audited steps cannot show so small a share, though none of them flipped; before any, nothing is shown at all."""
-    log = tmp_path / "server.log"
-    flags = ["--margingate-audit-rate", "1", "--margingate-max-miss", "0.00001", "--margingate-trace", "off"]
-    with serve([*flags, "--enable-metrics"], log=log) as server:
-        done = [server.client.generate(p, 16).margingate for p in prompts[:3]]
-        metrics = requests.get(server.base_url + "/metrics", timeout=300).text
+    done = [audit_server.client.generate(p, 16).margingate for p in prompts[:3]]
+    metrics = requests.get(audit_server.base_url + "/metrics", timeout=300).text
     assert sum(d["audited"] for d in done) > 0
     assert [d["guarantee"] for d in done] == ["none"] * 3
     assert all("--margingate-max-miss" in d["guarantee_note"] for d in done)
-    assert log.read_text().count("claim no guarantee") == 1
+    assert audit_server.log_path.read_text().count("claim no guarantee") == 1
     assert "margingate_missed_bound{" in metrics

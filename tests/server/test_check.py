@@ -86,13 +86,13 @@ def test_stock_bench_serving_runs_against_a_cpu_server(gate_server: Server, tmp_
 
 
 def test_a_small_calibration_confirms_nothing_and_resumes(
-    gate_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    audit_server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "profile.json"
     words = [
         "calibrate",
         "--base-url",
-        gate_server.base_url,
+        audit_server.base_url,
         "--dataset",
         "arith",
         "--transfer",
@@ -106,9 +106,9 @@ def test_a_small_calibration_confirms_nothing_and_resumes(
     profile = load_profile(out)
     assert (profile.model, profile.dtype, profile.repair) == ("margingate-demo", "bfloat16", "window")
     assert (profile.datasets, profile.default_threshold) == ({}, 0.5)
-    before = gate_server.client.status()["totals"]["requests"]
+    before = audit_server.client.status()["totals"]["requests"]
     assert main(words) == 1
-    assert gate_server.client.status()["totals"]["requests"] == before, "everything had been measured"
+    assert audit_server.client.status()["totals"]["requests"] == before, "everything had been measured"
     assert "going on with" in capsys.readouterr().err
 
 
