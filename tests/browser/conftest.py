@@ -1,4 +1,4 @@
-"""A dashboard server on a free port and a real Chromium, both once per session."""
+"""A dashboard server on a free port and a real Chromium, both once for each file."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def poison(run: Path) -> None:
         pq.write_table(table, file)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(trace_dir: Path) -> Iterator[str]:
     """Start the dashboard as a user does."""
     port = free_port()
@@ -103,8 +103,9 @@ def address(trace_dir: Path) -> Iterator[str]:
         server.wait(10)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """Start a browser; ended with its file, since Playwright keeps an event loop running and no other test could have one."""
     api = wanted("playwright.sync_api", "Playwright is not installed (pip install playwright)")
     if not Path(CHROMIUM).exists():
         missing(f"{CHROMIUM} is missing (apt-get install chromium, or set MARGINGATE_CHROMIUM)")
