@@ -149,6 +149,7 @@ _DERIVED: dict[str, tuple[Callable[[pd.DataFrame], np.ndarray], tuple[str, ...]]
     "state": (states.classify, states.STATE_COLUMNS),
     "triggered": (states.triggered, ("triggered",)),
     "verified": (states.verified, ("reason",)),
+    "examined": (states.examined, ("reason", "triggered")),
 }
 """Columns made here from columns on disk, or freed of nulls: how, and from which."""
 

@@ -93,7 +93,10 @@ def report_html(path: Path) -> str:
     """
     run = read_run(path, step_columns=STEPS, request_columns=REQUESTS)
     steps = run.steps.assign(
-        state=states.classify(run.steps), triggered=states.triggered(run.steps), verified=states.verified(run.steps)
+        state=states.classify(run.steps),
+        triggered=states.triggered(run.steps),
+        verified=states.verified(run.steps),
+        examined=states.examined(run.steps),
     )
     title = f"{run.path.resolve().name}: MarginGate report"
     body = [

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STABLE, STATES, TRIGGERED
-from sglang_margingate.gate.columns import missed_rows
+from sglang_margingate.gate.columns import examined_rows, missed_rows
 
 CODE = {state.name: code for code, state in enumerate(STATES)}
 
@@ -34,6 +34,11 @@ def verified(steps: pd.DataFrame) -> np.ndarray:
         is_none = np.append(np.isin(categories, ("none", "")), True)  # code -1 (null) reads the last entry
         return ~is_none[reason.cat.codes.to_numpy()]
     return ~reason.fillna("none").isin(("none", "")).to_numpy()
+
+
+def examined(steps: pd.DataFrame) -> np.ndarray:
+    """Tell which steps a missed flip could be seen at: untriggered ones that the audit or `always` verified."""
+    return examined_rows(steps["reason"], triggered(steps))
 
 
 def classify(steps: pd.DataFrame) -> np.ndarray:

@@ -10,7 +10,7 @@ import pandas as pd
 from margingate_dashboard.rates import of, upper_95
 from margingate_dashboard.states import CODE, as_bool
 
-STEP_COLUMNS = ("prefill", "state", "triggered", "verified")
+STEP_COLUMNS = ("prefill", "state", "triggered", "verified", "examined")
 REQUEST_COLUMNS = (
     "policy", "dataset", "max_batch_rows", "output_tokens", "triggers", "verified", "audited", "flips", "missed",
     "overhead_ms", "e2e_ms", "guarantee",
@@ -54,7 +54,7 @@ def headline(steps: pd.DataFrame) -> Headline:
         steps=int(decode.sum()),
         triggered=int(low.sum()),
         verified=int(seen.sum()),
-        examined=int((seen & ~low).sum()),
+        examined=int(steps["examined"].to_numpy()[decode].sum()),
         untriggered=int((~low).sum()),
         flips=flips,
         repaired=int(by_state[CODE["repaired"]]),

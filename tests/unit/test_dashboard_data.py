@@ -41,7 +41,10 @@ def gated() -> pd.DataFrame:
 
 def with_derived(steps: pd.DataFrame) -> pd.DataFrame:
     return steps.assign(
-        state=states.classify(steps), triggered=states.triggered(steps), verified=states.verified(steps)
+        state=states.classify(steps),
+        triggered=states.triggered(steps),
+        verified=states.verified(steps),
+        examined=states.examined(steps),
     )
 
 
@@ -541,3 +544,11 @@ def test_an_invariance_map_becomes_a_table_and_damage_is_left_out() -> None:
     assert table["rows of each class"].tolist() == ["1–24: 0, 25–31: 1, 32: place matters"]
     assert tables.map_table(None).empty
     assert tables.map_table({"layers": 3}).empty
+
+
+def test_steps_verified_whatever_their_margin_are_no_audit() -> None:
+    """Windows that close at their limit would be taken for a sample of the steps that nobody verified."""
+    words = ["none", "audit", "always", "limit", "resume", "margin", None]
+    for reason in (pd.Series(words, dtype=object), pd.Series(words, dtype="category")):
+        steps = pd.DataFrame({"reason": reason, "triggered": [w == "margin" for w in words]})
+        assert states.examined(steps).tolist() == [False, True, True, False, False, False, False]

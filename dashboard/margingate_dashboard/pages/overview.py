@@ -14,7 +14,7 @@ from margingate_dashboard.figures import overview as figures
 from margingate_dashboard.summary import Headline, guarantee_notes, has_tag, headline
 from margingate_dashboard.tables import by_dataset, map_table
 
-STEPS = ("time", "dataset", "prefill", "state", "triggered", "verified", "batch_rows")
+STEPS = ("examined", "time", "dataset", "prefill", "state", "triggered", "verified", "batch_rows")
 REQUESTS = (
     "dataset",
     "policy",

@@ -201,7 +201,10 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
         Card("Flips", f"{flips:,}", f"of {seen:,} verified steps", FLIPPED.colour),
         Card("Repaired", f"{repaired:,}", f"of {flips:,} flips", REPAIRED.colour),
         Card(
-            "Missed", f"{missed:,}", f"of {seen - low if seen > low else 0:,} untriggered steps verified", MISSED.colour
+            "Missed",
+            f"{missed:,}",
+            f"of {int(states.examined(decode).sum()):,} untriggered steps audited",
+            MISSED.colour,
         ),
     ]
     if request is not None:
