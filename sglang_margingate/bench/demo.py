@@ -40,10 +40,11 @@ def show(client: Client, count: int, max_new_tokens: int, console: Console) -> b
             task = progress.add_task(f"{policy}: alone, then together", total=2 * count)
             options: dict[str, Any] = {
                 "max_new_tokens": max_new_tokens,
-                "custom": {"margingate_policy": policy},
+                "custom": {"margingate_policy": policy, "margingate_repeat": 0},
                 "done": lambda task=task: progress.advance(task),
             }
             alone = run_alone(client, prompts, **options)
+            options["custom"] = {**options["custom"], "margingate_repeat": 1}  # tells the two passes apart in the trace
             start = time.perf_counter()
             together = run_together(client, prompts, CONCURRENCY, **options)
             table.add_row(*_row(policy, alone, together, time.perf_counter() - start))

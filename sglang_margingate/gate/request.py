@@ -8,7 +8,9 @@ from sglang_margingate.config import DEFAULT_THRESHOLD, ConfigError, MarginGateC
 from sglang_margingate.gate.profile import Profile, parse_profile
 
 PREFIX = "margingate_"
-KEYS = ("margingate_policy", "margingate_threshold", "margingate_dataset", "margingate_return_steps")
+KEYS = (
+    "margingate_policy", "margingate_threshold", "margingate_dataset", "margingate_return_steps", "margingate_repeat",
+)  # fmt: skip
 
 MAX_DATASET_LENGTH = 64
 
@@ -21,6 +23,8 @@ class RequestParams:
     threshold: float
     dataset: str
     return_steps: bool
+    repeat: int | None = None
+    """Which pass over the same prompts it belongs to; for the trace alone."""
 
 
 class RequestRules:
@@ -76,13 +80,18 @@ class RequestRules:
         return_steps = given.get("margingate_return_steps", False)
         if not isinstance(return_steps, bool):
             raise ConfigError(f"custom_params.margingate_return_steps: {return_steps!r} is not true or false")
+        repeat = given.get("margingate_repeat")
+        if repeat is not None and (type(repeat) is not int or not 0 <= repeat < 2**31):
+            raise ConfigError(
+                f"custom_params.margingate_repeat: {repeat!r:.80} is not a whole number from 0 to 2**31 - 1"
+            )
         threshold = given.get("margingate_threshold")
         tau = (
             self.threshold_for(dataset)
             if threshold is None
             else check_threshold(threshold, "custom_params.margingate_threshold")
         )
-        return RequestParams(self._policy(given.get("margingate_policy")), tau, dataset, return_steps)
+        return RequestParams(self._policy(given.get("margingate_policy")), tau, dataset, return_steps, repeat)
 
     def _policy(self, wish: object) -> Policy:
         if wish is None:

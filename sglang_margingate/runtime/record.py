@@ -92,6 +92,12 @@ class Recorder:
         self._late: deque[_Late] = deque()
         self._committed: list[StepRow] = []
         self._settled_at = 0.0
+        self._forwards = 0
+
+    @property
+    def traces(self) -> bool:
+        """Whether rows go to a trace: what only a reader of it wants is computed for nobody else."""
+        return self._sink is not None
 
     # ---- chosen ---------------------------------------------------------------------------------------------------
 
@@ -129,6 +135,8 @@ class Recorder:
         prefilled: Sequence[RequestState],
     ) -> None:  # fmt: skip
         forward.time, forward.ms = self.clock.wall(ended), self.clock.span_ms(began, ended)
+        self._forwards += 1
+        forward.number = self._forwards
         for state in prefilled:
             state.prefill_ms += forward.ms
         for row in rows:

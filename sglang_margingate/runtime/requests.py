@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import sys
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +16,7 @@ from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.record import Recorder
-from sglang_margingate.runtime.state import RequestState
+from sglang_margingate.runtime.state import UNLIMITED, RequestState
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ class Ended:
     retractions: int = 0
     prompt: Callable[[], list[int]] = field(default=list)
     """Returns the prompt's tokens."""
+    output: Callable[[], list[int]] = field(default=list)
+    """Returns the answer's tokens."""
     digest: Callable[[], str] | None = None
     """Returns the digest of the generated K/V columns; None where nobody asked."""
 
@@ -111,7 +116,7 @@ class Requests:
         about = self._about(state, ended)
         label = {"guarantee": guarantee.value, "guarantee_note": note}
         if self._sink is not None:
-            row = {**about, **self._times(state, ended.shown), **label, "request_id": state.ledger.request_id}
+            row = {**about, **self._times(state, ended.shown), **label, **self._identity(state, ended)}
             self._sink.add_request({**row, "finish_reason": ended.finish, "prompt_text": self._text(ended.prompt())})
         summary = {**about, "steps": state.ledger.counters.steps, "repaired": state.ledger.counters.repaired, **label}
         for name in ("prompt_tokens", "output_tokens"):
@@ -150,6 +155,18 @@ class Requests:
         }
 
     @staticmethod
+    def _identity(state: RequestState, ended: Ended) -> dict[str, Any]:
+        """Return what tells equal prompts and equal answers, within a run and across runs."""
+        return {
+            "request_id": state.ledger.request_id,
+            "prompt_digest": digest(ended.prompt()),
+            "output_digest": digest(ended.output()),
+            "steps": state.ledger.counters.steps,
+            "max_tokens": None if state.most_tokens == UNLIMITED else state.most_tokens,
+            "repeat": state.ledger.params.repeat,
+        }
+
+    @staticmethod
     def _times(state: RequestState, shown: int) -> dict[str, Any]:
         first, last = state.first_token_time, state.last_token_time
         e2e_ms = max(0.0, ((time.time() if last is None else last) - state.arrival) * 1e3)
@@ -164,6 +181,14 @@ class Requests:
             "overhead_ms": verify_ms,
             "overhead_share": verify_ms / e2e_ms if e2e_ms else 0.0,
         }
+
+
+def digest(tokens: list[int]) -> str:
+    """Return a digest of a token sequence: the first 16 hexadecimal digits of SHA-256 of its int32, little-endian."""
+    packed = array("i", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return hashlib.sha256(packed.tobytes()).hexdigest()[:16]
 
 
 def _why_ungated(new: Opened) -> str | None:

@@ -18,6 +18,12 @@ from sglang_margingate.words import Reason
 
 ATTRIBUTE = "margingate_state"
 
+UNLIMITED = 1 << 30
+"""Tokens asked for at most, where a request set no limit."""
+
+Top = tuple[list[int], list[float]]
+"""A path's best tokens and their log-probabilities."""
+
 
 @dataclass(slots=True)
 class Forward:
@@ -32,12 +38,18 @@ class Forward:
     """It ran inside the canonical class, or as a prefill alone on the canonical grid."""
     time: float = 0.0
     """When its tokens were chosen, in seconds since the epoch; on a GPU the device's time, not when the host looked."""
+    number: int = 0
+    """Its number in the run."""
     ms: float = 0.0
     """From its begin to its tokens, verifies included."""
 
 
 UNVERIFIED = (Reason.NONE.value, None, None, False, False, None, None, 0)
 """The trace's columns ``reason`` to ``window_rows`` of a step without a verify."""
+
+
+NO_TOPS = (None, None, None, None)
+"""The trace's last four columns of a step without a verify."""
 
 
 @dataclass(slots=True)
@@ -72,6 +84,8 @@ class StepRow:
     verify_margin: float | None = None
     window_rows: int = 0
     delta: KvDelta | None = None
+    tops: tuple[Top, Top] | None = None
+    """Best five of the fast path and of the verify, where the step was verified and traced."""
     forward: Forward | None = None
     """None while the forward runs."""
     token: int = -1
@@ -108,7 +122,7 @@ class StepRow:
             ledger.number, ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token,
             self.fast_token, self.second_token, self.margin, params.threshold, self.triggered, *verdict,
             forward.requests, forward.padded, forward.canonical, self.structural, not forward.decode, forward.ms,
-            self.waited_ms, 0.0, text,
+            self.waited_ms, 0.0, text, forward.number, *(NO_TOPS if self.tops is None else (*self.tops[0], *self.tops[1])),
         )  # fmt: skip
 
 
@@ -122,7 +136,7 @@ class RequestState:
     """A health check of SGLang's: in no count and in no trace."""
     plain: bool = True
     """Its tokens are the argmax of logits that we can compute: neither sampled nor behind a logit processor of its own."""
-    most_tokens: int = 1 << 30
+    most_tokens: int = UNLIMITED
     """Tokens that it asked for at most: what overlap computes beyond them is never shown."""
     pending: StepRow | None = None
     """The newest step, until it is known whether its token is shown."""

@@ -27,7 +27,7 @@ from sglang_margingate.runtime.prefill import Chunk, PrefillRules
 from sglang_margingate.runtime.record import Numbers, Recorder
 from sglang_margingate.runtime.shape import ForwardShape
 from sglang_margingate.runtime.state import Forward, RequestState, StepRow
-from sglang_margingate.runtime.verifier import Verifier, VerifyJob
+from sglang_margingate.runtime.verifier import Verifier, VerifyJob, best_five
 from sglang_margingate.words import Reason
 
 log = logging.getLogger(__name__)
@@ -317,17 +317,21 @@ class Step:
         result = self.verifier.verify(jobs)
         index = torch.tensor([r.index for r in chosen], device=logits.device)
         thresholds = torch.zeros(len(chosen), device=logits.device)
+        fast = best_five(sampling.processed(logits)[index]) if self.recorder.traces else []
+        verified = result.logits
         if sampling.processes:
             mixed = logits.clone()
             mixed[index] = result.logits
-            top = top2_margin(sampling.processed(mixed)[index], thresholds)
-        else:
-            top = top2_margin(result.logits, thresholds)
+            verified = sampling.processed(mixed)[index]
+        top = top2_margin(verified, thresholds)
         for row, job, token, margin, delta in zip(
             chosen, jobs, top.token.tolist(), top.margin.tolist(), result.kv_delta
         ):
             row.verify_token, row.verify_margin = token, margin
             row.window_rows, row.delta = len(job.rows), delta
+        if fast:
+            for row, *tops in zip(chosen, fast, best_five(verified)):
+                row.tops = (tops[0], tops[1])
         repairs = [k for k, r in enumerate(chosen) if r.repairs]
         if repairs:
             logits[index[repairs]] = result.logits[repairs]

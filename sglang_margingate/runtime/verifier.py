@@ -58,6 +58,12 @@ class VerifyResult:
     rows: int
 
 
+def best_five(logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
+    """Return the best five tokens of each row of logits, [B, V], and their log-probabilities: why a token flipped."""
+    best = torch.topk(torch.log_softmax(logits.float(), -1), min(5, logits.shape[-1]), dim=-1)
+    return list(zip(best.indices.tolist(), best.values.tolist()))
+
+
 @dataclass
 class VerifierCounters:
     """Work done since start."""

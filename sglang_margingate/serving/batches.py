@@ -177,7 +177,8 @@ def ended(req: Any, digest: Callable[[], str] | None = None) -> Ended:
     """Return what the runtime needs to know of a request that has ended."""
     shown = len(req.output_ids) if req.finished_len is None else req.finished_len
     finish = req.finished_reason.to_json().get("type") if req.finished_reason is not None else "abort"
-    return Ended(shown, finish, int(req.retraction_count), lambda: list(req.origin_input_ids), digest)
+    prompt, output = (lambda: list(req.origin_input_ids)), (lambda: list(req.output_ids[:shown]))
+    return Ended(shown, finish, int(req.retraction_count), prompt, output, digest)
 
 
 def begin(batch: Any, reqs: Sequence[Any], clock: Clock) -> None:

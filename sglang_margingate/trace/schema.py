@@ -28,7 +28,7 @@ __all__ = [
     "Reason",
 ]
 
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 
 MANIFEST_NAME = "manifest.json"
 
@@ -128,6 +128,13 @@ STEP_COLUMNS: tuple[Column, ...] = (
         "hold_ms", pa.float32(), "ms", "Time the token was held back before it was shown (deferred schedule; 0 inline)."
     ),
     Column("token_text", pa.string(), "", "The token decoded alone; null unless the run records text."),
+    Column(
+        "forward", pa.int32(), "", "Number of the forward that ran the step, unique in the run: its rows ran together."
+    ),
+    Column("fast_top_tokens", pa.list_(pa.int32()), "id", "The fast path's best five tokens; null where not verified."),
+    Column("fast_top_logprobs", pa.list_(pa.float32()), "ln p", "Their log-probabilities, of the processed logits."),
+    Column("verify_top_tokens", pa.list_(pa.int32()), "id", "The verify's best five tokens; null where not verified."),
+    Column("verify_top_logprobs", pa.list_(pa.float32()), "ln p", "Their log-probabilities."),
 )
 
 REQUEST_COLUMNS: tuple[Column, ...] = (
@@ -170,6 +177,23 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
     Column("guarantee_note", pa.string(), "", "One sentence: what the guarantee stands on, or why there is none."),
     Column("finish_reason", _DICT, "", "stop, length or abort."),
     Column("prompt_text", pa.string(), "", "The prompt; null unless the run records text."),
+    Column(
+        "prompt_digest",
+        pa.string(),
+        "",
+        "Equal for equal prompts, in any run: first 16 hex digits of SHA-256 of its tokens (int32, little-endian).",
+    ),
+    Column("output_digest", pa.string(), "", "The same of the answer's tokens: tells whether two are identical."),
+    Column("steps", pa.int32(), "steps", "Steps that were observed, its rows in the table of steps; 0 where none was."),
+    Column(
+        "max_tokens", pa.int32(), "tokens", "Tokens that the request asked for at most; null where it set no limit."
+    ),
+    Column(
+        "repeat",
+        pa.int32(),
+        "",
+        "Which pass over the same prompts the request belongs to (margingate_repeat); null when none was sent.",
+    ),
 )
 
 STEP_SCHEMA = pa.schema([(c.name, c.type) for c in STEP_COLUMNS])

@@ -6,6 +6,7 @@ these numbers for a measurement.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class SyntheticSpec:
     """Mean output tokens of a request."""
     datasets: tuple[str, ...] = ("story", "arith", "code")
     policy: str = "gate"
+    mix: tuple[str, ...] = ()
+    """Policies of one run in turn: each prompt is sent once under each, as `make demo` does; empty: `policy` alone."""
+    structural: float = 0.0
+    """Share of the requests whose decode steps all ran inside the class."""
+    sampled: int = 0
+    """Requests, the last ones, that were sampled: a row of their own and no steps."""
     threshold: float = 0.5
     audit_rate: float = 0.05
     perturbation: float = 0.09
@@ -76,9 +83,12 @@ def _vocabulary() -> tuple[list[str], dict[str, int]]:
     return words, {word: index for index, word in enumerate(words)}
 
 
-def _layout(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _layout(
+    spec: SyntheticSpec, rng: np.random.Generator, lengths: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return output lengths, first global step of each request, and the request of each step row in time order."""
-    lengths = np.maximum(4, rng.gamma(4.0, spec.tokens / 4.0, spec.requests).astype(np.int64))
+    if lengths is None:
+        lengths = np.maximum(4, rng.gamma(4.0, spec.tokens / 4.0, spec.requests).astype(np.int64))
     slot = np.arange(spec.requests) % spec.slots
     starts = np.zeros(spec.requests, dtype=np.int64)
     for s in range(spec.slots):
@@ -92,13 +102,27 @@ def _layout(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[np.ndarray, 
     return lengths, starts, np.stack([owner[order], step[order]])
 
 
+def policies(spec: SyntheticSpec) -> np.ndarray:
+    """Return each request's policy."""
+    return np.array([spec.mix[i % len(spec.mix)] if spec.mix else spec.policy for i in range(spec.requests)])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the step rows and request rows of a made-up run, with every column of the schema."""
     rng = np.random.default_rng(spec.seed)
     lengths, starts, (owner, step) = _layout(spec, rng)
     rows = owner.size
     ids = np.array([f"rid-{i:05d}" for i in range(spec.requests)])
-    dataset_code = np.arange(spec.requests) % len(spec.datasets)
+    prompt = np.arange(spec.requests) // max(1, len(spec.mix))
+    if spec.mix:
+        lengths = lengths[prompt * len(spec.mix)]
+        lengths, starts, (owner, step) = _layout(spec, rng, lengths)
+        rows = owner.size
+    dataset_code = prompt % len(spec.datasets)
     datasets = np.array(spec.datasets)[dataset_code]
     prompt_tokens = 18 + (np.arange(spec.requests) * 7) % 40
 
@@ -113,18 +137,19 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
     prefill = step == 0
     flips_if_seen = (margin < perturbation) & ~prefill
 
-    tau = spec.threshold if spec.policy in ("gate", "always") else np.nan
-    triggered = ~(margin > tau) & ~prefill if spec.policy in ("gate", "always") else np.zeros(rows, bool)
-    if spec.policy == "always":
-        reason = np.where(prefill, "none", "always")
-    elif spec.policy == "gate":
-        audited = (audit_draw < spec.audit_rate) & ~triggered & ~prefill
-        reason = np.where(triggered, "margin", np.where(audited, "audit", "none"))
-    else:
-        reason = np.full(rows, "none")
+    policy = policies(spec)[owner]
+    structural = (owner < spec.structural * spec.requests) & ~prefill
+    tau = np.where(policy == "off", np.nan, spec.threshold)
+    triggered = ~(margin > tau) & ~prefill & ~structural & (policy != "off")
+    audited = (audit_draw < spec.audit_rate) & ~triggered & ~prefill
+    reason = np.where(
+        (policy == "always") & ~prefill,
+        "always",
+        np.where(policy == "gate", np.where(triggered, "margin", np.where(audited, "audit", "none")), "none"),
+    )
     verified = reason != "none"
     flipped = flips_if_seen & verified
-    repaired = flipped & (triggered | (spec.policy == "always"))
+    repaired = flipped & (triggered | (policy == "always"))
 
     words, index = _vocabulary()
     bodies = [np.array([index[p] for p in _PIECE.findall(_TEXTS.get(d, _TEXTS["story"])[1])]) for d in spec.datasets]
@@ -160,7 +185,7 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
             "fast_token": fast,
             "second_token": second,
             "margin": margin,
-            "threshold": np.full(rows, tau),
+            "threshold": tau,
             "triggered": triggered,
             "reason": pd.Categorical(reason),
             "verify_token": pd.Series(np.where(flipped, canonical_token, fast), dtype="Int32").where(verified),
@@ -172,16 +197,49 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
             "window_rows": np.where(verified, np.minimum(step, 1 + (step % 9)), 0),
             "batch_rows": batch_rows,
             "padded_rows": np.maximum(8, 8 * ((batch_rows + 7) // 8)),
-            "canonical": prefill,
-            "structural": np.zeros(rows, bool),
+            "canonical": prefill | structural,
+            "structural": structural,
             "prefill": prefill,
             "step_ms": step_ms,
             "verify_ms": verify_ms,
             "hold_ms": np.zeros(rows),
             "token_text": text,
+            "forward": tick + 1,
+            **_tops(fast, second, margin, np.where(flipped, canonical_token, fast), verified),
         }
     )
-    return steps, _request_rows(spec, steps, owner, triggered, ids, datasets, prompt_tokens, lengths)
+    requests = _request_rows(spec, steps, owner, triggered, ids, datasets, prompt_tokens, lengths, prompt)
+    if spec.sampled:
+        unseen = (requests.index >= spec.requests - spec.sampled).nonzero()[0]
+        counts = ["triggers", "verified", "audited", "flips", "missed", "structural", "steps"]
+        requests.loc[unseen, counts] = 0
+        requests.loc[unseen, ["verify_ms", "overhead_ms", "overhead_share"]] = 0.0
+        requests["guarantee"] = requests["guarantee"].astype(str)
+        requests.loc[unseen, "guarantee"] = "none"
+        requests.loc[unseen, "guarantee_note"] = "sampled at temperature 1: only greedy requests are gated"
+        requests["guarantee"] = pd.Categorical(requests["guarantee"])
+        steps = steps[~np.isin(owner, unseen)].reset_index(drop=True)
+    return steps, requests
+
+
+def _tops(
+    fast: np.ndarray, second: np.ndarray, margin: np.ndarray, verify: np.ndarray, verified: np.ndarray
+) -> dict[str, list[object]]:
+    """Return two best tokens of both paths at each verified step, with log-probabilities that fit the margin."""
+
+    def pair(best: int, other: int, gap: float) -> tuple[list[int], list[float]]:
+        first = -float(np.log1p(np.exp(-gap)))
+        return [int(best), int(other)], [first, first - float(gap)]
+
+    names = ("fast_top_tokens", "fast_top_logprobs", "verify_top_tokens", "verify_top_logprobs")
+    found: dict[str, list[object]] = {name: [None] * fast.size for name in names}
+    if fast.size > 200_000:
+        return found  # for a benchmark of a million steps, lists of lists would take minutes
+    for at in np.flatnonzero(verified):
+        found[names[0]][at], found[names[1]][at] = pair(fast[at], second[at], margin[at])
+        other = second[at] if verify[at] == fast[at] else fast[at]
+        found[names[2]][at], found[names[3]][at] = pair(verify[at], other, margin[at])
+    return found
 
 
 def _request_rows(
@@ -193,6 +251,7 @@ def _request_rows(
     datasets: np.ndarray,
     prompt_tokens: np.ndarray,
     lengths: np.ndarray,
+    prompt: np.ndarray,
 ) -> pd.DataFrame:
     def total(values: pd.Series | np.ndarray) -> np.ndarray:
         return np.bincount(owner, weights=np.asarray(values, dtype=float), minlength=spec.requests)
@@ -205,17 +264,23 @@ def _request_rows(
     verify_ms = total(steps["verify_ms"])
     ttft = prefill_ms + queue_ms
     e2e = ttft + decode_ms
-    guarantee = {"gate": "gated", "always": "verified"}.get(spec.policy, "none")
+    policy = policies(spec)
+    claim = {"gate": "gated", "always": "verified"}
+    guarantee = np.array([claim.get(p, "none") for p in policy], dtype=object)
+    structural = total(steps["structural"]).astype(int)
+    guarantee[(structural > 0) & (policy == "gate")] = "structural"
     lowered = (np.arange(spec.requests) % 17 == 5) & (guarantee != "none")
-    prompts = [f"{_TEXTS.get(d, _TEXTS['story'])[0]} (variant {i})" for i, d in enumerate(datasets)]
+    prompts = [f"{_TEXTS.get(d, _TEXTS['story'])[0]} (variant {prompt[i]})" for i, d in enumerate(datasets)]
+    outputs = steps["token"].groupby(owner, sort=True).apply(lambda t: _digest(",".join(map(str, t))))
+    why = np.where(guarantee == "none", "its policy verifies nothing", "every step below the threshold was verified")
     return pd.DataFrame(
         {
             "request": np.arange(spec.requests) + 1,
             "request_id": ids,
             "dataset": pd.Categorical(datasets),
-            "policy": pd.Categorical([spec.policy] * spec.requests),
+            "policy": pd.Categorical(policy),
             "repair": pd.Categorical(["window"] * spec.requests),
-            "threshold": spec.threshold if spec.policy in ("gate", "always") else np.nan,
+            "threshold": np.where(policy == "off", np.nan, spec.threshold),
             "time": steps["time"].groupby(owner).min().to_numpy(),
             "prompt_tokens": prompt_tokens,
             "cached_tokens": np.where(np.arange(spec.requests) % 3 == 0, 16, 0),
@@ -227,7 +292,7 @@ def _request_rows(
             "audited": total(reason == "audit").astype(int),
             "flips": total(flipped).astype(int),
             "missed": total(flipped & ~triggered).astype(int),
-            "structural": 0,
+            "structural": structural,
             "ttft_ms": ttft,
             "tpot_ms": np.where(lengths > 1, decode_ms / np.maximum(1, lengths - 1), np.nan),
             "e2e_ms": e2e,
@@ -239,12 +304,14 @@ def _request_rows(
             "max_batch_rows": steps["batch_rows"].groupby(owner).max().to_numpy(),
             "retractions": 0,
             "guarantee": pd.Categorical(np.where(lowered, "none", guarantee)),
-            "guarantee_note": [
-                "a prefix hit from a stock radix cache" if low else "every step below the threshold was verified"
-                for low in lowered
-            ],
+            "guarantee_note": np.where(lowered, "a prefix hit from a stock radix cache", why),
             "finish_reason": pd.Categorical(np.where(np.arange(spec.requests) % 5 == 0, "length", "stop")),
             "prompt_text": prompts if spec.text else [None] * spec.requests,
+            "prompt_digest": [_digest(p) for p in prompts],
+            "output_digest": outputs.to_numpy(),
+            "steps": lengths,
+            "max_tokens": 4096,
+            "repeat": np.arange(spec.requests) % max(1, len(spec.mix)),
         }
     )
 

@@ -209,7 +209,7 @@ def test_foreign_custom_params_are_left_alone() -> None:
     "custom",
     [
         {"margingate_policy": "maybe"}, {"margingate_threshold": "x"}, {"margingate_threshold": float("nan")},
-        {"margingate_dataset": 3}, {"margingate_dataset": "x" * 65}, {"margingate_return_steps": 1}, {"margingate_typo": 1},
+        {"margingate_dataset": 3}, {"margingate_dataset": "x" * 65}, {"margingate_return_steps": 1}, {"margingate_typo": 1}, {"margingate_repeat": -1}, {"margingate_repeat": True}, {"margingate_repeat": "1"},
     ],
 )  # fmt: skip
 def test_wrong_request_parameters_name_their_field(custom: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -121,6 +122,22 @@ def test_a_low_margin_is_verified_and_put_in_place() -> None:
     bench.recorder.finish(state, 3)
     assert [row["reason"] for row in bench.rows] == ["none", "none", "margin"]
     assert (bench.rows[-1]["flipped"], bench.rows[-1]["repaired"], bench.rows[-1]["token"]) == (True, True, 7)
+
+
+def test_a_verified_step_tells_the_best_five_of_both_paths() -> None:
+    bench, state = Bench(answer=7), a_state()
+    bench.prefill(state)
+    bench.decode([state], 3.0, PROMPT)
+    bench.decode([state], 0.25, PROMPT + 1)
+    bench.recorder.finish(state, 3)
+    assert [row["forward"] for row in bench.rows] == [1, 2, 3]
+    assert [row["fast_top_tokens"] is None for row in bench.rows] == [True, True, False]
+    row = bench.rows[-1]
+    assert row["fast_top_tokens"][:2] == [row["fast_token"], row["second_token"]] == [3, 4]
+    assert row["verify_top_tokens"][0] == row["verify_token"] == 7
+    gap = row["fast_top_logprobs"][0] - row["fast_top_logprobs"][1]
+    assert gap == pytest.approx(row["margin"]), "taken before the repair was written into the same logits"
+    assert row["verify_top_logprobs"][0] == pytest.approx(9.0 - math.log(math.exp(9.0) + VOCAB - 1), abs=1e-5)
 
 
 def test_an_audited_step_is_for_the_record_only() -> None:

@@ -17,7 +17,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sglang_margingate.trace import STEP_COLUMNS, TraceError, TraceWriter, list_runs, read_manifest, read_run
+from sglang_margingate.trace import (
+    SCHEMA_VERSION,
+    STEP_COLUMNS,
+    TraceError,
+    TraceWriter,
+    list_runs,
+    read_manifest,
+    read_run,
+)
 from sglang_margingate.trace import tables as tables_module
 from sglang_margingate.trace import writer as writer_module
 
@@ -28,7 +36,8 @@ FIRST = {
     "fast_token": 4, "second_token": 5, "margin": 0.0, "threshold": math.nan, "triggered": True, "reason": "margin", "verify_token": 5,
     "verify_margin": 0.125, "flipped": True, "repaired": True, "kv_delta_first": 0.5, "kv_delta_last": 1.0,
     "window_rows": 3, "batch_rows": 16, "padded_rows": 16, "canonical": False, "structural": False, "prefill": False, "step_ms": 2.5,
-    "verify_ms": 1.5, "hold_ms": 0.0, "token_text": "é",
+    "verify_ms": 1.5, "hold_ms": 0.0, "token_text": "é", "forward": 9, "fast_top_tokens": [4, 5],
+    "fast_top_logprobs": [-0.5, -1.0], "verify_top_tokens": [5, 4], "verify_top_logprobs": [-0.25, -2.0],
 }  # fmt: skip
 
 
@@ -65,6 +74,8 @@ def test_values_survive_the_round_trip(writer: TraceWriter) -> None:
             assert first[name].timestamp() == value
         elif name == "threshold":
             assert math.isnan(first[name])
+        elif isinstance(value, list):
+            assert first[name].tolist() == value, name
         else:
             assert first[name] == value, name
     assert run.steps["verify_token"].isna().tolist() == [False, True, True]
@@ -89,7 +100,7 @@ def test_manifest_and_name(tmp_path: Path) -> None:
     b.close()
     manifest = read_manifest(a.path)
     assert manifest["closed_at"] >= manifest["created"]
-    assert manifest["schema_version"] == "2.0"
+    assert manifest["schema_version"] == SCHEMA_VERSION
     assert manifest["odd"] == "/x"
     assert manifest["totals"]["step_rows"] == 1
     assert not list(a.path.glob(".*"))

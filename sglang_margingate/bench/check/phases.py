@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from sglang_margingate.bench.check.identity import Runs
@@ -113,10 +114,9 @@ def run_check(
     """
     result = CheckResult(plan)
     try:
-        for name in plan.phases:
-            for repeat in range(plan.repeats):
-                tell(f"{name} #{repeat + 1}", len(prompts))
-                _phase(client, prompts, plan, gauge, result, name, repeat, done)
+        for number, (name, repeat) in enumerate(product(plan.phases, range(plan.repeats))):
+            tell(f"{name} #{repeat + 1}", len(prompts))
+            _phase(client, prompts, plan, gauge, result, name, repeat, number, done)
     except StopCheck:
         result.stopped_at_first = True
     except ServerError as error:
@@ -134,6 +134,7 @@ def _phase(
     result: CheckResult,
     name: str,
     repeat: int,
+    number: int,
     done: Callable[[], None],
 ) -> None:
     phase = result.phases.setdefault(name, PhaseResult(name))
@@ -153,6 +154,7 @@ def _phase(
     _prepare(client, prompts, plan, phase)
     start = time.perf_counter()
     options: dict[str, Any] = {"max_new_tokens": plan.max_tokens, "done": done, "on_result": keep}
+    options["custom"] = {"margingate_repeat": number}
     watch = gauge.watch()
     try:
         with watch as proof:

@@ -31,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     prompts = demo_prompts(36)
     with tempfile.TemporaryDirectory() as folder:
         with serve([*FLAGS, "--margingate-trace-dir", folder]) as server:
-            run_alone(server.client, prompts[:24])
-            run_together(server.client, prompts[12:30], 2)
-            run_together(server.client, prompts, 16, background=prompts[:2])
-            run_together(server.client, prompts[:12], 6, custom={"margingate_policy": "log"})
-            run_together(server.client, prompts[:6], 6, custom={"margingate_policy": "always"})
-            run_alone(server.client, demo_prompts(48), custom={"margingate_policy": "always"})
+            run_alone(server.client, prompts[:24], custom=_pass(0))
+            run_together(server.client, prompts[12:30], 2, custom=_pass(1))
+            run_together(server.client, prompts, 16, background=prompts[:2], custom=_pass(2))
+            run_together(server.client, prompts[:12], 6, custom=_pass(3, "log"))
+            run_together(server.client, prompts[:6], 6, custom=_pass(4, "always"))
+            run_alone(server.client, demo_prompts(48), custom=_pass(5, "always"))
         run = next(p for p in Path(folder).iterdir() if p.is_dir())
         if args.out.exists():
             shutil.rmtree(args.out)
@@ -47,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     size = sum(f.stat().st_size for f in args.out.iterdir())
     print(f"{args.out}: {len(rows.requests)} requests, {len(rows.steps)} steps, {size / 1e6:.2f} MB")
     return 0
+
+
+def _pass(repeat: int, policy: str = "gate") -> dict[str, object]:
+    """Return what a pass over the prompts asks of the server."""
+    return {"margingate_repeat": repeat, "margingate_policy": policy}
 
 
 def _compact(run: Path) -> None:
@@ -68,6 +73,7 @@ def _clean_manifest(run: Path) -> None:
 
     path = run / "manifest.json"
     manifest = json.loads(path.read_text())
+    manifest.get("flags", {}).get("margingate", {}).pop("map_dir", None)
     manifest["model_path"] = manifest["model"]
     manifest.get("flags", {}).pop("sglang", None)
     manifest.get("flags", {}).get("margingate", {}).pop("trace_dir", None)

@@ -34,6 +34,8 @@ class Job:
     """False: the request opts out of the policy (margingate_policy off)."""
     rid: str
     """Its id in the trace, the same for every server, so that runs can be compared request by request."""
+    repeat: int | None = None
+    """Which pass over the prompts it belongs to, for the trace; 0 is the pass alone."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Arrivals:
 
 def stream(client: Client, job: Job, max_tokens: int) -> Timed:
     """Complete one prompt with streaming and time its tokens."""
-    custom = {} if job.deterministic else {"margingate_policy": "off"}
+    custom: dict[str, Any] = {} if job.deterministic else {"margingate_policy": "off"}
+    if job.repeat is not None:
+        custom["margingate_repeat"] = job.repeat
     payload = client.payload(job.prompt, max_tokens, custom=custom, rid=job.rid)
     start = time.perf_counter()
     first = last = 0.0

@@ -66,7 +66,7 @@ class Workload:
         count = max(1, round(len(self.prompts) * share / 100))
         # The opt-outs of a share are the same in all repeats.
         kept = set(random.Random(f"{self.seed}:{share}").sample(range(len(self.prompts)), count))
-        jobs = [Job(p, i in kept, f"{p.id}/{share:g}/{repeat}") for i, p in enumerate(self.prompts)]
+        jobs = [Job(p, i in kept, f"{p.id}/{share:g}/{repeat}", repeat + 1) for i, p in enumerate(self.prompts)]
         random.Random(f"{self.seed}:order").shuffle(jobs)
         return jobs
 
@@ -214,7 +214,7 @@ def _alone(client: Client, workload: Workload, done: Callable[[], None]) -> dict
     """Complete each prompt alone: the reference of identity."""
     out = {}
     for prompt in workload.prompts:
-        out[prompt.id] = stream(client, Job(prompt, True, f"{prompt.id}/alone"), workload.max_tokens).completion
+        out[prompt.id] = stream(client, Job(prompt, True, f"{prompt.id}/alone", 0), workload.max_tokens).completion
         done()
     return out
 
