@@ -53,6 +53,12 @@ class Engine(Protocol):
     def write(self, slots: torch.Tensor, columns: list[torch.Tensor]) -> None:
         """Put back what :meth:`read` returned."""
 
+    def agree(self, what: str, holds: bool) -> bool:
+        """Return whether something holds on every rank of the server (:class:`~.ranks.Ranks`).
+
+        Each rank holds other heads' columns, and all must go the same way: no trial may end on one and go on on another.
+        """
+
 
 def slots(engine: Engine, request: int, positions: Sequence[int]) -> torch.Tensor:
     """Return the pool slots that hold ``positions`` of a request, int64."""

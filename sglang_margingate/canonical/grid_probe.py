@@ -46,7 +46,7 @@ def grid_holds(engine: Engine, chunk: int) -> str | None:
         found = _prefill(engine, trial % engine.table.shape[0], prompt, places, chunk)
         if wanted is None:
             wanted = found
-        elif not same_bits(wanted, found):
+        elif not engine.agree("the canonical grid", same_bits(wanted, found)):
             return "the slots it has, or the columns around them"
     return None
 

@@ -62,7 +62,9 @@ def map_path(folder: str, kinds: Sequence[LayerKind], rows: list[int], environme
     """Return the file of a map: the device's name, and a hash over kinds of layers and probed rows."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(environment.get("device", "unknown")).lower()).strip("-")[:80]
     # Neither names nor counts: models of the same shapes share a map.
-    key = [[*kind.shape, kind.describe(), kind.head, spans(wanted(kind, rows))] for kind in kinds]
+    key: list[Any] = [[*kind.shape, kind.describe(), kind.head, spans(wanted(kind, rows))] for kind in kinds]
+    if "ranks" in environment:  # shapes are a rank's: a smaller model on one GPU may have the same
+        key.append(environment["ranks"])
     return Path(folder) / f"{slug}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
 
 

@@ -82,7 +82,7 @@ class PathProbe:
             changed = [
                 name
                 for name, forwards in trials.items()
-                if not same_bits(whole, [self._extend(parts) for parts in forwards][-1])
+                if not self._same(f"prefill with {name}", whole, [self._extend(parts) for parts in forwards][-1])
             ]
         return ", ".join(changed) or None
 
@@ -100,7 +100,7 @@ class PathProbe:
             wanted = self._verify()
             for rows in sizes:
                 for _ in range(DECODE_TRIALS):
-                    if not same_bits(wanted, self._decode(rows)):
+                    if not self._same(f"decode of {rows} requests", wanted, self._decode(rows)):
                         return f"{rows} requests"
         return None
 
@@ -125,6 +125,9 @@ class PathProbe:
         self._point(order, positions)
         logits = self.engine.decode(order, positions, tokens)
         return logits[at].clone(), self._columns([self.length])
+
+    def _same(self, what: str, wanted: Bits, found: Bits) -> bool:
+        return self.engine.agree(what, same_bits(wanted, found))
 
     # ---- plumbing -------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def run_self_test(engine: Engine) -> SelfTestResult:
             if reference is None:
                 reference = got
                 continue
-            if not same_bits(reference, got):
+            if not engine.agree("the verify's self-test", same_bits(reference, got)):
                 layer = _first_broken_layer(bench, trials[0], trials[-1])
                 return SelfTestResult(
                     False,
@@ -112,20 +112,23 @@ def run_self_test(engine: Engine) -> SelfTestResult:
     return SelfTestResult(True, rows, len(trials), time.perf_counter() - start, device=str(engine.device))
 
 
-def _first_broken_linear(model: Any, rows: int) -> str | None:
-    """Return the first linear layer whose first row changes with the others at ``rows`` rows, or None."""
-    for name, module in model.named_modules():
+def _first_broken_linear(engine: Engine, rows: int) -> str | None:
+    """Return the first linear layer whose first row changes with the others at ``rows`` rows, or None.
+
+    Its input is this rank's part of it: a layer that adds up over ranks does so here, too.
+    """
+    for name, module in engine.model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not hasattr(module, "input_size"):
             continue
         outputs = []
-        first = torch.randn(1, module.input_size, device=weight.device).to(weight.dtype)
+        first = torch.randn(1, weight.shape[1], device=weight.device).to(weight.dtype)
         for _ in range(3):
-            others = torch.randn(rows - 1, module.input_size, device=weight.device).to(weight.dtype)
+            others = torch.randn(rows - 1, weight.shape[1], device=weight.device).to(weight.dtype)
             with torch.no_grad():
                 result = module(torch.cat([first, others]))
             outputs.append((result[0] if isinstance(result, tuple) else result)[0].clone())
-        if any(not torch.equal(outputs[0], other) for other in outputs[1:]):
+        if not engine.agree(name, all(torch.equal(outputs[0], other) for other in outputs[1:])):
             return name
     return None
 
@@ -157,10 +160,10 @@ def _first_broken_layer(bench: _Bench, one: Any, other: Any) -> str:
                 handle.remove()
         records.append(into)
     for (name, a), (_, b) in zip(*records):
-        if not torch.equal(a, b):
+        if not bench.engine.agree(name, torch.equal(a, b)):
             return name
     if not records[0]:  # a CUDA graph replays without calling modules: probe the linear layers one by one
-        name = _first_broken_linear(model, bench.engine.rows)
+        name = _first_broken_linear(bench.engine, bench.engine.rows)
         if name is not None:
             return name
     return "a part of the model without layers of its own (attention kernel or logits)"

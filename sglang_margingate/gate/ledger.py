@@ -9,7 +9,7 @@ Position t's column is *open* when the fast path wrote it after the last verify.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from sglang_margingate.config import Repair
 from sglang_margingate.gate.policy import missed
@@ -49,6 +49,10 @@ class Counters:
         self.audited += reason is Reason.AUDIT
         self.flips += flipped
         self.missed += missed(reason, triggered, flipped)
+
+    def decisions(self) -> dict[str, int]:
+        """Return the counts without the times: what every rank of a server must have counted alike."""
+        return {name: value for name, value in asdict(self).items() if name != "verify_ms"}
 
 
 @dataclass

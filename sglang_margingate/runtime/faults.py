@@ -11,6 +11,9 @@
                                 (what the invariance map must show and the canonical fast path avoid)
 ``MARGINGATE_TEST_ATTENTION=M``  attention of decode batches of M rows or fewer rounds otherwise, as after another K/V split
                                 (what the trial of the canonical fast path must find and leave to the gate)
+``MARGINGATE_TEST_REDUCE=M``    the sum over ranks rounds otherwise where it has M rows or fewer
+                                (what the probe of the all-reduce must show and the canonical fast path avoid)
+``MARGINGATE_TEST_RANK=R``      only rank R has the faults of layers and attention (what every rank must hear of)
 ``MARGINGATE_TEST_SHARE=1``     a request's threshold is read as a share: that part of its steps triggers, drawn by step
                                 (cost at a set trigger rate; bf16 margins take few values, so thresholds cannot set it)
 ==============================  =====================================================================================
@@ -25,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +36,9 @@ import torch
 
 from sglang_margingate.config import ConfigError
 from sglang_margingate.gate.audit import AuditSampler
+
+_dice = random.Random(7)
+"""Seeded: all ranks of a server must corrupt the same steps."""
 
 
 def _number(name: str, kind: type) -> Any:
@@ -54,6 +61,8 @@ class TestKnobs:
     break_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_BREAK", ""))
     split_linear: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_SPLIT", ""))
     split_attention: int = field(default_factory=lambda: _number("MARGINGATE_TEST_ATTENTION", int))
+    split_reduce: int = field(default_factory=lambda: _number("MARGINGATE_TEST_REDUCE", int))
+    only_rank: str = field(default_factory=lambda: os.environ.get("MARGINGATE_TEST_RANK", ""))
 
     @property
     def active(self) -> list[str]:
@@ -64,7 +73,11 @@ class TestKnobs:
         """Return whether the fast path of this step is to be corrupted."""
         if self.poison_every and step > 0 and step % self.poison_every == 0:
             return True
-        return bool(self.flip_rate) and batch_rows > 1 and random.random() < self.flip_rate
+        return bool(self.flip_rate) and batch_rows > 1 and _dice.random() < self.flip_rate
+
+    def hits(self, rank: int) -> bool:
+        """Return whether this rank has the faults of layers and attention."""
+        return self.only_rank in ("", str(rank))
 
     def draws(self, request_id: str, step: int, share: float) -> bool:
         """Return whether a step triggers under ``trigger_by_share``: the same steps in every run of a request id."""
@@ -93,6 +106,21 @@ def column_digest(kv: Any, slots: torch.Tensor) -> str:
     for column in kv.read(slots):
         digest.update(column.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def split_reduce(all_reduce: Callable[..., torch.Tensor], most_rows: int) -> Callable[..., torch.Tensor]:
+    """Return a sum over ranks that rounds otherwise at up to ``most_rows`` rows: in two parts.
+
+    Another order would be no fault on two ranks: two numbers have one sum.
+    """
+
+    def reduce(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2 or len(x) > most_rows:
+            return all_reduce(x)
+        part = x * 0.3
+        return all_reduce(x - part) + all_reduce(part)
+
+    return reduce
 
 
 def leak_companions(model: torch.nn.Module, suffix: str) -> str:

@@ -51,11 +51,15 @@ def _kernel(model_runner: Any, rows: int) -> DecodeAttention | None:
 
 
 def _shape(model_runner: Any) -> tuple[int, int, int] | None:
-    """Return the model's query heads, K/V heads and their size, or None where our kernels do not fit it."""
-    config = model_runner.model_config
-    shape = config.num_attention_heads, config.get_num_kv_heads(1), config.head_dim
-    fits = DecodeAttention.supports(*shape) and model_runner.server_args.tp_size == 1 and _is_plain(model_runner)
-    return shape if fits else None
+    """Return this rank's query heads, K/V heads and their size, or None where our kernels do not fit the model."""
+    shape = attention_shape(model_runner)
+    return shape if DecodeAttention.supports(*shape) and _is_plain(model_runner) else None
+
+
+def attention_shape(model_runner: Any) -> tuple[int, int, int]:
+    """Return a rank's query heads, its K/V heads (copied where there are fewer than ranks), and their size."""
+    config, ranks = model_runner.model_config, model_runner.server_args.tp_size
+    return config.num_attention_heads // ranks, config.get_num_kv_heads(ranks), config.head_dim
 
 
 def _is_plain(model_runner: Any) -> bool:

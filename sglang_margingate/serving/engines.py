@@ -22,6 +22,7 @@ from sglang_margingate.config import ConfigError
 from sglang_margingate.runtime.verifier import KvAccess, Verifier
 from sglang_margingate.serving.attention_hooks import prepare_verify
 from sglang_margingate.serving.batches import decode_batch, extend_batch
+from sglang_margingate.serving.several import group
 
 
 class EagerEngine:
@@ -173,6 +174,10 @@ class TrialEngine:
         """Put back what :meth:`read` returned."""
         self._verifier.kv.write(slots, columns)
 
+    def agree(self, what: str, holds: bool) -> bool:
+        """Return whether something holds on every rank."""
+        return group.ranks().agree(what, holds)
+
     def _run(self, runner: Any, batch: Any) -> torch.Tensor:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
@@ -203,6 +208,13 @@ def layer_kinds(model: Any) -> list[LinearKind]:
         counts["head"] = 1
         found["head"] = head
     return [replace(kind, count=counts[key]) for key, kind in found.items()]
+
+
+def sums_over_ranks(model: Any) -> int:
+    """Return how many layers of a model add up over ranks."""
+    from sglang.srt.layers.linear import RowParallelLinear
+
+    return sum(isinstance(module, RowParallelLinear) and module.reduce_results for module in model.modules())
 
 
 def unknown_layers(model: Any) -> list[str]:

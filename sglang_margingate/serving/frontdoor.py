@@ -53,19 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help=f"threshold on the top-1/top-2 margin, in logits; without it and without a profile {cfg.DEFAULT_THRESHOLD}",
     )
-    add(
-        "--margingate-profile",
-        metavar="FILE",
-        default=None,
-        help="thresholds per dataset, from `margingate calibrate`; an entry whose sample is too small is not used",
-    )
-    add(
-        "--margingate-audit-rate",
-        type=float,
-        metavar="SHARE",
-        default=0.0,
-        help="share of untriggered steps, 0 to 1, that are verified for the record to bound the missed-flip rate",
-    )
+    add("--margingate-profile", metavar="FILE", default=None,
+        help="thresholds per dataset, from `margingate calibrate`; an entry whose sample is too small is not used")  # fmt: skip
+    add("--margingate-audit-rate", type=float, metavar="SHARE", default=0.0,
+        help="share of untriggered steps, 0 to 1, that are verified for the record to bound the missed-flip rate")  # fmt: skip
     add(
         "--margingate-max-miss",
         type=float,
@@ -238,7 +229,7 @@ def _on_cpu(flags: list[str]) -> bool:
 def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[str]:
     """Add the SGLang flags that this machine and policy need, never overriding a given one."""
     from sglang_margingate.runtime.namespaces import BACKEND_NAME, uses_backend
-    from sglang_margingate.settings import support
+    from sglang_margingate.settings import several, support
 
     flags = list(given)
 
@@ -273,6 +264,7 @@ def sglang_flags(config: MarginGateConfig, given: list[str], cpu: bool) -> list[
                 flags += [support.ATTENTION_FLAGS[0], "flashinfer"]  # SGLang itself takes fa3 on Hopper
             # The prefill graphs pad chunks to sizes of their own, which would take them off the canonical shape.
             default("--cuda-graph-backend-prefill", "disabled")
+            flags += several.fusion_flags(flags)
     return flags
 
 
@@ -354,6 +346,7 @@ def _serve(config: MarginGateConfig, flags: list[str]) -> int:
 
 def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) -> int:
     from sglang_margingate.serving import hooks, plugin, sgl
+    from sglang_margingate.serving.several import launch
     from sglang_margingate.settings import support
 
     os.environ[hooks.LAUNCHER_PID_ENV] = str(os.getpid())
@@ -368,6 +361,8 @@ def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) ->
         server_args = prepare_server_args(flags)
         args = sgl.resolve(server_args)
         support.check_server_args(args, config)
+        if config.policy.verifies:
+            launch.prepare(server_args, args)
         _warn_profile(config, args.model_path, args.device)
         if config.trace and config.policy is not Policy.OFF:
             _check_trace_dir(config.trace_dir)

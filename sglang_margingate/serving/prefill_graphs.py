@@ -35,7 +35,8 @@ from sglang_margingate.canonical.classes import Classes
 from sglang_margingate.canonical.prefill_graph_probe import graph_sizes
 from sglang_margingate.canonical.shape import ForwardShape
 from sglang_margingate.serving import sgl
-from sglang_margingate.serving.attention_hooks import PREFILL, PagedPrefill
+from sglang_margingate.serving.attention_hooks import PREFILL, PagedPrefill, attention_shape
+from sglang_margingate.serving.several import group
 from sglang_margingate.serving.shape_hooks import Running, running
 
 log = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ def obstacle(model_runner: Any, classes: Classes) -> str | None:
         (not classes.prefill.sizes, "no class holds a prefill"),
         (not wrappers or not all(isinstance(w, PagedPrefill) for w in wrappers), "our attention does not prefill it"),
         (not hasattr(getattr(model_runner.model, "model", None), "layers"), "its layers were not found"),
-        (max(args.tp_size, args.pp_size) > 1, "it runs on several GPUs"),
+        (args.pp_size > 1, "its layers are spread over processes"),
         (bool(getattr(args, "enable_lora", False)), "adapters change its layers"),
         (bool(getattr(args, "enable_hierarchical_cache", False)), "columns are loaded layer by layer"),
         (bool(getattr(args, "enable_two_batch_overlap", False)), "forwards are run in two halves"),
@@ -334,8 +335,7 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
         return None, (f"prefills are not captured in CUDA graphs: the class has no size of at most {chunk} tokens",)
     table = model_runner.req_to_token_pool.req_to_token
     inputs = Inputs(sizes[-1], min(MOST_REQUESTS, len(table)), device)
-    shape = config.num_attention_heads, config.get_num_kv_heads(1), config.head_dim
-    attention = GraphAttention(PrefillAttention(*shape, device), inputs, table)
+    attention = GraphAttention(PrefillAttention(*attention_shape(model_runner), device), inputs, table)
     hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=model_runner.dtype, device=device)
     start, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
     graphs = PrefillGraphs(RunnerSide(model_runner), classes, inputs, attention, hidden, recorder())
@@ -366,12 +366,13 @@ def recorder() -> Record:
 
     def record(run: Run) -> Run:
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # kernels are compiled and loaded outside the capture
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            run()
+        with group.capturing(stream):
+            with torch.cuda.stream(stream):
+                run()  # kernels are compiled and loaded outside the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                run()
         replay: Run = graph.replay
         return replay
 

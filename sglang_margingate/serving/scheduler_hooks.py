@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sglang_margingate.canonical.ranks import RankError
 from sglang_margingate.runtime.faults import column_digest, wants_digest
 from sglang_margingate.runtime.namespaces import namespace, uses_backend
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
@@ -15,6 +16,7 @@ from sglang_margingate.runtime.status import Runtime
 from sglang_margingate.runtime.summary import FIELD, PerRequest
 from sglang_margingate.serving import batches, sgl
 from sglang_margingate.serving.setup import build_runtime
+from sglang_margingate.serving.several import group
 
 _runtime: Runtime | None = None
 
@@ -29,7 +31,9 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         _runtime = build_runtime(scheduler)
     except Exception as error:
         # SGLang prints the traceback; this line is for the person who started the server.
-        print(f"margingate: refusing to serve: {error}", file=sys.stderr, flush=True)
+        ranks = group.ranks()
+        who = f"rank {ranks.rank} of {ranks.size}: " if ranks.size > 1 else ""
+        print(f"margingate: refusing to serve: {who}{error}", file=sys.stderr, flush=True)
         raise
     info["margingate"] = _runtime.status()
     return info
@@ -178,8 +182,24 @@ def _cap(adder: Any, req: Any) -> None:
 def add_status(result: Any, *_: Any, **__: Any) -> Any:
     """Add the gate's counters to SGLang's internal state."""
     if _runtime is not None:
+        compare_counts(_runtime)
         result.internal_state["margingate"] = _runtime.status()
     return result
+
+
+STATUS_SECONDS = 10.0
+
+
+def compare_counts(runtime: Runtime) -> None:
+    """Compare what the ranks have counted: SGLang asks all of them at the same point between two forwards."""
+    ranks = group.ranks()
+    if ranks.size == 1:
+        return
+    runtime.recorder.settle()
+    try:
+        ranks.same("counted steps", runtime.recorder.totals.decisions(), seconds=STATUS_SECONDS)
+    except RankError as error:
+        runtime.lower(str(error))
 
 
 WHAT = {

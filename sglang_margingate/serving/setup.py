@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +16,11 @@ from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
 from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
 from sglang_margingate.canonical.path_probe import try_fast_path
 from sglang_margingate.canonical.prefill_graph_probe import try_prefill_graphs
+from sglang_margingate.canonical.ranks import digest
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.audit import AuditSampler
-from sglang_margingate.machine import model_name
+from sglang_margingate.machine import device_name, model_name
 from sglang_margingate.runtime.clock import clock_of
 from sglang_margingate.runtime.faults import TestKnobs, leak_companions, split_attention
 from sglang_margingate.runtime.labels import Labels
@@ -32,6 +34,7 @@ from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
 from sglang_margingate.serving import hooks, sgl, shape_hooks
 from sglang_margingate.serving.engines import TrialEngine, make_verifier
 from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
+from sglang_margingate.serving.several import group
 from sglang_margingate.settings import support
 from sglang_margingate.settings.manifest import run_facts, server_facts
 
@@ -62,6 +65,7 @@ def build_runtime(scheduler: Any) -> Runtime:
         *support.check_model(model_runner, config),
     ]
     config = replace(config, notes=tuple(dict.fromkeys(notes)))
+    shape_hooks.attend(config, model_runner.device)
     canonical = config.fast_path is FastPathMode.CANONICAL
     if canonical:
         config = replace(config, verify_rows=shape_hooks.probed(model_runner, config).verify_rows)
@@ -73,9 +77,40 @@ def build_runtime(scheduler: Any) -> Runtime:
         )
         verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
     facts = server_facts(args, model_runner.dtype, self_test, fast)
+    facts["ranks"] = _ranks(config, model_runner, fast)
     writer = _writer(config, scheduler, facts, attached)
-    metrics = Metrics(args.enable_metrics, args.served_model_name or model_name(args.model_path))
+    first = sgl.tp_rank() == 0  # all ranks of a group take the same steps: they are counted once
+    metrics = Metrics(args.enable_metrics and first, args.served_model_name or model_name(args.model_path))
     return assemble(config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler))
+
+
+def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -> list[dict[str, Any]]:
+    """Check that every rank will decide alike; return what each runs on.
+
+    Raises
+    ------
+    RankError
+        A trial, an attention kernel or a threshold differs.
+    """
+    ranks = group.ranks()
+    decided: dict[str, Any] = {"notes": list(config.notes), "verify rows": config.verify_rows, "chunk": config.chunk}
+    if fast is not None:
+        trial = fast.trial
+        decided |= {
+            "decode graphs": list(trial.graphs.sizes), "prefill graphs": list(trial.prefill_graphs.sizes), "decode in class": trial.decode_ok,
+            "prefill": trial.prefill, "trial": list(trial.notes), "decode attention": trial.decode_attention,
+        }  # fmt: skip
+    decided["attention"] = group.attention_names(model_runner)
+    ranks.same("what was chosen", decided)
+    about = {
+        "rank": ranks.rank,
+        "pid": os.getpid(),
+        "device": device_name(model_runner.device),
+        "decides": digest(decided),
+    }
+    if fast is not None:
+        about["map"] = fast.classes.map.origin()
+    return ranks.exchange("about each rank", about)
 
 
 def assemble(
@@ -113,8 +148,9 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     classes, captured, graphs = shape_hooks.probed(model_runner, config), shape_hooks.captured(), RowSizes()
     if model_runner.device != "cpu":
         graphs = RowSizes(tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs)))
-    rows = TestKnobs().split_attention
-    if rows:
+    knobs = TestKnobs()
+    rows = knobs.split_attention
+    if rows and knobs.hits(sgl.tp_rank()):
         log.warning("margingate: decode attention of up to %d rows rounds otherwise on purpose", rows)
         split_attention(model_runner.attn_backend, rows)
     engine = TrialEngine(verifier, model_runner)
@@ -193,7 +229,7 @@ def _verifier(config: MarginGateConfig, model_runner: Any) -> tuple[Verifier | N
     knobs = TestKnobs()
     if knobs.active:
         log.warning("margingate: TEST KNOBS ARE SET: %s", ", ".join(knobs.active))
-    if knobs.break_linear:
+    if knobs.break_linear and knobs.hits(sgl.tp_rank()):
         log.warning(
             "margingate: %s leaks its companions on purpose", leak_companions(model_runner.model, knobs.break_linear)
         )

@@ -119,6 +119,15 @@ def graph_config(model_runner: Any) -> Any:
     return get_exec().graph.cuda_graph_config
 
 
+def model_config(server_args: Any) -> Any:
+    """Return what SGLang reads of the model's files, in the launcher, before anything is loaded."""
+    try:
+        from sglang.srt.arg_groups.model_override_base import model_config_of
+    except ImportError:
+        return server_args.get_model_config()  # 0.5.17
+    return model_config_of(server_args)
+
+
 def tp_rank() -> int:
     """Return this process's rank in its tensor-parallel group."""
     from sglang.srt.runtime_context import get_parallel

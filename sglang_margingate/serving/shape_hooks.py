@@ -16,9 +16,10 @@ map is tried out end to end before the server takes requests (canonical/path_pro
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +27,25 @@ import torch
 from sglang_margingate.canonical.classes import GPU_LARGEST, Classes
 from sglang_margingate.canonical.invariance import RowSizes, rows_to_probe
 from sglang_margingate.canonical.map_store import map_of
+from sglang_margingate.canonical.ranks import RankError, digest
+from sglang_margingate.canonical.reduce_probe import ReduceProbe, probe_reduce
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, ConfigError, FastPathMode, MarginGateConfig
-from sglang_margingate.machine import kernel_environment
-from sglang_margingate.runtime.faults import TestKnobs
+from sglang_margingate.machine import kernel_environment, versions
+from sglang_margingate.runtime.faults import TestKnobs, split_reduce
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, sgl
-from sglang_margingate.serving.engines import layer_kinds, unknown_layers
+from sglang_margingate.serving.engines import layer_kinds, sums_over_ranks, unknown_layers
+from sglang_margingate.serving.several import group
 
 log = logging.getLogger(__name__)
+
+GRAPH_DENSE, GRAPH_LARGEST, GRAPH_STEP = 1024, 4096, 64
+"""Numbers of rows at which the sum over ranks is probed in a CUDA graph: all up to the first, as decode graphs may have any
+of them, then those of prefill graphs."""
+
+
+ATTENDANCE_SECONDS = 120.0
+"""Ranks that have loaded their weights wait for each other, so that all are there at about the same time."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ _classes: Classes | None = None
 _captured = Captured()
 _prefill_graphs: PrefillReplay | None = None
 _running: Running | None = None
+_attended = False
 
 
 def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
@@ -114,15 +127,41 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
         # cuBLAS chooses kernels by alignment too, so a GPU's steps are small; the map is kept, so they cost one start.
         rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 8, largest, 8)
         model, environment = model_runner.model, kernel_environment(model_runner.device)
+        ranks = group.ranks()
+        if ranks.size > 1:
+            environment["ranks"] = str(ranks.size)
         found = map_of(layer_kinds(model), rows, environment, config.map_dir, keep=not knobs.active)
+        if ranks.size > 1:
+            reduced = _probed_reduce(model_runner, rows, knobs)
+            found = replace(found, layers=[*found.layers, reduced.layer(model_runner.dtype)])
         most = max(_wanted_sizes(model_runner) or [config.verify_rows])
         _classes = Classes.of(found, most, config.verify_rows, unknown_layers(model))
+        sizes = {"decode sizes": list(_classes.decode.sizes), "prefill sizes": list(_classes.prefill.sizes),
+                 "head sizes": list(_classes.head.sizes), "verify rows": _classes.verify_rows}  # fmt: skip
+        ranks.same("the map of the layers", sizes | {"map": digest([layer.to_dict() for layer in found.layers])}, REMAP)
         log.info(
             "margingate: map of %d kinds of layers, %s: decode at %s rows, prefill at %s, verify at %d",
             len(found.layers), found.origin(), _classes.decode.describe(), _classes.prefill.describe(),
             _classes.verify_rows,
         )  # fmt: skip
     return _classes
+
+
+REMAP = "Remove the kept maps (--margingate-map-dir), or use GPUs of one kind"
+
+
+def _probed_reduce(model_runner: Any, rows: list[int], knobs: TestKnobs) -> ReduceProbe:
+    """Probe the sum over ranks, at the sizes of decode and prefill graphs inside graphs too."""
+    if knobs.split_reduce:
+        group.replace_reduce(lambda reduce: split_reduce(reduce, knobs.split_reduce))
+    in_graphs = [m for m in rows if m <= GRAPH_DENSE or (m <= GRAPH_LARGEST and m % GRAPH_STEP == 0)]
+    found = probe_reduce(
+        group.GroupReduce(), group.ranks(), model_runner.model_config.hidden_size, model_runner.dtype, model_runner.device,
+        rows, in_graphs if _wanted_sizes(model_runner) else (), sums_over_ranks(model_runner.model),
+    )  # fmt: skip
+    say = log.info if found.holds else log.warning
+    say("margingate: %s", found.describe())
+    return found
 
 
 def captured() -> Captured:
@@ -134,6 +173,23 @@ def replay_prefills(graphs: PrefillReplay | None) -> None:
     """Let ``graphs`` serve the prefills that fit them."""
     global _prefill_graphs
     _prefill_graphs = graphs
+
+
+def attend(config: MarginGateConfig, device: str) -> None:
+    """Let every rank answer before they run anything together, and say what it runs on; once per process.
+
+    Raises
+    ------
+    RankError
+        One is missing, or runs on another machine or with other settings.
+    """
+    global _attended
+    if _attended or group.ranks().size == 1:
+        return
+    who = {**kernel_environment(device), "packages": digest(versions()), "configuration": digest(config.to_json())}
+    fix = "Use GPUs of one kind, and one installation for all of them"
+    group.ranks().same("who is there", who, fix, seconds=ATTENDANCE_SECONDS)
+    _attended = True
 
 
 def _wanted_sizes(model_runner: Any) -> list[int]:
@@ -167,7 +223,13 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     config = _config()
     if config is None or model_runner.is_draft_worker:
         return
-    classes, wanted = probed(model_runner, config), _wanted_sizes(model_runner)
+    try:
+        attend(config, model_runner.device)
+        classes = probed(model_runner, config)
+    except RankError as error:
+        print(f"margingate: refusing to serve: {error}", file=sys.stderr, flush=True)  # a traceback follows
+        raise
+    wanted = _wanted_sizes(model_runner)
     most = model_runner.req_to_token_pool.size
     targets = {classes.decode.target(size) for size in wanted}
     inside = {target for target in targets if target is not None and target <= most}

@@ -119,13 +119,16 @@ NEUTRAL: tuple[Group, ...] = (
         """,
     ),
     _group(
-        "collectives between ranks, of which one GPU has none (more are refused)",
+        "which scheduler gets a request: each gives the same answer",
+        "load_balance_method",
+    ),
+    _group(
+        "read only with layers, contexts or batches spread over ranks, which is refused, or by models that are; and what "
+        "switches a fused kernel off",
         """
-        pp_max_micro_batch_size pp_async_batch_depth load_balance_method dcp_comm_backend dcp_replicate_q_proj
-        cp_strategy dsa_prefill_cp_mode prefill_cp_mode disable_attn_tp_gather enable_nccl_nvls
-        disable_custom_all_reduce enable_mscclpp enable_torch_symm_mem enable_flashinfer_allreduce_fusion
-        enforce_disable_flashinfer_allreduce_fusion flashinfer_allreduce_fusion_backend enable_aiter_allreduce_fusion
-        enable_scattered_sconv moe_dense_tp_size
+        pp_max_micro_batch_size pp_async_batch_depth dcp_comm_backend dcp_replicate_q_proj cp_strategy dsa_prefill_cp_mode
+        prefill_cp_mode disable_attn_tp_gather enforce_disable_flashinfer_allreduce_fusion enable_scattered_sconv
+        moe_dense_tp_size
         """,
     ),
     _group(
@@ -201,11 +204,9 @@ NEUTRAL: tuple[Group, ...] = (
         """,
     ),
     _group(
-        "of SGLang 0.5.20 and 0.5.23: when prefills are scheduled, and what only several ranks or gRPC read, which are refused",
-        """
-        prefill_decode_interval prefill_decode_interval_min_bs boundary_reduction enable_tp_lm_head_all_to_all
-        grpc_worker_threads
-        """,
+        "of SGLang 0.5.20 and 0.5.23: when prefills are scheduled, and what only batches spread over ranks or gRPC read, which "
+        "are refused",
+        "prefill_decode_interval prefill_decode_interval_min_bs boundary_reduction grpc_worker_threads",
     ),
 )
 

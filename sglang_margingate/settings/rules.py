@@ -37,6 +37,19 @@ def _graphs(value: Any, args: Any, _config: MarginGateConfig) -> bool:
     return value.prefill.backend in ("disabled", None) and value.decode.backend in decode
 
 
+def _counts(value: Any, _args: Any, _config: MarginGateConfig) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _one_rank(value: Any, args: Any, _config: MarginGateConfig) -> bool:
+    """Accept anything where there is nothing to add up, else only what is not set."""
+    return not value or args.tp_size == 1
+
+
+def _two_ranks(value: Any, args: Any, _config: MarginGateConfig) -> bool:
+    return not value or args.tp_size <= 2
+
+
 def _radix_off(value: Any, _args: Any, config: MarginGateConfig) -> bool:
     return not value or config.radix in (Radix.OFF, Radix.STOCK)
 
@@ -145,10 +158,18 @@ RULES: tuple[Rule, ...] = (
     _rule("disaggregation_mode", "prefill would run in another process", _off("null")),
     _rule("disaggregation_decode_enable_offload_kvcache", "columns would leave and re-enter without provenance"),
     # More than one GPU.
-    _rule("tp_size", "the all-reduce was never probed for row-invariance", _off(1)),
+    _rule("tp_size", "it is no number of GPUs", _counts),
+    _rule("dp_size", "several schedulers were never tested", _off(1)),
     _rule("pp_size", "the step hook sees only the last stage's K/V", _off(1)),
-    _rule("dp_size ep_size dcp_size attn_cp_size moe_dp_size dwdp_size nnodes", "more than one GPU was never tested", _off(1)),
-    _rule("node_rank", "more than one GPU was never tested"),
+    _rule("ep_size dcp_size attn_cp_size moe_dp_size dwdp_size", "rows or experts would be spread over ranks; never tested", _off(1)),
+    _rule("nnodes", "several machines were never tested", _off(1)),
+    _rule("node_rank", "several machines were never tested"),
+    _rule("enable_mscclpp enable_torch_symm_mem enable_nccl_nvls enable_flashinfer_allreduce_fusion enable_aiter_allreduce_fusion "
+          "flashinfer_allreduce_fusion_backend",
+          "the sum over ranks would be made by another kernel at some sizes, and a row's bits depend on the batch", _one_rank),
+    _rule("disable_custom_all_reduce",
+          "NCCL would add up, from three ranks on in an order that it chooses by size", _two_ranks),
+    _rule("enable_tp_lm_head_all_to_all", "logits of a row would be on one rank only"),
     _rule("enable_dp_attention enable_dp_attention_local_control_broadcast enable_dp_lm_head enable_attn_tp_input_scattered",
           "rows would be gathered over ranks"),
     _rule("enable_prefill_cp enable_prefill_context_parallel enable_dsa_prefill_context_parallel enable_cp_decode_attn_tp",

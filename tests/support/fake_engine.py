@@ -75,6 +75,9 @@ class FakeEngine:
     def write(self, slots: torch.Tensor, columns: list[torch.Tensor]) -> None:
         self.pool[slots.long()] = columns[0]
 
+    def agree(self, what: str, holds: bool) -> bool:
+        return holds
+
     def _step(self, requests: list[int], positions: list[int], tokens: list[int], leak: float) -> torch.Tensor:
         for row in zip(requests, positions, tokens):
             self._write(*row, leak)

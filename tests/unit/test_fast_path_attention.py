@@ -60,7 +60,6 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     "changes",
     [
         {"sliding_window_size": 4096},
-        {"server_args": SimpleNamespace(tp_size=2)},
         {"dtype": torch.float32},
         {"token_to_kv_pool": SimpleNamespace(store_dtype=torch.uint8, dtype=torch.float8_e4m3fn)},
     ],
@@ -68,6 +67,18 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_models_that_the_kernel_does_not_fit_decode_with_flashinfer(layers: list[Any], changes: dict[str, Any]) -> None:
     assert attention.prepare(model_runner(**changes), 8) == "flashinfer without K/V split"
     assert attention._decode is None
+
+
+def test_a_rank_attends_with_its_share_of_the_heads() -> None:
+    def shape(ranks: int, heads: int, kv_heads: int) -> tuple[int, int, int]:
+        config = SimpleNamespace(
+            num_attention_heads=heads, head_dim=DIM, get_num_kv_heads=lambda over: max(1, kv_heads // over)
+        )
+        return attention.attention_shape(model_runner(model_config=config, server_args=SimpleNamespace(tp_size=ranks)))
+
+    assert shape(1, 40, 8) == (40, 8, DIM)
+    assert shape(4, 40, 8) == (10, 2, DIM)
+    assert shape(8, 32, 4) == (4, 1, DIM), "heads of keys and values are copied where there are fewer than ranks"
 
 
 @pytest.mark.parametrize(

@@ -218,10 +218,11 @@ def test_decode_graphs_are_captured_inside_the_class_and_beyond_it(
 ) -> None:
     made_for: list[int] = []
     monkeypatch.setattr(shape_hooks, "_config", object)
+    monkeypatch.setattr(shape_hooks, "_attended", True)
     monkeypatch.setattr(attention_hooks, "prepare", lambda _runner, rows: made_for.append(rows) or "ours")
     decode = SimpleNamespace(backend="full", bs=wanted)
     runner = SimpleNamespace(
-        is_draft_worker=False, server_args=SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=decode)),
+        is_draft_worker=False, device="cuda", server_args=SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=decode)),
         req_to_token_pool=SimpleNamespace(size=most),
     )  # fmt: skip
     shape_hooks.choose_shapes(runner)

@@ -71,7 +71,14 @@ HOLES = [
     ({"attention_backend": "triton"}, "--attention-backend triton"),
     ({"device": "cuda", "attention_backend": "flashinfer", "decode_attention_backend": "fa3"}, "--decode-attention-backend fa3"),
     ({"page_size": 16}, "--page-size 16"),
-    ({"tp_size": 2}, "--tp-size 2"),
+    ({"nnodes": 2}, "--nnodes 2"),
+    ({"tp_size": 4, "disable_custom_all_reduce": True}, "--disable-custom-all-reduce"),
+    ({"tp_size": 2, "enable_mscclpp": True}, "--enable-mscclpp"),
+    ({"tp_size": 2, "enable_torch_symm_mem": True}, "--enable-torch-symm-mem"),
+    ({"tp_size": 2, "enable_nccl_nvls": True}, "--enable-nccl-nvls"),
+    ({"tp_size": 2, "flashinfer_allreduce_fusion_backend": "auto"}, "--flashinfer-allreduce-fusion-backend"),
+    ({"tp_size": 2, "enable_symm_mem": True}, "--enable-symm-mem"),
+    ({"tp_size": 2, "enable_dp_attention": True}, "--enable-dp-attention"),
     ({"pp_size": 2}, "--pp-size 2"),
     ({"dp_size": 2}, "--dp-size 2"),
     ({"ep_size": 2}, "--ep-size 2"),
@@ -111,7 +118,8 @@ def test_a_setting_that_was_not_tested_is_refused_or_noted(
 @pytest.mark.parametrize(
     "given",
     [
-        {"enable_fp32_lm_head": True}, {"max_running_requests": 8}, {"skip_tokenizer_init": True}, {"tp_size": 1},
+        {"enable_fp32_lm_head": True}, {"max_running_requests": 8}, {"skip_tokenizer_init": True}, {"tp_size": 1}, {"tp_size": 4},
+        {"tp_size": 2, "disable_custom_all_reduce": True}, {"enable_mscclpp": True}, {"load_balance_method": "total_tokens"},
         {"sampling_backend": "flashinfer"}, {"grammar_backend": "none"}, {"dtype": "bfloat16"}, {"api_key": "k"},
         {"disable_overlap_schedule": True},
     ],
@@ -152,7 +160,7 @@ def test_the_radix_settings_go_with_ours(fields: dict[str, Any]) -> None:
 @needs_sglang
 def test_more_than_one_is_counted(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"\(1 more like it\)"):
-        check_server_args(args(fields, tp_size=2, page_size=16), GATE)
+        check_server_args(args(fields, pp_size=2, page_size=16), GATE)
 
 
 @dataclasses.dataclass
