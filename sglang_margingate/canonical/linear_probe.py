@@ -8,13 +8,16 @@ Random numbers make a blind probe: bf16 rounds away most differences between two
 about one output in 4,000 shows one). So each layer's weight is lent other values while it is probed: every product
 appears once with each sign, in random order. The exact sums are 0, and what comes out is nothing but rounding, which
 shows any change of order, tile or split. The kernel that is chosen depends on shapes, not on values.
+
+Weights of 8 bits are lent numbers of 8 bits, scales of 1, and a row whose groups of inputs all have one scale: its values are
+quantised to what they were, and the products still cancel.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,14 @@ from margingate_kernels import row_digest
 
 BASE_ROWS = 256
 """Different output rows of the lent weight; they repeat after that."""
+
+GROUP = 128
+"""Inputs that share a scale where activations are quantised in groups; the whole row is such a group otherwise."""
+
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0
+FP8_UNIT = 2.0**-8
+"""The probed row's scale: a power of two, so that bf16 holds its values."""
 
 Apply = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Rows and bias to products, as the server computes them."""
@@ -40,11 +51,16 @@ class LinearKind:
     """What the server computes it with."""
     count: int = 1
     """Layers of this kind in the model."""
+    scale: torch.Tensor | None = None
+    """Scales of a quantised weight, of any shape."""
+    inputs_first: bool = False
+    """The weight is stored as [inputs, outputs]."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(output features, input features)."""
-        return self.weight.shape[0], self.weight.shape[1]
+        first, second = self.weight.shape
+        return (second, first) if self.inputs_first else (first, second)
 
     def describe(self) -> str:
         """Return in words what chooses its kernel beside the shape; part of a kept map's key."""
@@ -54,7 +70,7 @@ class LinearKind:
     def digests(self, rows: list[int], seconds: float = float("inf")) -> dict[int, list[int]]:
         """Run the layer at each M; return the digests of the probed row: first, last, and the extremes of all places."""
         end = time.perf_counter() + seconds
-        with torch.no_grad(), _lent_weight(self.weight) as probe:
+        with torch.no_grad(), _lent_weight(self.weight, self.scale, self.inputs_first) as probe:
             # A generator of its own: the server's random numbers must not depend on what was probed.
             generator = torch.Generator(probe.device).manual_seed(6)
             companions = torch.randn(max(rows), len(probe), generator=generator, device=probe.device).to(probe.dtype)
@@ -75,27 +91,53 @@ class LinearKind:
 
 
 @contextmanager
-def _lent_weight(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+def _lent_weight(weight: torch.Tensor, scale: torch.Tensor | None, inputs_first: bool) -> Iterator[torch.Tensor]:
     """Put the probe's values in the place of a weight's; give the input row whose products cancel.
 
     The storage is another one meanwhile, of the same shape, dtype and strides.
     """
     generator = torch.Generator().manual_seed(3)
-    outputs, inputs = weight.shape
+    small = weight.dtype == FP8
+    outputs, inputs = reversed(weight.shape) if inputs_first else weight.shape
     half = inputs // 2
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(weight.device, weight.dtype)
+        values = torch.randn(size, generator=generator)
+        return (values * 16).to(FP8).float() if small else values.to(weight.device, weight.dtype)
 
-    order = torch.randperm(2 * half, generator=generator).to(weight.device)
+    order = torch.randperm(2 * half, generator=generator).to("cpu" if small else weight.device)
     base, signal = draw(min(BASE_ROWS, outputs), half), draw(half)
-    row = torch.zeros(inputs, dtype=weight.dtype, device=weight.device)
+    if small:
+        signal[order[::GROUP] % half] = FP8_MOST  # one in every group
+    row = torch.zeros(inputs, dtype=base.dtype, device=base.device)
     row[: 2 * half] = torch.cat([signal, signal])[order]
     lent = torch.zeros_like(base[:, :1]).repeat(1, inputs)
     lent[:, : 2 * half] = torch.cat([base, -base], dim=1)[:, order]
+    lent = lent.repeat(-(-outputs // len(lent)), 1)[:outputs]
+    with ExitStack() as stack:
+        stack.enter_context(lent_values(weight, lent.t() if inputs_first else lent))
+        if scale is not None:
+            stack.enter_context(lent_values(scale, torch.ones(())))
+        yield (row * FP8_UNIT).to(weight.device, torch.bfloat16) if small else row
+
+
+@contextmanager
+def lent_values(weight: torch.Tensor, values: torch.Tensor, factors: torch.Tensor | None = None) -> Iterator[None]:
+    """Put other values in the place of a tensor's, in storage of its own of the same shape, dtype and strides.
+
+    Parameters
+    ----------
+    weight
+        The tensor, of any dtype.
+    values, factors
+        What it holds meanwhile, their product where both are given; any shape that broadcasts.
+    """
     own = weight.data
-    weight.data = torch.empty_like(own).copy_(lent.repeat(-(-outputs // len(lent)), 1)[:outputs])
+    lent = torch.empty_like(own).copy_(values.to(own.device).to(own.dtype))
+    if factors is not None:
+        lent.mul_(factors.to(own.device).to(own.dtype))
+    weight.data = lent
     try:
-        yield row
+        yield
     finally:
         weight.data = own

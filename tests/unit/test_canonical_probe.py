@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from margingate_kernels import row_digest
@@ -9,7 +11,7 @@ from margingate_kernels import row_digest
 from sglang_margingate.canonical import layer_probe
 from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses
 from sglang_margingate.canonical.layer_probe import HEAD_LARGEST, labels, probe_layers, spot_check
-from sglang_margingate.canonical.linear_probe import LinearKind
+from sglang_margingate.canonical.linear_probe import FP8, LinearKind
 
 
 def kind(apply_rows: int | None, bias: bool = False, place: int | None = None) -> LinearKind:
@@ -122,3 +124,52 @@ def test_a_spot_check_stops_when_its_time_is_up_and_still_compares(monkeypatch: 
     found = InvarianceMap([LayerClasses("x", (64, 256), 1, dict.fromkeys(range(1, 65), 0))])
     assert spot_check([LinearKind("x", one.weight, None, counted, False)], found) == {}
     assert calls == [1, 1, 64, 64]
+
+
+def small(cut: int | None, inputs_first: bool) -> LinearKind:
+    """Return a layer of 8-bit weights, one scale per output, that quantises each row and sums in two parts up to ``cut`` rows."""
+    weight = torch.nn.Parameter(torch.randn(64, 256).to(FP8), requires_grad=False)
+    if inputs_first:
+        weight = torch.nn.Parameter(weight.data.t(), requires_grad=False)
+    scale = torch.nn.Parameter(torch.rand(64, 1), requires_grad=False)
+
+    def apply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        held = weight.float().t() if inputs_first else weight.float()
+        groups = x.float().unflatten(1, (-1, 128))
+        unit = groups.abs().amax(2, keepdim=True) / 448
+        rows = ((groups / unit).to(FP8).float() * unit).flatten(1)
+        # A tensor core's sums of 8-bit products hold fewer bits than fp32.
+        terms = (rows[:, None] * held[None]).half()
+        parts = (100, 156) if cut is not None and len(x) <= cut else (256,)
+        out = torch.stack([part.cumsum(2)[..., -1] for part in terms.split(parts, dim=2)]).sum(0)
+        return (out * scale.t()).bfloat16()
+
+    return LinearKind("x", weight, None, apply, False, "Small", scale=scale, inputs_first=inputs_first)
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_weights_of_8_bits_cancel_too_and_their_scales_come_back(inputs_first: bool) -> None:
+    one = small(5, inputs_first)
+    assert one.shape == (64, 256)
+    assert one.describe() == "float8_e4m3fn, Small, no bias"
+    before = one.scale.data_ptr(), one.weight.data_ptr(), one.weight.stride()
+    found = labels(one, [1, 4, 5, 6, 7])
+    assert found == {1: 0, 4: 0, 5: 0, 6: 1, 7: 1}
+    assert (one.scale.data_ptr(), one.weight.data_ptr(), one.weight.stride()) == before
+    assert set(labels(small(None, inputs_first), [1, 2, 3, 8]).values()) == {0}
+
+
+def test_a_lent_row_of_8_bits_is_quantised_to_what_it_was() -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    one = small(None, False)
+
+    def watched(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append((x[0].float(), one.weight.float() @ x[0].float()))
+        return one.apply(x, bias)
+
+    labels(replace(one, apply=watched), [1])
+    row, sums = seen[-1]
+    groups = row.unflatten(0, (-1, 128))
+    assert torch.equal(groups.abs().amax(1), torch.full((2,), 448 * 2.0**-8))
+    assert torch.equal((row / 2.0**-8).to(FP8).float() * 2.0**-8, row)
+    assert torch.allclose(sums, torch.zeros(64), atol=1e-3)
