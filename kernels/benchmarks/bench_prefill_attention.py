@@ -1,9 +1,10 @@
-"""Time prefill attention over paged K/V against FlashInfer's fa3 (32 query and 8 K/V heads of 128, bfloat16, page size 1).
+"""Time prefill attention over paged K/V against FlashAttention-3's (32 query and 8 K/V heads of 128, bfloat16, page size 1).
 
-    python kernels/benchmarks/bench_prefill_attention.py [--tune] [--json FILE]
+    python kernels/benchmarks/bench_prefill_attention.py [--heads 28,4,128] [--flashinfer] [--tune] [--json FILE]
 
-"paged" is FlashInfer over pages, "contiguous" its faster kernel that SGLang uses where nothing is cached; neither is
-repeatable (tests/gpu/repeat_kernels.py). Operations are those of the causal half. --tune tries launch constants instead.
+"fa3" is sgl_kernel's, pinned as the canonical path pins it; with --flashinfer, "paged" is FlashInfer's fa3 over pages and
+"contiguous" its faster kernel that SGLang uses where nothing is cached, neither of which is repeatable
+(tests/gpu/repeat_kernels.py). Operations are those of the causal half. --tune tries launch constants instead.
 """
 
 from __future__ import annotations
@@ -14,16 +15,28 @@ from dataclasses import dataclass
 
 import common
 import torch
-from margingate_kernels import PrefillAttention, prefill_attention, prefill_attention_reference
+from margingate_kernels import (
+    Fa3PrefillAttention,
+    PrefillAttention,
+    fa3_available,
+    prefill_attention,
+    prefill_attention_reference,
+)
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
-SCALE = DIM**-0.5
+Heads = tuple[int, int, int]
 BATCHES: dict[str, list[tuple[int, int]]] = {  # of each request: cached tokens, new ones
     "64 prompts of 100 to 900": [(0, 100 + 800 * i // 63) for i in range(64)],
     "16 half cached of 500": [(250, 250)] * 16,
+    "1 of 200": [(0, 200)],
+    "1 of 500": [(0, 500)],
+    "1 of 1024": [(0, 1024)],
+    "1 of 4096": [(0, 4096)],
     "1 of 8192": [(0, 8192)],
+    "1 of 32000": [(0, 32000)],
     "8192 behind 24576": [(24576, 8192)],
     "32 of 1 behind 1000": [(1000, 1)] * 32,
+    "8 of 1 behind 8192": [(8192, 1)] * 8,
 }
 
 
@@ -38,9 +51,10 @@ class Inputs:
     columns: torch.Tensor
     indices: torch.Tensor
     flops: float
+    heads: Heads
 
     @classmethod
-    def of(cls, requests: list[tuple[int, int]]) -> Inputs:
+    def of(cls, requests: list[tuple[int, int]], heads: Heads) -> Inputs:
         """Draw one."""
         new, slots = sum(n for _, n in requests), sum(c + n for c, n in requests)
 
@@ -52,17 +66,19 @@ class Inputs:
 
         pairs = sum(n * c + n * (n + 1) // 2 for c, n in requests)
         return cls(
-            draw(new, Q_HEADS, DIM), draw(slots, KV_HEADS, DIM), draw(slots, KV_HEADS, DIM),
+            draw(new, heads[0], heads[2]), *(draw(slots, *heads[1:]) for _ in "kv"),
             ends([n for _, n in requests]), ends([c + n for c, n in requests]), torch.randperm(slots, device="cuda").int(),
-            4.0 * pairs * Q_HEADS * DIM,
+            4.0 * pairs * heads[0] * heads[2], heads,
         )  # fmt: skip
 
 
-def ours(x: Inputs) -> functools.partial[torch.Tensor]:
+def ours(
+    x: Inputs, kind: type[PrefillAttention] | type[Fa3PrefillAttention] = PrefillAttention
+) -> functools.partial[torch.Tensor]:
     """Return a call of the kernel, planned."""
-    attend = PrefillAttention(Q_HEADS, KV_HEADS, DIM, "cuda")
+    attend = kind(*x.heads, "cuda")
     attend.plan(x.queries, x.columns, len(x.indices))
-    return functools.partial(attend, x.q, x.k, x.v, x.indices, SCALE)
+    return functools.partial(attend, x.q, x.k, x.v, x.indices, x.heads[2] ** -0.5)
 
 
 def flashinfer(x: Inputs, *, paged: bool) -> functools.partial[torch.Tensor]:
@@ -70,14 +86,14 @@ def flashinfer(x: Inputs, *, paged: bool) -> functools.partial[torch.Tensor]:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 
     workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda")
-    shape, dtypes = (Q_HEADS, KV_HEADS, DIM), {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    shape, scale, dtypes = x.heads, x.heads[2] ** -0.5, {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
     if paged:
         wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa3")
         last = torch.ones(len(x.queries) - 1, dtype=torch.int32, device="cuda")
-        wrapper.plan(x.queries, x.columns, x.indices, last, *shape, 1, causal=True, sm_scale=SCALE, **dtypes)
+        wrapper.plan(x.queries, x.columns, x.indices, last, *shape, 1, causal=True, sm_scale=scale, **dtypes)
         return functools.partial(wrapper.run, x.q, (x.k, x.v))
     ragged = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa3")
-    ragged.plan(x.queries, x.columns, *shape, causal=True, sm_scale=SCALE, **dtypes)
+    ragged.plan(x.queries, x.columns, *shape, causal=True, sm_scale=scale, **dtypes)
     return functools.partial(ragged.run, x.q, x.k, x.v)
 
 
@@ -92,29 +108,35 @@ def main() -> None:
     """Run the benchmark."""
     arguments = common.parser(__doc__)
     arguments.add_argument("--tune", action="store_true", help="try launch constants")
+    arguments.add_argument("--heads", default=f"{Q_HEADS},{KV_HEADS},{DIM}", help="query heads, K/V heads, their size")
+    arguments.add_argument("--flashinfer", action="store_true", help="FlashInfer's kernels too")
     args = arguments.parse_args()
+    q_heads, kv_heads, dim = map(int, args.heads.split(","))
     env, copy = common.start()
     torch.manual_seed(0)
-    data = {name: Inputs.of(requests) for name, requests in BATCHES.items()}
+    data = {name: Inputs.of(requests, (q_heads, kv_heads, dim)) for name, requests in BATCHES.items()}
     if args.tune:
         calls = {name.replace(" ", "_"): lambda x=x: [ours(x)] for name, x in data.items()}
         common.tune(prefill_attention, ("ROWS", "BLOCK", "WARPS", "STAGES"), TRIALS, calls)
         return
     rows: list[dict[str, object]] = []
     for name, x in data.items():
-        call = ours(x)
+        calls = {"ours": ours(x)}
+        if fa3_available(*x.heads):
+            calls["fa3"] = ours(x, Fa3PrefillAttention)
         if len(x.indices) < 10_000:
-            want = prefill_attention_reference(x.q, x.k, x.v, x.queries, x.columns, x.indices, SCALE)
-            torch.testing.assert_close(call(), want, rtol=2e-2, atol=6e-3)
-        times = [
-            common.time_calls([one], rounds=4, replays=20)
-            for one in (call, flashinfer(x, paged=True), flashinfer(x, paged=False))
-        ]
-        rows.append(
-            {"batch": name, "us": times[0].median, "p10-p90": f"{times[0].low:.1f}-{times[0].high:.1f}",
-             "TFLOP/s": round(x.flops / times[0].median / 1e6), "paged us": times[1].median,
-             "contiguous us": times[2].median, "ours / contiguous": times[0].median / times[2].median}
-        )  # fmt: skip
+            for call in calls.values():
+                want = prefill_attention_reference(x.q, x.k, x.v, x.queries, x.columns, x.indices, dim**-0.5)
+                torch.testing.assert_close(call(), want, rtol=2e-2, atol=6e-3)
+        if args.flashinfer:
+            calls |= {"paged": flashinfer(x, paged=True), "contiguous": flashinfer(x, paged=False)}
+        times = {who: common.time_calls([call], rounds=4, replays=20) for who, call in calls.items()}
+        took = times["ours"]
+        row: dict[str, object] = {"batch": name, "us": took.median, "p10-p90": f"{took.low:.1f}-{took.high:.1f}"}
+        row["TFLOP/s"] = round(x.flops / took.median / 1e6)
+        row |= {f"{who} us": time.median for who, time in times.items() if who != "ours"}
+        row |= {f"ours / {who}": took.median / time.median for who, time in times.items() if who != "ours"}
+        rows.append(row)
     common.finish(args.json, env, copy, rows)
 
 

@@ -4,6 +4,7 @@ Without a GPU or without Triton every function runs its reference; Triton is imp
 """
 
 from margingate_kernels.decode_attention import DecodeAttention, decode_attention_reference
+from margingate_kernels.fa3_prefill import Fa3PrefillAttention, fa3_available
 from margingate_kernels.kv_column import (
     KVColumns,
     max_abs_change_reference,
@@ -16,11 +17,13 @@ from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top
 
 __all__ = [
     "DecodeAttention",
+    "Fa3PrefillAttention",
     "KVColumns",
     "PrefillAttention",
     "Top2",
     "Top2Workspace",
     "decode_attention_reference",
+    "fa3_available",
     "max_abs_change_reference",
     "prefill_attention_reference",
     "restore_reference",

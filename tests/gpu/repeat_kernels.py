@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from margingate_kernels import DecodeAttention, PrefillAttention, top2_margin
+from margingate_kernels import DecodeAttention, Fa3PrefillAttention, PrefillAttention, fa3_available, top2_margin
 
 Q_HEADS, KV_HEADS, DIM, HIDDEN, INNER = 32, 8, 128, 4096, 14336
 SLOTS = 40_000
@@ -48,7 +48,7 @@ def indptr(lengths: list[int]) -> torch.Tensor:
 
 
 def prefill_kernels(k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, Call]]:
-    """FlashInfer's fa3 prefill over pages and over contiguous columns (stock's, without a prefix), and ours."""
+    """Ours, sgl_kernel's FlashAttention-3, and FlashInfer's fa3 over pages and over contiguous columns."""
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 
     for name, requests in PREFILLS.items():
@@ -58,6 +58,10 @@ def prefill_kernels(k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, Cal
         attend = PrefillAttention(Q_HEADS, KV_HEADS, DIM, "cuda")
         attend.plan(queries, columns, len(slots))
         yield f"prefill ours, {name}", lambda a=attend, x=q, s=slots: a(x, k, v, s, DIM**-0.5)
+        if fa3_available(Q_HEADS, KV_HEADS, DIM):
+            fa3 = Fa3PrefillAttention(Q_HEADS, KV_HEADS, DIM, "cuda")
+            fa3.plan(queries, columns, len(slots))
+            yield f"prefill sgl fa3, {name}", lambda a=fa3, x=q, s=slots: a(x, k, v, s, DIM**-0.5)
         last = torch.ones(len(new), dtype=torch.int32, device="cuda")
         shape, dtypes = (Q_HEADS, KV_HEADS, DIM), {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
         paged = BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", backend="fa3")
