@@ -338,7 +338,7 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
     attention = GraphAttention(PrefillAttention(*attention_shape(model_runner), device), inputs, table)
     hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=model_runner.dtype, device=device)
     start, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-    graphs = PrefillGraphs(RunnerSide(model_runner), classes, inputs, attention, hidden, recorder())
+    graphs = PrefillGraphs(RunnerSide(model_runner), classes, inputs, attention, hidden, group.recorder())
     notes: list[str] = []
     for size in reversed(sizes):  # the largest first: the others fit into its memory
         try:
@@ -356,24 +356,3 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
             (free - torch.cuda.mem_get_info()[0]) / 2**20,
         )  # fmt: skip
     return (graphs if graphs.sizes else None), tuple(notes)
-
-
-def recorder() -> Record:
-    """Return what captures a forward into a CUDA graph, in the memory that SGLang's graphs share."""
-    from sglang.srt.model_executor.runner_utils.pool import get_or_create_global_graph_memory_pool
-
-    pool, stream = get_or_create_global_graph_memory_pool(torch.cuda), torch.cuda.Stream()
-
-    def record(run: Run) -> Run:
-        stream.wait_stream(torch.cuda.current_stream())
-        with group.capturing(stream):
-            with torch.cuda.stream(stream):
-                run()  # kernels are compiled and loaded outside the capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                run()
-        replay: Run = graph.replay
-        return replay
-
-    return record

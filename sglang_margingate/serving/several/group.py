@@ -11,6 +11,10 @@ import torch
 
 from sglang_margingate.canonical.ranks import Ranks
 
+Run = Callable[[], None]
+
+_kept: list[Run] = []
+
 
 @lru_cache
 def ranks() -> Ranks:
@@ -34,16 +38,13 @@ class GroupReduce:
         out: torch.Tensor = get_tp_group().all_reduce(x)
         return out
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Capture what ``run`` launches as SGLang captures its decode graphs."""
-        stream = torch.cuda.Stream()
-        with capturing(stream):
-            run()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                run()
-        replay: Callable[[], None] = graph.replay
+    def record(self, run: Run) -> Run:
+        """Capture what ``run`` launches as SGLang captures its decode graphs.
+
+        The graph stays: the other ranks have opened its memory, and it must not be freed before they close it.
+        """
+        replay = recorder()(run)
+        _kept.append(replay)
         return replay
 
 
@@ -51,6 +52,27 @@ def attention_names(model_runner: Any) -> list[str]:
     """Return the types of what attends, which a rank may choose by what works on its GPU."""
     backend = model_runner.attn_backend
     return [type(x).__name__ for x in (backend, *getattr(backend, "prefill_wrappers_paged", ()))]
+
+
+def recorder() -> Callable[[Run], Run]:
+    """Return what captures a forward into a CUDA graph, in the memory that SGLang's graphs share."""
+    from sglang.srt.model_executor.runner_utils.pool import get_or_create_global_graph_memory_pool
+
+    pool, stream = get_or_create_global_graph_memory_pool(torch.cuda), torch.cuda.Stream()
+
+    def record(run: Run) -> Run:
+        stream.wait_stream(torch.cuda.current_stream())
+        with capturing(stream):
+            with torch.cuda.stream(stream):
+                run()  # kernels are compiled and loaded outside the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                run()
+        replay: Run = graph.replay
+        return replay
+
+    return record
 
 
 def capturing(stream: Any) -> AbstractContextManager[Any]:

@@ -1,0 +1,200 @@
+"""The sum over ranks at every size: which kernel adds up, in which order, at what cost; with SGLang's settings and with ours.
+
+    python3 tests/gpu/reduce_table.py --out DIR --ranks 4 [--gpus 0,1,2,3] [--hidden 4096] [--device cpu]
+
+Starts SGLang's own groups in processes of their own, twice: as SGLang sets them up, and with the variables that our servers
+start with. Order 0 is that of the ranks, in fp32 and rounded once; equal numbers are equal bits; `place` means that a row's place
+changes its sum. Times are microseconds a sum: in a graph of twenty, and eagerly. DIR gets reduce-R.json; the table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 8192, 16384)
+ROWS_CPU = (1, 8, 64, 512)
+TIMES = 20
+
+
+def worker(rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...], cpu: bool, results: Any) -> None:
+    """Add up at every size; put what was seen."""
+    from sglang_margingate.serving.cpu import install_stand_ins
+
+    install_stand_ins()
+    import torch
+    from sglang.srt.distributed import parallel_state
+
+    from sglang_margingate.canonical import reduce_probe
+    from sglang_margingate.serving.several.group import GroupReduce
+
+    device, method = torch.device("cpu" if cpu else f"cuda:{rank}"), f"tcp://127.0.0.1:{port}"
+    if not cpu:
+        torch.cuda.set_device(device)
+    parallel_state.init_distributed_environment(ranks, rank, method, rank, "gloo" if cpu else "nccl")
+    parallel_state.initialize_model_parallel(ranks)
+    group = parallel_state.get_tp_group()
+    parts = [reduce_probe._part(r, ranks, hidden).bfloat16() for r in range(ranks)]
+    known = {reduce_probe._digests(reduce_probe.in_rank_order(parts)[None].to(device)).tolist()[0]: 0}
+    mine = parts[rank].to(device).expand(max(rows), -1).contiguous()
+    reduce, out = GroupReduce(), []
+
+    def order(seen: list[int]) -> Any:
+        return known.setdefault(seen[0], len(known)) if seen[0] == seen[1] else "place"
+
+    for m in rows:
+        line: dict[str, Any] = {
+            "rows": m,
+            "bytes": m * hidden * 2,
+            "eager": order(reduce_probe._tried(reduce, mine, [m])[0].tolist()),
+        }
+        line["eager kernel"] = kernel(group, m * hidden * 2, False)
+        if not cpu:
+            into = torch.zeros(1, 2, dtype=torch.int64, device=device)
+
+            def once(into: Any = into, m: int = m) -> None:
+                into.copy_(reduce_probe._tried(reduce, mine, [m]))
+
+            reduce.record(once)()
+            line["graph"], line["graph kernel"] = order(into[0].tolist()), kernel(group, m * hidden * 2, True)
+            x = mine[:m].clone()
+
+            def many(x: Any = x) -> None:
+                for _ in range(TIMES):
+                    reduce(x)
+
+            line["graph us"], line["eager us"] = timed(torch, reduce.record(many)), timed(torch, many)
+        out.append(line)
+    results.put((rank, out))
+    results.close()
+    results.join_thread()
+    torch.distributed.barrier()
+    os._exit(0)  # groups of SGLang end with their process
+
+
+def kernel(group: Any, size: int, graph: bool) -> str:
+    """Return what SGLang chooses for a sum of this size."""
+    ca = getattr(group, "ca_comm", None)
+    if ca is None or getattr(ca, "disabled", True) or not hasattr(ca, "_pick_algo"):
+        return "nccl" if ca is None or not hasattr(ca, "should_custom_ar") else "custom v1, or nccl"
+    algo, mode = ca._pick_algo(size, can_use_graph=graph)
+    name = "nccl" if algo is None else algo.name.lower().replace("_shot", "shot")
+    return name + (" multicast" if algo is not None and mode.name == "MULTICAST" else "")
+
+
+def timed(torch: Any, run: Any) -> float:
+    """Return microseconds of one of the sums that ``run`` launches, the best of five."""
+    best = float("inf")
+    for _ in range(6):
+        torch.cuda.synchronize()
+        torch.distributed.barrier()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) * 1e3 / TIMES)
+    return round(best, 1)
+
+
+def measure(ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, seconds: float) -> list[list[dict[str, Any]]]:
+    """Run the workers; return what each rank saw."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=worker, args=(r, ranks, port, hidden, rows, cpu, results), daemon=True)
+        for r in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, list[dict[str, Any]]] = {}
+    end = time.monotonic() + seconds
+    try:
+        while len(found) < ranks and time.monotonic() < end and not any(p.exitcode for p in processes):
+            if not results.empty():
+                rank, lines = results.get()
+                found[rank] = lines
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.join(3)
+            process.kill()
+    if len(found) < ranks:
+        raise SystemExit(f"only ranks {sorted(found)} of {ranks} ended in {seconds:.0f} s")
+    return [found[rank] for rank in range(ranks)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure with both settings; 1 where ours does not keep one order, or ranks differ."""
+    from truth import prepare
+
+    from sglang_margingate.bench import tables
+    from sglang_margingate.settings import several
+
+    words = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--gpus", default="", help="CUDA_VISIBLE_DEVICES of the workers")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens of the largest prefill")
+    parser.add_argument("--seconds", type=float, default=90, help="for each of the two settings")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args(words)
+    cpu = args.device == "cpu"
+    if not cpu:
+        prepare(words, Path(__file__))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+    settings = SimpleNamespace(
+        tp_size=args.ranks, device=args.device, chunked_prefill_size=args.chunk, max_prefill_tokens=args.chunk
+    )
+    arms = {"sglang": {}, "ours": several.environment(settings, args.hidden, {})}
+    rows = ROWS_CPU if cpu else ROWS
+    found: dict[str, list[dict[str, Any]]] = {}
+    problems = []
+    for name, env in arms.items():
+        os.environ.update(env)
+        ranks = measure(args.ranks, args.hidden, rows, cpu, args.seconds)
+        found[name] = ranks[0]
+        orders = [[(line["eager"], line.get("graph")) for line in lines] for lines in ranks]
+        if any(other != orders[0] for other in orders):
+            problems.append(f"{name}: ranks hold other sums")
+    kept = {o for x in found["ours"] if x["rows"] <= args.chunk for o in (x["eager"], x.get("graph", x["eager"]))}
+    if len(kept) > 1 or "place" in kept:
+        problems.append(f"ours: orders {sorted(map(str, kept))} up to {args.chunk} rows")
+    document = {"ranks": args.ranks, "hidden": args.hidden, "set": arms, "found": found, "problems": problems}
+    (args.out / f"reduce-{args.ranks}.json").write_text(json.dumps(document, indent=1) + "\n")
+    body = []
+    for a, b in zip(found["sglang"], found["ours"]):
+        cells = [str(a["rows"]), f"{a['bytes'] / 1024:.0f}"]
+        for line in (a, b):
+            for mode in ("graph", "eager"):
+                cells.append(
+                    f"{line.get(mode, '-')} {line.get(f'{mode} kernel', '')} {line.get(f'{mode} us', '')}".strip()
+                )
+        body.append(cells)
+    print(
+        tables.text(["rows", "KiB", "sglang: graph", "sglang: eager", "ours: graph", "ours: eager"], body, (2, 3, 4, 5))
+    )
+    print("; ".join(problems) or f"one order at every size with our settings, {args.ranks} ranks")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
