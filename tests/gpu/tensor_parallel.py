@@ -56,7 +56,7 @@ LAYER = "layers.1.mlp.gate_up_proj"
 class Scale:
     """How much is asked."""
 
-    flags: str = SHAPE
+    flags: str = SHAPE.replace("40960", "16384")  # Qwen2.5 knows 32,768 positions
     sizes: tuple[int, ...] = (2, 8, 20, 33, 64)
     stock_sizes: tuple[int, ...] = (8, 33)
     prompts: int = 24
