@@ -69,6 +69,8 @@ class Trial:
         What the trials took.
     prefill_graphs
         Captured prefill sizes at which graphs gave the bits of eager forwards; empty where prefills run eagerly.
+    prompt_scores
+        The log-probabilities of a prompt's tokens depend on it alone.
     """
 
     graphs: RowSizes = NO_SIZES
@@ -78,6 +80,7 @@ class Trial:
     decode_attention: str = "sglang"
     seconds: float = 0.0
     prefill_graphs: RowSizes = NO_SIZES
+    prompt_scores: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class Engine(Protocol):
     def extend(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
         """Run one prefill forward as it will be served; return each part's last logits. ``tokens``: [requests, tokens]."""
 
+    def scores(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
+        """Run one prefill forward; return the log-probability of each token after those of the parts that ask."""
+
     def decode(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         """Run one decode forward as it will be served; return its logits."""
 

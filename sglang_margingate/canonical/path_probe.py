@@ -86,6 +86,37 @@ class PathProbe:
             ]
         return ", ".join(changed) or None
 
+    def scores_hold(self) -> str | None:
+        """Return what changed the log-probabilities of a prompt, or None. Run where :meth:`prefill_holds`."""
+        n, cut = self.length, self.length // 3
+        trials = {  # odd numbers of rows before the prompt's: a row of logits may begin at any alignment
+            "companions": [
+                Extend(1, 0, n // 2 | 1, logprobs=True),
+                Extend(0, 0, n, logprobs=True),
+                Extend(2, 0, n - 3),
+            ],
+            "a cached prefix": [Extend(3, 0, 6, logprobs=True), Extend(0, cut, n, logprobs=True), Extend(2, 0, 5)],
+        }
+        with lent_table(self.engine.table, self._own_slots()):
+            whole = self._scores([Extend(0, 0, n, logprobs=True)])
+            changed = [
+                name
+                for name, parts in trials.items()
+                if not self.engine.agree(name, torch.equal(whole[parts[1].start :], self._scores(parts)))
+            ]
+        return ", ".join(changed) or None
+
+    def _scores(self, parts: list[Extend]) -> torch.Tensor:
+        """Run one prefill forward; return the log-probabilities of row 0's part."""
+        found = self.engine.scores(parts, self.tokens)
+        begin = 0
+        for part in parts:
+            end = begin + (part.end - part.start if part.logprobs else 0)
+            if part.row == 0:
+                return found[begin:end].clone()
+            begin = end
+        raise ValueError("no part of row 0")
+
     def _extend(self, parts: list[Extend]) -> Bits:
         """Run one prefill forward; return row 0's last logits and its columns so far."""
         logits = self.engine.extend(parts, self.tokens)
@@ -179,7 +210,7 @@ def try_fast_path(
     """
     start = time.perf_counter()
     said = list(notes)
-    batched = decode_ok = False
+    batched = decode_ok = scores = False
     if classes.unknown:
         more = f" and {len(classes.unknown) - 1} more" if len(classes.unknown) > 1 else ""
         said.append(f"the probe does not know {classes.unknown[0]}{more}: everything is gated by its margin")
@@ -192,6 +223,11 @@ def try_fast_path(
         batched = broken is None
         if broken is not None:
             said.append(f"prefill depends on {broken}; gated prompts are prefilled one at a time, in chunks")
+        else:
+            broken = probe.scores_hold()
+            scores = broken is None
+            if broken is not None:
+                said.append(f"log-probabilities of a prompt depend on {broken}")
         sizes = _decode_sizes(classes, graphs, min(probe.table_rows, probe.most_running))
         broken = probe.decode_holds(sizes) if sizes else "every size"
         decode_ok = broken is None
@@ -203,7 +239,16 @@ def try_fast_path(
     if broken is not None:
         prefill = None
         said.append(grid_note(chunk, broken))
-    return Trial(graphs, decode_ok, prefill, tuple(said), decode_attention, time.perf_counter() - start)
+    # A prompt that is prefilled alone, in the same chunks, meets the same shapes each time.
+    return Trial(
+        graphs,
+        decode_ok,
+        prefill,
+        tuple(said),
+        decode_attention,
+        time.perf_counter() - start,
+        prompt_scores=scores or prefill == "grid",
+    )
 
 
 def _decode_sizes(classes: Classes, graphs: RowSizes, most: int) -> list[int]:

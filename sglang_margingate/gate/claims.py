@@ -25,12 +25,16 @@ class Claims:
         The trial showed that decode gives a row the same bits at every size of the class.
     gated_note
         Why steps that were not verified cannot be claimed, of the audit's bound; None while they can.
+    output_scores, prompt_scores
+        Log-probabilities of chosen tokens, and of a prompt's, were found to depend on their row alone.
     """
 
     notes: tuple[str, ...] = ()
     prefill: Literal["batched", "grid"] | None = None
     decode: bool = False
     gated_note: str | None = None
+    output_scores: bool = False
+    prompt_scores: bool = False
 
     @property
     def prefill_in_class(self) -> bool:
@@ -38,7 +42,13 @@ class Claims:
         return self.prefill == "batched" or (self.prefill == "grid" and self.decode)
 
 
-def label(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool = False) -> tuple[Guarantee, str]:
+Asked = Literal["output", "prompt"]
+"""Log-probabilities that a request asks for: of chosen tokens, or of its prompt's as well."""
+
+
+def label(
+    ledger: RequestLedger, claims: Claims, shown: int, aborted: bool = False, scoring: bool = False
+) -> tuple[Guarantee, str]:
     """Return a finished request's guarantee and the sentence of why.
 
     Parameters
@@ -51,10 +61,14 @@ def label(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool = Fal
         Tokens of the answer.
     aborted
         The answer was cut off.
+    scoring
+        The request asked for no token: its answer is what a prefill gives.
     """
-    why = _why_nothing(ledger, claims, shown, aborted)
+    why = _why_nothing(ledger, claims, shown, aborted, scoring)
     if why is not None:
         return Guarantee.NONE, why
+    if not shown:
+        return _scored(ledger, claims)
     c, decodes = ledger.counters, shown - 1
     steps = "1 decode step" if decodes == 1 else f"{decodes} decode steps"
     if claims.prefill_in_class and not ledger.outside and not ledger.stale:
@@ -81,7 +95,35 @@ def label(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool = Fal
     return Guarantee.GATED, text
 
 
-def _why_nothing(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool) -> str | None:
+def _scored(ledger: RequestLedger, claims: Claims) -> tuple[Guarantee, str]:
+    """Return the label of a request that asked for no token, whose prefills were all canonical."""
+    if claims.prefill_in_class and not ledger.outside and not ledger.stale:
+        return (
+            Guarantee.STRUCTURAL,
+            "no token was asked for: it stands on its prefill alone, which ran inside the probed class",
+        )
+    if claims.gated_note is not None:
+        return Guarantee.NONE, claims.gated_note
+    return Guarantee.GATED, "no token was asked for: its prefill ran alone on the canonical grid"
+
+
+def logprobs(
+    ledger: RequestLedger, claims: Claims, guarantee: Guarantee, shown: int, asked: Asked | None, scoring: bool = False
+) -> Literal["exact", "batch"] | None:
+    """Return what a finished request's log-probabilities are: the same bits in any batch (``exact``), or the batch's.
+
+    None where it asked for none. Exact are those of an answer of which every forward ran inside the class or was verified,
+    computed by rows that depend on nothing else, each of which was seen; of a scoring request, those of its prefill.
+    """
+    if asked is None:
+        return None
+    inside = guarantee in (Guarantee.STRUCTURAL, Guarantee.VERIFIED) or (scoring and guarantee is Guarantee.GATED)
+    seen = ledger.counters.scored >= (1 if scoring else shown)
+    holds = claims.output_scores and (asked == "output" or claims.prompt_scores)
+    return "exact" if inside and seen and holds else "batch"
+
+
+def _why_nothing(ledger: RequestLedger, claims: Claims, shown: int, aborted: bool, scoring: bool) -> str | None:
     """Return why a response claims nothing, or None where there is evidence to judge."""
     reasons = [*claims.notes, *ledger.notes]
     if ledger.params.policy is Policy.OFF:
@@ -94,7 +136,7 @@ def _why_nothing(ledger: RequestLedger, claims: Claims, shown: int, aborted: boo
         return "; ".join(dict.fromkeys(reasons))
     if aborted:
         return "the answer was cut off (aborted)"
-    if not shown:
+    if not shown and not scoring:
         return "no token was chosen, so there is no step to claim anything for"
     if not ledger.prefills:
         return "no prefill forward of this request was seen to end"

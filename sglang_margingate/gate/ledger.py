@@ -35,11 +35,15 @@ class Counters:
     flips: int = 0
     missed: int = 0
     verify_ms: float = 0.0
+    scored: int = 0
+    """Steps whose log-probabilities were computed row by row (runtime/logprobs.py)."""
 
     def add(
-        self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float = 0.0, structural: bool = False
-    ) -> None:
+        self, reason: Reason, triggered: bool, flipped: bool, verify_ms: float = 0.0, structural: bool = False,
+        scored: bool = False,
+    ) -> None:  # fmt: skip
         """Count one step."""
+        self.scored += scored
         self.steps += 1
         self.triggers += triggered
         self.verify_ms += verify_ms

@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,11 @@ class TestKnobs:
         """Names of the knobs that are set, for the log and the manifest."""
         return [name for name, on in vars(self).items() if on]
 
+    @property
+    def changes_steps(self) -> bool:
+        """Whether the fast path of some decode steps is to go wrong."""
+        return bool(self.poison_every or self.flip_rate)
+
     def corrupts(self, step: int, batch_rows: int) -> bool:
         """Return whether the fast path of this step is to be corrupted."""
         if self.poison_every and step > 0 and step % self.poison_every == 0:
@@ -98,6 +103,25 @@ def swap_best_two(logits_row: torch.Tensor) -> None:
 def shift_column(kv: Any, slot: torch.Tensor) -> None:
     """Shift the K/V column in every layer, as a wrong kernel might."""
     kv.write(slot, [c + 0.25 for c in kv.read(slot)])
+
+
+def spoil(knobs: TestKnobs, rows: Sequence[Any], logits: torch.Tensor, columns: torch.Tensor | None, kv: Any) -> None:
+    """Let the fast path of some decode rows go wrong: the runner-up is chosen, and its K/V column is another.
+
+    Parameters
+    ----------
+    rows
+        Those of the forward that are observed, with ``index`` and ``step``.
+    logits, columns
+        The forward's: [B, V], and the pool slots [B] that it wrote.
+    kv
+        The pool; None where nothing could repair it.
+    """
+    for row in rows:
+        if knobs.corrupts(row.step, len(logits)):
+            swap_best_two(logits[row.index])
+            if kv is not None and columns is not None:
+                shift_column(kv, columns[row.index : row.index + 1])
 
 
 def column_digest(kv: Any, slots: torch.Tensor) -> str:

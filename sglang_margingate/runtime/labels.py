@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+from sglang_margingate.canonical.score_probe import NO_SCORES, ScoreTrial
 from sglang_margingate.config import MarginGateConfig, Policy
-from sglang_margingate.gate.claims import Claims, label
+from sglang_margingate.gate.claims import Asked, Claims, label, logprobs
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.state import RequestState
@@ -26,16 +27,17 @@ class Labels:
         Counts what was seen.
     metrics
         Prometheus gauge of the audit's bound.
-    prefill, decode
-        What the trial at start-up showed (:class:`~sglang_margingate.gate.claims.Claims`).
+    prefill, decode, scores
+        What the trials at start-up showed (:class:`~sglang_margingate.gate.claims.Claims`).
     """
 
     def __init__(
         self, config: MarginGateConfig, recorder: Recorder, metrics: Metrics,
         prefill: Literal["batched", "grid"] | None = None, decode: bool = False,
+        scores: ScoreTrial = NO_SCORES,
     ) -> None:  # fmt: skip
         self._config, self._recorder, self._metrics = config, recorder, metrics
-        self._prefill, self._decode = prefill, decode
+        self._prefill, self._decode, self._scores = prefill, decode, scores
         self.weight_changes = 0
         """How often the weights were changed since the start; names the columns that gated requests may share."""
         self._lowered: list[str] = []
@@ -58,11 +60,19 @@ class Labels:
 
     def claims(self) -> Claims:
         """Return what can be claimed now."""
-        return Claims(self.notes, self._prefill, self._decode, self._gated_note())
+        scores = self._scores
+        return Claims(self.notes, self._prefill, self._decode, self._gated_note(), scores.output, scores.prompt)
 
     def label(self, state: RequestState, shown: int, aborted: bool) -> tuple[Guarantee, str]:
         """Return a finished request's guarantee and why."""
-        return label(state.ledger, self.claims(), shown, aborted)
+        return label(state.ledger, self.claims(), shown, aborted, state.most_tokens == 0)
+
+    def logprobs(
+        self, state: RequestState, guarantee: Guarantee, shown: int, asked: Asked | None
+    ) -> Literal["exact", "batch"] | None:
+        """Return what a finished request's log-probabilities are."""
+        scoring = state.most_tokens == 0
+        return None if asked is None else logprobs(state.ledger, self.claims(), guarantee, shown, asked, scoring)
 
     def _gated_note(self) -> str | None:
         """Show the audit's bound, say when it crosses the limit, and return what it costs unverified steps.

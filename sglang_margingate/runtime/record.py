@@ -225,10 +225,12 @@ class Recorder:
             totals.steps += 1
             mine.structural += row.structural
             totals.structural += row.structural
+            mine.scored += row.scored
+            totals.scored += row.scored
             self.audit.untriggered += 1
             return
         for counters in (state.ledger.counters, self.totals):
-            counters.add(reason, triggered, flipped, row.waited_ms, row.structural)
+            counters.add(reason, triggered, flipped, row.waited_ms, row.structural, row.scored)
         if triggered or reason in NEVER_MISSED:
             self.audit.add_triggered()
         elif reason is not Reason.ALWAYS:  # verified and repaired: no part of the population that the audit samples

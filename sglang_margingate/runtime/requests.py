@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Policy
+from sglang_margingate.gate.claims import Asked
 from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.runtime.labels import Labels
@@ -55,6 +56,8 @@ class Ended:
     """Returns the answer's tokens."""
     digest: Callable[[], str] | None = None
     """Returns the digest of the generated K/V columns; None where nobody asked."""
+    asked: Asked | None = None
+    """Log-probabilities that it asks for."""
 
 
 class Requests:
@@ -96,7 +99,8 @@ class Requests:
         else:
             self._opened += 1
         ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._opened)
-        state = RequestState(ledger, hidden=hidden, plain=new.greedy and not new.custom_processor)
+        scoring = new.most_tokens == 0
+        state = RequestState(ledger, hidden=hidden, plain=(new.greedy or scoring) and not new.custom_processor)
         state.penalised = new.penalised
         if new.most_tokens is not None:
             state.most_tokens = new.most_tokens
@@ -113,8 +117,9 @@ class Requests:
             return None
         self._recorder.totals.requests += 1
         guarantee, note = self._labels.label(state, ended.shown, ended.finish == "abort")
+        scores = self._labels.logprobs(state, guarantee, ended.shown, ended.asked)
         about = self._about(state, ended)
-        label = {"guarantee": guarantee.value, "guarantee_note": note}
+        label = {"guarantee": guarantee.value, "guarantee_note": note, "logprobs": scores}
         if self._sink is not None:
             row = {**about, **self._times(state, ended.shown), **label, **self._identity(state, ended)}
             self._sink.add_request({**row, "finish_reason": ended.finish, "prompt_text": self._text(ended.prompt())})
@@ -193,7 +198,7 @@ def digest(tokens: list[int]) -> str:
 
 def _why_ungated(new: Opened) -> str | None:
     """Return why a request's steps cannot be verified, or None where they can."""
-    if not new.greedy:
+    if not new.greedy and new.most_tokens != 0:
         seed = "" if new.seed is None else ", and its seed makes no promise yet"
         return f"sampled at temperature {new.temperature:g}{seed}: only greedy requests (temperature 0) are gated"
     if new.custom_processor:

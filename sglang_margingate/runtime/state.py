@@ -74,6 +74,8 @@ class StepRow:
     threshold: float = 0.0
     structural: bool = False
     """The step and every column it read ran inside the canonical class: it needs no verify, whatever its margin."""
+    scored: bool = False
+    """Its request's log-probabilities were computed row by row, from logits that depend on the row alone."""
     audit: bool = False
     """Drawn for the audit, before its margin was known."""
     fast_token: int = -1

@@ -21,7 +21,8 @@ from sglang_margingate.config import Policy
 from sglang_margingate.gate.audit import AuditSampler
 from sglang_margingate.gate.ledger import LedgerError
 from sglang_margingate.gate.policy import decide
-from sglang_margingate.runtime.faults import TestKnobs, shift_column, swap_best_two
+from sglang_margingate.runtime.faults import TestKnobs, spoil
+from sglang_margingate.runtime.logprobs import Scorer, keep_asking
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.prefill import Chunk, PrefillRules
 from sglang_margingate.runtime.record import Numbers, Recorder
@@ -60,7 +61,7 @@ class ForwardView:
     """Whether each request's part is canonical, of a prefill."""
 
 
-class Sampling(Protocol):
+class Sampling(Scorer, Protocol):
     """How SGLang would choose a forward's tokens."""
 
     logits: torch.Tensor
@@ -158,7 +159,14 @@ class Step:
             tokens = sampling.choose()
             self._hand_over(view, rows)
             return tokens
-        self._inject_faults(observed, sampling, view.decode)
+        if view.decode and self._knobs.changes_steps:
+            spoil(
+                self._knobs,
+                observed,
+                sampling.logits,
+                sampling.columns,
+                None if self.verifier is None else self.verifier.kv,
+            )
         if logits.is_cuda and not any(self._waits(row, view.decode) for row in observed):
             return self._observe(view, rows, observed, sampling)
         self.recorder.catch_up()  # steps that are still on their way come before this one
@@ -168,8 +176,10 @@ class Step:
                 numbers.token[row.index], numbers.second[row.index], numbers.margin[row.index]
             )  # fmt: skip
         waited_ms = self._verify(observed, sampling, view.decode)
+        keep_asking(observed, sampling, view.decode)
         tokens = self._argmax(observed, best) if sampling.plain_argmax else sampling.choose()
         chosen = self._enforce(observed, tokens, sampling)
+        sampling.score(tokens)
         for row in observed:
             if row.state.ledger.gated:
                 row.waited_ms = waited_ms
@@ -364,6 +374,7 @@ class Step:
         A wait after each prefill would keep SGLang from preparing the next one meanwhile: 17 ms of every 8,192 tokens.
         """
         top = self._top2(sampling.processed(sampling.logits))
+        keep_asking(observed, sampling, view.decode)
         if sampling.plain_argmax:
             tokens = top.token.clone()  # no verify, so no row differs from what was measured
         else:
@@ -372,6 +383,7 @@ class Step:
             if gated and not sampling.all_greedy:  # as _enforce does, without waiting for the GPU
                 index = torch.tensor(gated).pin_memory().to(tokens.device, non_blocking=True)
                 tokens[index] = top.token[index].to(tokens.dtype)
+        sampling.score(tokens)
         packed = torch.stack([top.token, top.second, top.margin.view(torch.int32).long(), tokens.long()])
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
@@ -382,15 +394,3 @@ class Step:
 
         self._hand_over(view, rows, read)
         return tokens
-
-    # ---- test faults ----------------------------------------------------------------------------------------------
-
-    def _inject_faults(self, rows: list[StepRow], sampling: Sampling, decode: bool) -> None:
-        knobs = self._knobs
-        if not decode or not (knobs.poison_every or knobs.flip_rate):
-            return
-        for row in rows:
-            if knobs.corrupts(row.step, len(sampling.logits)):
-                swap_best_two(sampling.logits[row.index])
-                if self.verifier is not None and sampling.columns is not None:
-                    shift_column(self.verifier.kv, sampling.columns[row.index : row.index + 1])

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from sglang_margingate.canonical.engine import Extend
+from sglang_margingate.gate.claims import Asked
 from sglang_margingate.runtime.clock import Clock
 from sglang_margingate.runtime.prefill import Chunk
 from sglang_margingate.runtime.requests import Ended, Opened
 from sglang_margingate.runtime.state import state_of
 from sglang_margingate.runtime.step import ForwardView
 from sglang_margingate.serving import sgl
+from sglang_margingate.serving.answers.scores import Scores, fill_gaps
 
 
 def decode_batch(model_runner: Any, pools: list[int], positions: list[int], tokens: list[int], real: int) -> Any:
@@ -178,7 +180,15 @@ def ended(req: Any, digest: Callable[[], str] | None = None) -> Ended:
     shown = len(req.output_ids) if req.finished_len is None else req.finished_len
     finish = req.finished_reason.to_json().get("type") if req.finished_reason is not None else "abort"
     prompt, output = (lambda: list(req.origin_input_ids)), (lambda: list(req.output_ids[:shown]))
-    return Ended(shown, finish, int(req.retraction_count), prompt, output, digest)
+    return Ended(shown, finish, int(req.retraction_count), prompt, output, digest, asked(req))
+
+
+def asked(req: Any) -> Asked | None:
+    """Return which log-probabilities a request asks for, None where it asks for none."""
+    if not req.return_logprob:
+        return None
+    start = req.logprob_start_len
+    return "prompt" if 0 <= start < len(req.origin_input_ids) else "output"
 
 
 def begin(batch: Any, reqs: Sequence[Any], clock: Clock) -> None:
@@ -219,6 +229,8 @@ class BatchSampling:
         self.all_greedy = bool(info.is_all_greedy)
         self.processes = needs_processing(info)
         self.slots = [sgl.pool_index(req) for req in reqs]
+        self.asks = [bool(req.return_logprob) for req in reqs] if batch.return_logprob else []
+        self._scores = Scores(logits_output, batch, reqs)
         self.columns: torch.Tensor | None = batch.out_cache_loc
         self.plain_argmax = (
             self.all_greedy
@@ -254,7 +266,17 @@ class BatchSampling:
         info.grammar_mask = None
         return copy
 
+    def keep(self, rows: list[int]) -> None:
+        """Compute log-probabilities of these rows: SGLang's sampler may write over the logits."""
+        self._scores.keep(rows, self.processed(self.logits))
+
+    def score(self, tokens: torch.Tensor | None) -> None:
+        """Put the kept ones, and those of the chosen ``tokens``, in the place of SGLang's."""
+        self._scores.put(tokens)
+
     def choose(self) -> torch.Tensor:
         """Let SGLang's own sampler choose."""
         tokens: torch.Tensor = self._original(self._model_runner, self._output, self._batch)
+        if self._batch.return_logprob:
+            fill_gaps(self._output)
         return tokens

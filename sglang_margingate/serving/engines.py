@@ -155,12 +155,16 @@ class TrialEngine:
 
     def extend(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
         """Run one prefill forward; return each part's last logits."""
-        return self._run(self._runner.eager_runner, extend_batch(self._runner, parts, tokens))
+        return self._run(self._runner.eager_runner, extend_batch(self._runner, parts, tokens)).next_token_logits
+
+    def scores(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
+        """Run one prefill forward; return the log-probability of each token after those of the parts that ask."""
+        return self._run(self._runner.eager_runner, extend_batch(self._runner, parts, tokens)).input_token_logprobs
 
     def decode(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         """Run one decode forward as it will be served; return its logits."""
         runner = self._runner.eager_runner if self.device == "cpu" else self._runner.decode_cuda_graph_runner
-        return self._run(runner, decode_batch(self._runner, requests, positions, tokens, len(tokens)))
+        return self._run(runner, decode_batch(self._runner, requests, positions, tokens, len(tokens))).next_token_logits
 
     def verify(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         """Run one verify pass of at most M rows; return their logits."""
@@ -178,14 +182,13 @@ class TrialEngine:
         """Return whether something holds on every rank."""
         return group.ranks().agree(what, holds)
 
-    def _run(self, runner: Any, batch: Any) -> torch.Tensor:
+    def _run(self, runner: Any, batch: Any) -> Any:
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
         if self.device != "cpu":
             torch.cuda.current_stream().synchronize()  # the last plan's pinned buffer may still be in use
         with torch.no_grad(), forward_context(ForwardContext(attn_backend=self._runner.attn_backend)):
-            logits: torch.Tensor = runner.execute(batch).next_token_logits
-        return logits
+            return runner.execute(batch)
 
 
 def layer_kinds(model: Any) -> list[LinearKind]:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
 from sglang_margingate.serving import attention_hooks, cpu, launcher_hooks, scheduler_hooks, shape_hooks
+from sglang_margingate.serving.answers import scores
 from sglang_margingate.serving.hooks import LAUNCHER, SCHEDULER, Hook
 
 GATE_HOOKS: tuple[Hook, ...] = (
@@ -51,6 +52,25 @@ GATE_HOOKS: tuple[Hook, ...] = (
         "around", scheduler_hooks.sample, (SCHEDULER,),
         "margin, gate, verify and repair happen between the logits and the choice of the token",
         "SGLang has a hook between logits and sampling",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.compute_logprobs_only",
+        "around", scheduler_hooks.compute_logprobs_only, (SCHEDULER,),
+        "log-probabilities of a forward of which no token is chosen are computed row by row too",
+        "SGLang's log-probabilities do not depend on the batch",
+    ),
+    Hook(
+        "sglang.srt.layers.logprob_processor.get_top_logprobs_chunk",
+        "around", scores.order_prompt_top, (SCHEDULER,),
+        "topk orders equal values by its k and the number of rows, which are the neighbours'",
+        "SGLang orders equal log-probabilities by token",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.logprob_result_processor.SchedulerLogprobResultProcessor"
+        ".add_logprob_return_values",
+        "around", scores.add_return_values, (SCHEDULER,),
+        "a scoring request shows the log-probability of a token nobody asked for when a neighbour asks for tokens",
+        "SGLang answers scoring requests alike in any batch",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch.Req.__init__",

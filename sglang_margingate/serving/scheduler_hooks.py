@@ -9,6 +9,7 @@ import torch
 
 from sglang_margingate.canonical.ranks import RankError
 from sglang_margingate.runtime.faults import column_digest, wants_digest
+from sglang_margingate.runtime.logprobs import keep_scored
 from sglang_margingate.runtime.namespaces import namespace, uses_backend
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.runtime.state import ATTRIBUTE, state_of
@@ -92,6 +93,19 @@ def sample(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> 
     if len(view.states) != len(logits):
         return original(model_runner, logits_output, batch)
     return _runtime.step.sample(view, batches.BatchSampling(original, model_runner, logits_output, batch, reqs))
+
+
+def compute_logprobs_only(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> None:
+    """Score a forward of which no token is chosen."""
+    found = getattr(batch, batches.VIEW, None)
+    logits = logits_output.next_token_logits
+    sampling = None
+    if _runtime is not None and found is not None and logits is not None and len(found[0].states) == len(logits):
+        sampling = batches.BatchSampling(original, model_runner, logits_output, batch, found[1])
+        keep_scored(found[0].states, found[0].chunks, sampling)
+    original(model_runner, logits_output, batch)
+    if sampling is not None:
+        sampling.score(None)
 
 
 def after_finish_state(_result: Any, req: Any, *_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
 from sglang_margingate.canonical.path_probe import try_fast_path
 from sglang_margingate.canonical.prefill_graph_probe import try_prefill_graphs
 from sglang_margingate.canonical.ranks import digest
+from sglang_margingate.canonical.score_probe import NO_SCORES, ScoreTrial, rows_hold
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
 from sglang_margingate.config import ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.gate.audit import AuditSampler
@@ -24,6 +25,7 @@ from sglang_margingate.machine import device_name, model_name
 from sglang_margingate.runtime.clock import clock_of
 from sglang_margingate.runtime.faults import TestKnobs, leak_companions, split_attention
 from sglang_margingate.runtime.labels import Labels
+from sglang_margingate.runtime.logprobs import row_logprobs
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.prefill import PrefillRules
 from sglang_margingate.runtime.record import Recorder
@@ -76,12 +78,26 @@ def build_runtime(scheduler: Any) -> Runtime:
             config, notes=(*config.notes, *prefill_notes(TrialEngine(verifier, model_runner), config.chunk, fast))
         )
         verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
-    facts = server_facts(args, model_runner.dtype, self_test, fast)
+    scores = try_scores(model_runner, fast)
+    facts = {**server_facts(args, model_runner.dtype, self_test, fast), "logprobs": scores.to_dict()}
     facts["ranks"] = _ranks(config, model_runner, fast)
     writer = _writer(config, scheduler, facts, attached)
     first = sgl.tp_rank() == 0  # all ranks of a group take the same steps: they are counted once
     metrics = Metrics(args.enable_metrics and first, args.served_model_name or model_name(args.model_path))
-    return assemble(config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler))
+    return assemble(
+        config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler), scores
+    )  # fmt: skip
+
+
+def try_scores(model_runner: Any, fast: FastPath | None) -> ScoreTrial:
+    """Return which log-probabilities depend on their row alone; those of prompts were tried with the fast path."""
+    broken = rows_hold(row_logprobs, model_runner.model_config.vocab_size, model_runner.device)
+    output = group.ranks().agree("rows of log-probabilities", broken is None)
+    notes = () if output else (f"log-probabilities depend on the rows beside them: {broken or 'on another rank'}",)
+    for note in notes:
+        log.warning("margingate: %s; none is called exact", note)
+    # Without the canonical fast path a gated prompt is prefilled alone: the same shapes each time.
+    return ScoreTrial(output, fast is None or fast.trial.prompt_scores, notes)
 
 
 def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -> list[dict[str, Any]]:
@@ -116,13 +132,14 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
 def assemble(
     config: MarginGateConfig, fast: FastPath | None, verifier: Verifier | None, writer: Any, metrics: Metrics,
     facts: dict[str, Any], device: Any, text: Callable[[list[int]], str | None] = lambda _: None,
+    scores: ScoreTrial = NO_SCORES,
 ) -> Runtime:  # fmt: skip
     """Put the parts of one scheduler process together; they need no SGLang."""
     knobs, batches = TestKnobs(), BatchSizes()
     recorder = Recorder(clock_of(device), writer, metrics, lambda token: text([token]))
     trial = None if fast is None else fast.trial
     prefill = "grid" if trial is None else trial.prefill
-    labels = Labels(config, recorder, metrics, prefill, trial is not None and trial.decode_ok)
+    labels = Labels(config, recorder, metrics, prefill, trial is not None and trial.decode_ok, scores)
     requests = Requests(config, recorder, labels, writer, text)
     step = Step(
         recorder, PrefillRules(config.chunk, prefill != "batched"), verifier, AuditSampler(config.audit_rate),

@@ -28,7 +28,7 @@ __all__ = [
     "Reason",
 ]
 
-SCHEMA_VERSION = "2.1"
+SCHEMA_VERSION = "2.2"
 
 MANIFEST_NAME = "manifest.json"
 
@@ -193,6 +193,12 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
         pa.int32(),
         "",
         "Which pass over the same prompts the request belongs to (margingate_repeat); null when none was sent.",
+    ),
+    Column(
+        "logprobs",
+        _DICT,
+        "",
+        "Log-probabilities in the answer: exact (the same bits in any batch) or batch; null when none were asked for.",
     ),
 )
 

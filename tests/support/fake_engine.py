@@ -26,6 +26,8 @@ class FakeEngine:
         Let a row depend on where its columns lie.
     around_leak
         Let a row depend on what else lies in the pool.
+    score_leak
+        What the shape of a prefill adds to the log-probabilities of its prompts.
     capacity, requests, tokens
         Size of the pool, and of the table.
     """
@@ -43,8 +45,9 @@ class FakeEngine:
         capacity: int = 2000,
         requests: int = 40,
         tokens: int = 400,
+        score_leak: LeakExtend = lambda _: 0.0,
     ) -> None:
-        self.extend_leak, self.decode_leak = extend_leak, decode_leak
+        self.extend_leak, self.decode_leak, self.score_leak = extend_leak, decode_leak, score_leak
         self.slot_leak, self.around_leak = slot_leak, around_leak
         self.capacity = capacity
         self.table = torch.zeros(requests, tokens, dtype=torch.int32)
@@ -60,6 +63,12 @@ class FakeEngine:
             for position in range(part.start, part.end):
                 self._write(part.row, position, int(tokens[part.row, position]), leak)
         return torch.stack([self._logits(part.row, part.end, leak) for part in parts])
+
+    def scores(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
+        self.extend(parts, tokens)
+        leak = self.score_leak(parts)
+        asking = [tokens[p.row, p.start + 1 : p.end + 1] + leak for p in parts if p.logprobs]
+        return torch.cat(asking).double()
 
     def decode(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         assert len(tokens) < len(self.table), HELD

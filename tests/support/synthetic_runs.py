@@ -312,6 +312,7 @@ def _request_rows(
             "steps": lengths,
             "max_tokens": 4096,
             "repeat": np.arange(spec.requests) % max(1, len(spec.mix)),
+            "logprobs": pd.Categorical(np.where(np.arange(spec.requests) % 4 == 1, "batch", None)),
         }
     )
 

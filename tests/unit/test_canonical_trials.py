@@ -147,3 +147,13 @@ def test_the_self_test_names_a_verify_that_depends_on_its_companions() -> None:
     found = run_self_test(engine)
     assert not found.passed
     assert found.broken_layer == "a part of the model without layers of its own (attention kernel or logits)"
+
+
+def test_log_probabilities_of_prompts_are_tried_among_companions_and_behind_a_prefix() -> None:
+    assert try_fast_path(CLASSES, FakeEngine(), CHUNK).prompt_scores
+    crowded = FakeEngine(score_leak=lambda parts: 1e-6 * (len(parts) > 1))
+    found = try_fast_path(CLASSES, crowded, CHUNK)
+    assert (found.prefill, found.prompt_scores) == ("batched", False)
+    assert found.notes == ("log-probabilities of a prompt depend on companions, a cached prefix",)
+    alone = try_fast_path(CLASSES, FakeEngine(extend_leak=lambda parts: float(len(parts) > 1)), CHUNK)
+    assert (alone.prefill, alone.prompt_scores) == ("grid", True), "alone a prompt meets the same shapes each time"

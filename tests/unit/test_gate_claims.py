@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sglang_margingate.config import Policy, Repair
-from sglang_margingate.gate.claims import Claims, label
+from sglang_margingate.gate.claims import Claims, label, logprobs
 from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.words import Guarantee, Reason
@@ -136,3 +136,64 @@ def test_an_audit_that_has_not_shown_its_bound_costs_unverified_steps_only() -> 
     assert label(decoded(2, False), claims, 3) == (Guarantee.NONE, "too little audited")
     assert label(decoded(2, True), claims, 3)[0] is Guarantee.STRUCTURAL
     assert label(decoded(2, False, Reason.ALWAYS), claims, 3)[0] is Guarantee.VERIFIED
+
+
+SCORES = {"output_scores": True, "prompt_scores": True}
+
+
+@pytest.mark.parametrize(
+    ("claims", "expected"),
+    [(CANONICAL, Guarantee.STRUCTURAL), (BATCHED, Guarantee.STRUCTURAL), (PLAIN, Guarantee.GATED)],
+)
+def test_a_request_that_asks_for_no_token_stands_on_its_prefill(claims: Claims, expected: Guarantee) -> None:
+    found, why = label(a_ledger(), claims, 0, scoring=True)
+    assert found is expected
+    assert "no token was asked for" in why
+    assert label(a_ledger(), claims, 0)[0] is Guarantee.NONE, "one that got none although it asked claims nothing"
+
+
+def test_a_scoring_request_claims_nothing_that_was_not_seen() -> None:
+    unseen = RequestLedger("r", RequestParams(Policy.GATE, 0.5, "", False), Repair.WINDOW)
+    assert label(unseen, CANONICAL, 0, scoring=True)[0] is Guarantee.NONE
+    outside = a_ledger()
+    outside.note_prefill("left the class")
+    assert label(outside, CANONICAL, 0, scoring=True) == (Guarantee.NONE, "left the class")
+    assert label(a_ledger(policy=Policy.LOG), CANONICAL, 0, scoring=True)[0] is Guarantee.NONE
+    assert label(a_ledger(), CANONICAL, 0, aborted=True, scoring=True)[0] is Guarantee.NONE
+    over = Claims(prefill="grid", gated_note="the audit is over its limit")
+    assert label(a_ledger(), over, 0, scoring=True) == (Guarantee.NONE, "the audit is over its limit")
+
+
+def scored(book: RequestLedger, steps: int) -> RequestLedger:
+    book.counters.scored = steps
+    return book
+
+
+@pytest.mark.parametrize(
+    ("guarantee", "steps", "asked", "claims", "expected"),
+    [
+        (Guarantee.STRUCTURAL, 5, "prompt", SCORES, "exact"),
+        (Guarantee.VERIFIED, 5, "output", SCORES, "exact"),
+        (Guarantee.GATED, 5, "output", SCORES, "batch"),
+        (Guarantee.NONE, 5, "output", SCORES, "batch"),
+        (Guarantee.STRUCTURAL, 4, "output", SCORES, "batch"),
+        (Guarantee.STRUCTURAL, 5, "output", {"output_scores": True}, "exact"),
+        (Guarantee.STRUCTURAL, 5, "prompt", {"output_scores": True}, "batch"),
+        (Guarantee.STRUCTURAL, 5, "prompt", {"prompt_scores": True}, "batch"),
+        (Guarantee.STRUCTURAL, 5, None, SCORES, None),
+    ],
+    ids=["structural", "verified", "gated", "none", "a step unseen", "output tried", "prompt not tried", "rows not tried",
+         "not asked"],
+)  # fmt: skip
+def test_log_probabilities_are_exact_where_every_one_was_seen_to_be(
+    guarantee: Guarantee, steps: int, asked: Any, claims: dict[str, Any], expected: str | None
+) -> None:
+    book = scored(a_ledger(), steps)
+    assert logprobs(book, Claims(prefill="grid", decode=True, **claims), guarantee, 5, asked) == expected
+
+
+def test_log_probabilities_of_a_scoring_request_stand_on_its_prefill() -> None:
+    claims = Claims(prefill="grid", **SCORES)
+    assert logprobs(scored(a_ledger(), 1), claims, Guarantee.GATED, 0, "prompt", scoring=True) == "exact"
+    assert logprobs(scored(a_ledger(), 0), claims, Guarantee.GATED, 0, "prompt", scoring=True) == "batch"
+    assert logprobs(scored(a_ledger(), 1), claims, Guarantee.NONE, 0, "prompt", scoring=True) == "batch"

@@ -49,6 +49,7 @@ class FakeSampling:
 
     processes = False
     columns = None
+    asks: Sequence[bool] = ()
 
     def __init__(
         self, best: Sequence[int], margin: float, positions: Sequence[int], all_greedy: bool = True,
@@ -70,6 +71,12 @@ class FakeSampling:
 
     def choose(self) -> torch.Tensor:
         return torch.tensor(self._drawn)
+
+    def keep(self, rows: list[int]) -> None:
+        self.kept = list(rows)
+
+    def score(self, tokens: torch.Tensor | None) -> None:
+        self.scored = None if tokens is None else tokens.tolist()
 
 
 class Bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -33,12 +34,21 @@ class Prompt:
     """Token ids that are sent instead of the text."""
     max_tokens: int | None = None
     """Tokens to generate, whatever the model would end with; None: at most what the command says."""
+    asks: tuple[tuple[str, Any], ...] = ()
+    """Log-probabilities that it asks for, as fields of ``/generate``: ``(("return_logprob", True), ...)``."""
 
     def sampling(self, max_new_tokens: int) -> dict[str, Any]:
         """Return the greedy sampling parameters of this prompt, in SGLang's words."""
         if self.max_tokens is None:
             return {"temperature": 0, "max_new_tokens": max_new_tokens}
         return {"temperature": 0, "max_new_tokens": self.max_tokens, "ignore_eos": True}
+
+
+LOGPROBS = (
+    "input_token_logprobs", "output_token_logprobs", "input_top_logprobs", "output_top_logprobs",
+    "input_token_ids_logprobs", "output_token_ids_logprobs", "logprobs",
+)  # fmt: skip
+"""Where SGLang's ``meta_info`` has log-probabilities, and an OpenAI choice."""
 
 
 def first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
@@ -59,6 +69,15 @@ class Completion:
     text: str = ""
     seconds: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def logprobs(self) -> str:
+        """Every log-probability of the answer with its token, in one text; empty where there is none.
+
+        JSON gives a float in the digits that read back as the same bits, so equal texts are equal bits.
+        """
+        found = {name: self.meta[name] for name in LOGPROBS if self.meta.get(name)}
+        return json.dumps(found, sort_keys=True) if found else ""
 
     @property
     def margingate(self) -> dict[str, Any]:
@@ -230,7 +249,7 @@ class Client:
         if self.tagged:
             params["custom_params"] = {"margingate_dataset": prompt.dataset, **(custom or {})}
         words: dict[str, Any] = {"input_ids": list(prompt.ids)} if prompt.ids else {"text": prompt.text}
-        return {**words, "sampling_params": params, **({"rid": rid} if rid else {})}
+        return {**words, "sampling_params": params, **dict(prompt.asks), **({"rid": rid} if rid else {})}
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -1,0 +1,1 @@
+"""What answers carry beside tokens: log-probabilities, the summary, the fingerprint."""
