@@ -16,7 +16,7 @@ quantised to what they were, and the products still cancel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -51,8 +51,8 @@ class LinearKind:
     """What the server computes it with."""
     count: int = 1
     """Layers of this kind in the model."""
-    scale: torch.Tensor | None = None
-    """Scales of a quantised weight, of any shape."""
+    scales: tuple[tuple[torch.Tensor, float], ...] = ()
+    """Scales of a quantised layer, of any shape, each with the one number that it is lent."""
     inputs_first: bool = False
     """The weight is stored as [inputs, outputs]."""
 
@@ -70,7 +70,7 @@ class LinearKind:
     def digests(self, rows: list[int], seconds: float = float("inf")) -> dict[int, list[int]]:
         """Run the layer at each M; return the digests of the probed row: first, last, and the extremes of all places."""
         end = time.perf_counter() + seconds
-        with torch.no_grad(), _lent_weight(self.weight, self.scale, self.inputs_first) as probe:
+        with torch.no_grad(), _lent_weight(self.weight, self.scales, self.inputs_first) as probe:
             # A generator of its own: the server's random numbers must not depend on what was probed.
             generator = torch.Generator(probe.device).manual_seed(6)
             companions = torch.randn(max(rows), len(probe), generator=generator, device=probe.device).to(probe.dtype)
@@ -91,7 +91,9 @@ class LinearKind:
 
 
 @contextmanager
-def _lent_weight(weight: torch.Tensor, scale: torch.Tensor | None, inputs_first: bool) -> Iterator[torch.Tensor]:
+def _lent_weight(
+    weight: torch.Tensor, scales: Sequence[tuple[torch.Tensor, float]], inputs_first: bool
+) -> Iterator[torch.Tensor]:
     """Put the probe's values in the place of a weight's; give the input row whose products cancel.
 
     The storage is another one meanwhile, of the same shape, dtype and strides.
@@ -116,8 +118,8 @@ def _lent_weight(weight: torch.Tensor, scale: torch.Tensor | None, inputs_first:
     lent = lent.repeat(-(-outputs // len(lent)), 1)[:outputs]
     with ExitStack() as stack:
         stack.enter_context(lent_values(weight, lent.t() if inputs_first else lent))
-        if scale is not None:
-            stack.enter_context(lent_values(scale, torch.ones(())))
+        for scale, value in scales:
+            stack.enter_context(lent_values(scale, torch.tensor(value)))
         yield (row * FP8_UNIT).to(weight.device, torch.bfloat16) if small else row
 
 

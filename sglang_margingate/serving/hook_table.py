@@ -33,6 +33,7 @@ from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
 from sglang_margingate.serving import attention_hooks, cpu, launcher_hooks, scheduler_hooks, shape_hooks
 from sglang_margingate.serving.answers import scores
 from sglang_margingate.serving.hooks import LAUNCHER, SCHEDULER, Hook
+from sglang_margingate.serving.layers import experts
 
 GATE_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -182,6 +183,12 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
     ),
 )  # fmt: skip
 
+LINEAR_METHODS = (
+    "unquant.UnquantizedLinearMethod", "fp8.Fp8LinearMethod", "w8a8_fp8.W8A8Fp8LinearMethod",
+    "compressed_tensors.compressed_tensors.CompressedTensorsLinearMethod",
+)  # fmt: skip
+"""What computes linear layers in SGLang, as far as the probe knows it."""
+
 FAST_PATH_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
@@ -196,10 +203,19 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
         "the batch remembers whether they fitted",
         "SGLang captures prefills whose attention needs no plan, at given sizes, and pads eager forwards to such",
     ),
+    *(
+        Hook(
+            f"sglang.srt.layers.quantization.{method}.apply",
+            "around", shape_hooks.linear, (SCHEDULER,),
+            "the padding of linear layers",
+            "SGLang pads eager forwards to given sizes",
+        )
+        for method in LINEAR_METHODS
+    ),
     Hook(
-        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply",
-        "around", shape_hooks.linear, (SCHEDULER,),
-        "the padding of linear layers",
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core",
+        "around", shape_hooks.run_bank, (SCHEDULER,),
+        "a forward notes the rows that its experts ran with",
         "SGLang pads eager forwards to given sizes",
     ),
     Hook(
@@ -230,6 +246,18 @@ DECODE_GPU_HOOKS: tuple[Hook, ...] = (
 )  # fmt: skip
 
 FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe._prepare_fused_moe_run",
+        "around", experts.prepare, (SCHEDULER,),
+        "a bank of experts keeps to one table of configurations, settled before the layers are probed",
+        "SGLang has such a table outside its deterministic mode",
+    ),
+    Hook(
+        "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe._use_moe_sum_reduce_torch_compile",
+        "replace", experts.sum_by_kernel, (SCHEDULER,),
+        "the outputs of experts are added by another function up to 32 rows",
+        "SGLang has a flag for it outside its deterministic mode",
+    ),
     Hook(
         "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__",
         "after", attention_hooks.set_up, (SCHEDULER,),

@@ -34,7 +34,9 @@ from sglang_margingate.machine import kernel_environment, versions
 from sglang_margingate.runtime.faults import TestKnobs, split_reduce
 from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, sgl
-from sglang_margingate.serving.engines import layer_kinds, sums_over_ranks, unknown_layers
+from sglang_margingate.serving.engines import sums_over_ranks
+from sglang_margingate.serving.layers import experts
+from sglang_margingate.serving.layers.kinds import layer_kinds, unknown_layers
 from sglang_margingate.serving.several import group
 
 log = logging.getLogger(__name__)
@@ -127,6 +129,7 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
         # cuBLAS chooses kernels by alignment too, so a GPU's steps are small; the map is kept, so they cost one start.
         rows = rows_to_probe(64, largest, 32, 1024, 128) if cpu else rows_to_probe(260, largest, 8, largest, 8)
         model, environment = model_runner.model, kernel_environment(model_runner.device)
+        experts.settle_tables(model, config, model_runner.device)
         ranks = group.ranks()
         if ranks.size > 1:
             environment["ranks"] = str(ranks.size)
@@ -283,12 +286,19 @@ def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, 
     forward = _running
     if forward is None:
         return original(method, layer, x, *args, **kwargs)
-    if x.dim() != 2:
+    if not isinstance(x, torch.Tensor) or x.dim() != 2:  # quantised before: by something that was never probed
         forward.escape()
         return original(method, layer, x, *args, **kwargs)
     rows = forward.sizes.target(len(x)) or len(x)
     forward.ran(rows)
     return _padded(rows, x, lambda wide: original(method, layer, wide, *args, **kwargs))
+
+
+def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
+    """Note the rows that a bank of experts really ran with."""
+    if _running is not None:
+        _running.ran(len(dispatch_output.hidden_states))
+    return original(bank, dispatch_output)
 
 
 def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -149,16 +149,15 @@ NEUTRAL: tuple[Group, ...] = (
         """,
     ),
     _group(
-        "read only by mixture-of-experts models, which are refused when loaded",
+        "read only with experts that are spread over ranks, kept on the host or computed by other kernels, which is refused; and what "
+        "shares an expert among routed ones, in models that are refused",
         """
-        moe_a2a_backend moe_runner_backend flashinfer_mxfp4_moe_precision deepep_mode fuseep_mode
-        deepep_dispatcher_output_dtype ep_num_redundant_experts ep_dispatch_algorithm init_expert_location enable_eplb
-        eplb_algorithm eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk
+        flashinfer_mxfp4_moe_precision deepep_mode fuseep_mode
+        deepep_dispatcher_output_dtype ep_dispatch_algorithm eplb_algorithm eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk
         eplb_min_rebalancing_utilization_threshold deepep_config elastic_ep_backend enable_elastic_expert_backup
-        mooncake_ib_device enable_waterfill ep_join_mode ep_join_rank_offset elastic_ep_initial_size max_ep_size
+        mooncake_ib_device ep_join_mode ep_join_rank_offset elastic_ep_initial_size max_ep_size
         elastic_ep_scale_timeout elastic_ep_rejoin disable_flashinfer_cutlass_moe_fp4_allgather
-        disable_shared_experts_fusion enforce_shared_experts_fusion enable_fused_moe_sum_all_reduce kt_method
-        kt_cpuinfer kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token
+        disable_shared_experts_fusion enforce_shared_experts_fusion kt_method kt_cpuinfer kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token
         disable_flashinfer_autotune flashinfer_autotune_skip_ops
         """,
     ),
@@ -188,7 +187,7 @@ NEUTRAL: tuple[Group, ...] = (
         "read only with another setting that is refused: quantisation, LoRA, hierarchical or remote caches, offloading, "
         "disaggregation, overlap of batches, diffusion models, Triton attention, torch.compile",
         """
-        modelopt_checkpoint_restore_path modelopt_checkpoint_save_path modelopt_export_path fp8_gemm_runner_backend
+        modelopt_checkpoint_restore_path modelopt_checkpoint_save_path modelopt_export_path
         fp4_gemm_runner_backend enable_lora_overlap_loading max_lora_rank lora_target_modules max_loaded_loras
         max_loras_per_batch lora_eviction_policy lora_backend max_lora_chunk_size experts_shared_outer_loras
         lora_use_virtual_experts lora_strict_loading lora_drain_wait_threshold hicache_ratio hicache_size

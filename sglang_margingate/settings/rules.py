@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Radix
 from sglang_margingate.runtime.namespaces import BACKEND_NAME, uses_backend
+from sglang_margingate.settings.models import EIGHT_BITS
 
 Accepts = Callable[[Any, Any, MarginGateConfig], bool]
 """Whether a value is fine, given the whole ``ServerArgs`` and our configuration."""
@@ -97,8 +98,15 @@ RULES: tuple[Rule, ...] = (
     _rule("use_ray encoder_only", "its processes do not start through the front door", absolute=True),
     # What a row computes.
     _rule("dtype", "only bfloat16 was tested", _off("auto", "bfloat16")),
-    _rule("kv_cache_dtype", "a column would be rounded again after its repair; never tested", _off("auto", "bfloat16", "bf16")),
-    _rule("quantization", "kernels of quantised models were never probed for row-invariance", _off("unquant")),
+    _rule("kv_cache_dtype", "K/V of 8 bits: our attention kernels read 16 only, and a scale that is taken anew would round a column again", _off("auto", "bfloat16", "bf16")),
+    _rule("quantization", "kernels of this quantisation were never probed for row-invariance", _off("unquant", *EIGHT_BITS)),
+    _rule("moe_runner_backend", "only SGLang's Triton experts can be kept at one configuration", _off("auto", "triton")),
+    _rule("moe_a2a_backend", "tokens would travel to experts on other ranks", _off("none")),
+    _rule("enable_fused_moe_sum_all_reduce", "the outputs of experts would be added by atomics, in the order of arrival"),
+    _rule("enable_eplb init_expert_location ep_num_redundant_experts enable_waterfill",
+          "copies of an expert would be chosen by load", _off("trivial")),
+    _rule("fp8_gemm_runner_backend", "only DeepGEMM, CUTLASS and Triton products of 8 bits can be probed",
+          _off("auto", "deep_gemm", "cutlass", "triton")),
     _rule("quantization_param_path modelopt_quant quantize_and_serve rl_quant_profile torchao_config kt_weight_path",
           "kernels of quantised models were never probed for row-invariance"),
     _rule("load_format", "it loads quantised weights, or weights that no start-up check can see",

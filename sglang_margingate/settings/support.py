@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.tags import parse_tag, sys_tags
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
+from sglang_margingate.settings import models
 from sglang_margingate.settings.clear import clear_value, declared_defaults
 from sglang_margingate.settings.neutral import neutral_fields
 from sglang_margingate.settings.rules import ENVIRONMENT, RULES, EnvRule, Rule, ruled_fields
@@ -201,12 +202,10 @@ def _more(broken: list[str]) -> str:
 def check_model(model_runner: Any, config: MarginGateConfig) -> list[str]:
     """Check what only the loaded model tells: its kind and dtype. Same contract as :func:`check_server_args`."""
     hf = model_runner.model_config.hf_config
-    broken = []
-    experts = next((n for n in ("num_experts", "n_routed_experts", "num_local_experts") if getattr(hf, n, 0)), None)
-    if experts is not None:
-        broken.append(f"a mixture-of-experts model ({experts}={getattr(hf, experts)}): routing was never probed")
-    if getattr(hf, "quantization_config", None):
-        broken.append("a quantised model: its kernels were never probed for row-invariance")
+    broken: list[str] = []
+    method = models.quantised_by(hf, getattr(model_runner.model_config, "quantization", None))
+    broken += models.experts_trouble(hf, method)
+    broken += models.quantised_trouble(hf, method, model_runner.device)
     dtype = str(model_runner.dtype).removeprefix("torch.")
     if dtype != "bfloat16":
         broken.append(f"a model served in {dtype}: only bfloat16 was tested (--dtype bfloat16)")

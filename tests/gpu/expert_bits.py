@@ -249,10 +249,10 @@ def ways(outputs: int, inputs: int) -> list[LinearKind]:
         return lambda x, _: run(x, weight, block, scale)
 
     return [
-        *(LinearKind("", weight, None, blocks(run), False, way, scale=scale) for way, run in by_block.items()),
+        *(LinearKind("", weight, None, blocks(run), False, way, scales=((scale, 1.0),)) for way, run in by_block.items()),
         LinearKind(
             "", across, None, lambda x, _: fp8_utils.apply_fp8_linear(x, across, channel, cutlass_fp8_supported=True), False,
-            "cutlass channel", scale=channel, inputs_first=True,
+            "cutlass channel", scales=((channel, 1.0),), inputs_first=True,
         ),
         LinearKind("", plain, None, lambda x, _: torch.nn.functional.linear(x, plain), False, "bf16"),
     ]  # fmt: skip

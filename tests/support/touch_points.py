@@ -13,6 +13,7 @@ RADIX = SRT + "mem_cache.radix_cache."
 COMMON = SRT + "mem_cache.common."
 RUNNER = SRT + "model_executor."
 FLASHINFER = SRT + "layers.attention.flashinfer_backend."
+MOE = SRT + "layers.moe."
 NATIVE = SRT + "layers.attention.torch_native_backend.TorchNativeAttnBackend."
 
 FUNCTIONS = (
@@ -66,6 +67,24 @@ FUNCTIONS = (
     SRT + "models.qwen2.Qwen2MLP.forward",
     SRT + "models.qwen2.Qwen2Attention.forward",
     SRT + "models.qwen3.Qwen3Attention.forward",
+    SRT + "models.qwen3_moe.Qwen3MoeSparseMoeBlock.forward_normal",
+    SRT + "models.qwen3_moe.Qwen3MoeAttention.forward_prepare",
+    SRT + "models.olmoe.OlmoeMoE.forward",
+    SRT + "models.olmoe.OlmoeAttention.forward",
+    SRT + "models.mixtral.MixtralMoE.forward",
+    # experts: what chooses by the number of rows, beside the two hooks
+    MOE + "fused_moe_triton.layer.FusedMoE.forward_impl",
+    MOE + "topk.select_experts",
+    MOE + "topk.fused_topk",
+    MOE + "moe_runner.triton_utils.override_config",
+    MOE + "moe_runner.triton_utils.fused_moe.fused_experts_impl",
+    MOE + "moe_runner.triton_utils.fused_moe._fused_moe_kernel_sequence",
+    MOE + "moe_runner.triton_utils.fused_moe_triton_config.try_get_optimal_moe_config",
+    MOE + "moe_runner.triton_utils.moe_align_block_size.moe_align_block_size",
+    SRT + "layers.quantization.unquant.UnquantizedFusedMoEMethod.forward_cuda",
+    # weights of 8 bits
+    SRT + "layers.quantization.fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback",
+    SRT + "layers.quantization.fp8_utils.apply_fp8_linear",
     SRT + "layers.linear.ColumnParallelLinear.forward",
     SRT + "layers.linear.RowParallelLinear.forward",
     SRT + "layers.logits_processor.LogitsProcessor.forward",

@@ -144,7 +144,7 @@ def small(cut: int | None, inputs_first: bool) -> LinearKind:
         out = torch.stack([part.cumsum(2)[..., -1] for part in terms.split(parts, dim=2)]).sum(0)
         return (out * scale.t()).bfloat16()
 
-    return LinearKind("x", weight, None, apply, False, "Small", scale=scale, inputs_first=inputs_first)
+    return LinearKind("x", weight, None, apply, False, "Small", scales=((scale, 1.0),), inputs_first=inputs_first)
 
 
 @pytest.mark.parametrize("inputs_first", [False, True])
@@ -152,10 +152,10 @@ def test_weights_of_8_bits_cancel_too_and_their_scales_come_back(inputs_first: b
     one = small(5, inputs_first)
     assert one.shape == (64, 256)
     assert one.describe() == "float8_e4m3fn, Small, no bias"
-    before = one.scale.data_ptr(), one.weight.data_ptr(), one.weight.stride()
+    before = one.scales[0][0].data_ptr(), one.weight.data_ptr(), one.weight.stride()
     found = labels(one, [1, 4, 5, 6, 7])
     assert found == {1: 0, 4: 0, 5: 0, 6: 1, 7: 1}
-    assert (one.scale.data_ptr(), one.weight.data_ptr(), one.weight.stride()) == before
+    assert (one.scales[0][0].data_ptr(), one.weight.data_ptr(), one.weight.stride()) == before
     assert set(labels(small(None, inputs_first), [1, 2, 3, 8]).values()) == {0}
 
 

@@ -225,7 +225,7 @@ except hooks.HookError as error:
 def test_layers_that_the_probe_does_not_know_are_named(sglang: SGLangProcess) -> None:
     code = """
 import torch
-from sglang_margingate.serving.engines import unknown_layers
+from sglang_margingate.serving.layers.kinds import unknown_layers
 plain = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4))
 assert unknown_layers(plain) == []
 odd = torch.nn.Sequential(plain, torch.nn.Conv1d(4, 4, 3))
@@ -249,7 +249,7 @@ def test_the_probe_multiplies_through_the_servers_own_head(sglang: SGLangProcess
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang_margingate.canonical.layer_probe import probe_layers
-from sglang_margingate.serving.engines import layer_kinds
+from sglang_margingate.serving.layers.kinds import layer_kinds
 processor = LogitsProcessor.__new__(LogitsProcessor)
 torch.nn.Module.__init__(processor)
 processor.use_fp32_lm_head, processor.rl_on_policy_target = {fp32}, None

@@ -64,7 +64,7 @@ def test_the_defaults_of_this_machine_pass(fields: dict[str, Any]) -> None:
 HOLES = [
     ({"enable_streaming_session": True}, "--enable-streaming-session"),
     ({"torchao_config": "int8wo"}, "--torchao-config int8wo"),
-    ({"quantization": "fp8"}, "--quantization fp8"),
+    ({"quantization": "awq"}, "--quantization awq"),
     ({"dtype": "float16"}, "--dtype float16"),
     ({"dtype": "float32"}, "--dtype float32"),
     ({"enable_lora": True}, "--enable-lora"),
@@ -242,13 +242,20 @@ def model(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**plain, **given})
 
 
+def of_kind(quantization: str | None = None, **fields: Any) -> dict[str, Any]:
+    """Return a model whose configuration has these fields."""
+    hf = SimpleNamespace(**fields)
+    return {"model_config": SimpleNamespace(hf_config=hf, is_multimodal=False, quantization=quantization)}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"dtype": "torch.float16"}, "float16.*--dtype bfloat16"),
         ({"model": type("TransformersForCausalLM", (), {})()}, "transformers"),
         ({"model_config": SimpleNamespace(hf_config=SimpleNamespace(), is_multimodal=True)}, "images"),
-        ({"model_config": SimpleNamespace(hf_config=SimpleNamespace(num_experts=8))}, "num_experts=8"),
+        (of_kind(num_experts=8, architectures=["GrokForCausalLM"]), "GrokForCausalLM.*num_experts=8"),
+        (of_kind(quantization_config={"quant_method": "awq"}), "4 bits .awq.*atomics"),
         ({"token_to_kv_pool": type("MLATokenToKVPool", (), {})()}, "MLATokenToKVPool"),
     ],
 )
