@@ -6,7 +6,7 @@
     python3 tests/gpu/expert_bits.py fp8 --out DIR [--seconds 60]
 
 ``experts``: the bank of experts with SGLang's own choice of configurations and with each of many fixed ones, by the probe that
-servers use (canonical/expert_probe.py); the sum over experts both ways; the router's product; ties in its choice; times.
+servers use (canonical/experts/probe.py); the sum over experts both ways; the router's product; ties in its choice; times.
 ``fp8``: the classes of M of block-quantised and per-channel products, by back end, with times.
 """
 
@@ -30,7 +30,7 @@ import sglang_margingate.serving.cpu as cpu
 
 cpu.install_stand_ins()
 
-from sglang_margingate.canonical.expert_probe import ExpertKind  # noqa: E402
+from sglang_margingate.canonical.experts.probe import ExpertKind  # noqa: E402
 from sglang_margingate.canonical.invariance import RowSizes  # noqa: E402
 from sglang_margingate.canonical.layer_probe import labels  # noqa: E402
 from sglang_margingate.canonical.linear_probe import FP8, LinearKind  # noqa: E402

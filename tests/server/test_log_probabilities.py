@@ -38,7 +38,9 @@ def test_the_ungated_server_fails_the_same_comparison(log_server: Server, wanted
     assert found.labels == {"none batch": 4 * KIND}
 
 
-def test_verified_ones_are_exact_and_gated_ones_are_called_the_batchs(gate_server: Server, wanted: list[Prompt]) -> None:
+def test_verified_ones_are_exact_and_gated_ones_are_called_the_batchs(
+    gate_server: Server, wanted: list[Prompt]
+) -> None:
     client, some = gate_server.client, wanted[:3]
     for policy, expected in (("always", "verified exact"), ("gate", "gated batch")):
         answers = [client.generate(p, 8, custom={"margingate_policy": policy}).margingate for p in some]

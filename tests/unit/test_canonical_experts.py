@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sglang_margingate.canonical.expert_probe import ExpertKind, chosen_experts, lent_experts
+from sglang_margingate.canonical.experts.probe import ExpertKind, chosen_experts, lent_experts
 from sglang_margingate.canonical.layer_probe import labels
 
 EXPERTS, INNER, HIDDEN, TOP_K = 16, 32, 64, 8

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_margingate.canonical.expert_config import (
+from sglang_margingate.canonical.experts.table import (
     BankShape,
     ExpertTable,
     TableError,

@@ -13,7 +13,7 @@ CODE = """
 import torch
 from types import SimpleNamespace as Box
 from sglang.srt.layers.moe.moe_runner import triton_utils
-from sglang_margingate.canonical.expert_config import BankShape, ExpertTable
+from sglang_margingate.canonical.experts.table import BankShape, ExpertTable
 from sglang_margingate.serving import shape_hooks
 from sglang_margingate.serving.layers import experts
 from sglang_margingate.serving.layers.kinds import layer_kinds, unknown_layers

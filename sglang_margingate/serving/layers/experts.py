@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from sglang_margingate.canonical.expert_config import BankShape, Config, ExpertTable, kept_table, table_of
-from sglang_margingate.canonical.expert_probe import ExpertKind
+from sglang_margingate.canonical.experts.probe import ExpertKind
+from sglang_margingate.canonical.experts.table import BankShape, Config, ExpertTable, kept_table, table_of
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.machine import kernel_environment
 

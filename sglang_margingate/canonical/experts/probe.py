@@ -11,7 +11,7 @@ padding can fix it. So each number of rows M is tried with companions that
 Routing is part of what is put in, not of what is tried: the router is a linear layer of its own, and the choice of the
 largest scores looks at one row.
 
-Random numbers make a blind probe here too (:mod:`.linear_probe`). So there are two passes: in one the weights of an expert's
+Random numbers make a blind probe here too (canonical/linear_probe.py). So there are two passes: in one the weights of an expert's
 first product are lent values whose products cancel, in the other those of the second, and the rounding that is left shows
 any change of order. The outputs of the experts are lent factors so far apart, in pairs of both signs, that the order in which
 they are added shows as well.

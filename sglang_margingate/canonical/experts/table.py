@@ -1,7 +1,7 @@
 """Which configuration a bank of fused experts runs with at each number of rows: a table that no companion can change.
 
 SGLang picks the nearest of some tuned configurations by the number of rows. A table here is the same at every start, and
-what it does to a row's bits is probed (:mod:`.expert_probe`): where two configurations give the same, so does the map.
+what it does to a row's bits is probed (:mod:`.probe`): where two configurations give the same, so does the map.
 """
 
 from __future__ import annotations
