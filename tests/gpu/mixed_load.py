@@ -1,13 +1,16 @@
 """Mixed load on a GPU, at stock's own defaults and at ours: prompts arrive while others decode. One command, about 8 minutes.
 
     python3 tests/gpu/mixed_load.py --out DIR                           on the GPU host; needs .gpu/ like truth.py
-    python3 tests/gpu/mixed_load.py --out DIR --modes stock,ours --loads 48 --rounds 3
+    python3 tests/gpu/mixed_load.py --out DIR --modes stock,ours --loads 48,sessions:32:4:512 --rounds 3
+    python3 tests/gpu/mixed_load.py --out DIR --modes stock,ours --steps 3 --loads 8 --rounds 1 --identity none
+    python3 tests/gpu/mixed_load.py --out DIR --shape .gpu/shapes/qwen2.5-14b --lengths 64-1024:16-64 --rounds 1
     python3 tests/gpu/mixed_load.py --out DIR --device cpu --loads 4,8 --requests 16       the same logic, without a GPU
 
 The first two modes are served at once, and each round visits both; each further mode is served by itself afterwards, while
 ours still runs alone what it ran in company. `stock` is SGLang with its own defaults for the machine (on Hopper FA3 and
-prefill graphs), `stock-flashinfer` has what our servers are given. Closed loads of 64 to 1,024 prompt tokens and 32 to 256
-new ones. A further round is not begun where it would not end within --budget.
+prefill graphs), `stock-flashinfer` has what our servers are given. Loads as `margingate bench --workload` names them, a number
+alone being that many in flight, of 64 to 1,024 prompt tokens and 32 to 256 new ones. --steps measures decode steps and
+prefills of all lengths on the same servers first. A further round is not begun where it would not end within --budget.
 
 DIR gets results.json, results.md and the servers' logs. Exit status 1 where a sequence that claimed identity has it not.
 """
@@ -29,11 +32,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import mixed_steps  # noqa: E402
 from truth import GPU, LLAMA_8B, prepare  # noqa: E402
 
 from sglang_margingate.bench import tables  # noqa: E402
+from sglang_margingate.bench.evidence.decode_cost import Target  # noqa: E402
 from sglang_margingate.bench.prompts.random_ids import draw, model_facts, parse  # noqa: E402
-from sglang_margingate.bench.servers.client import ServerError  # noqa: E402
+from sglang_margingate.bench.servers.client import Prompt, ServerError  # noqa: E402
 from sglang_margingate.bench.servers.process import OURS, STOCK, Server, serve  # noqa: E402
 from sglang_margingate.bench.side_by_side.compare import MODES  # noqa: E402
 from sglang_margingate.bench.side_by_side.modes import device  # noqa: E402
@@ -41,7 +46,8 @@ from sglang_margingate.bench.side_by_side.report import environment  # noqa: E40
 from sglang_margingate.bench.workload import report  # noqa: E402
 from sglang_margingate.bench.workload.command import exit_status  # noqa: E402
 from sglang_margingate.bench.workload.loads import Load  # noqa: E402
-from sglang_margingate.bench.workload.requests import chains  # noqa: E402
+from sglang_margingate.bench.workload.loads import parse as parse_loads  # noqa: E402
+from sglang_margingate.bench.workload.requests import Chain, blank_prefixes, chains  # noqa: E402
 from sglang_margingate.bench.workload.rounds import (  # noqa: E402
     Results,
     Served,
@@ -74,16 +80,23 @@ class Mixed:
         self.results = Results(labels=self.modes)
         self.cpu = args.device == "cpu"
         self.model = self._weights()
-        loads = [Load("closed", int(n)) for n in args.loads.split(",")]
+        loads = parse_loads(",".join(f"closed:{word}" if word.isdigit() else word for word in args.loads.split(",")))
         drawn = parse(f"random:{args.lengths}").prompts(args.requests, 0)
-        prompts = draw(drawn, model_facts(str(self.model)).vocabulary or 0, 0)
+        self.vocabulary = model_facts(str(self.model)).vocabulary or 0
+        prompts = draw(drawn, self.vocabulary, 0)
+        self.steps: mixed_steps.Found = {}
         self.work = Work(
-            {load: tuple(chains(load, prompts, args.requests)) for load in loads},
+            {load: self._requests(load, prompts) for load in loads},
             rounds=args.rounds,
             identity="none" if args.identity == "none" else "all",
         )
         self.facts: dict[str, Any] = environment(device(self.cpu), versions())
         self.facts |= {"model": str(self.model), "server_flags": self._common()}
+
+    def _requests(self, load: Load, prompts: list[Prompt]) -> tuple[Chain, ...]:
+        made = chains(load, prompts, self.args.requests)
+        shared = draw(blank_prefixes(load, self.args.requests), self.vocabulary, 1)
+        return tuple(c.after(shared, i) for i, c in enumerate(made)) if shared else tuple(made)
 
     def say(self, text: str) -> None:
         """Print with the time since the start."""
@@ -100,8 +113,13 @@ class Mixed:
         """Write what is there."""
         self.out.mkdir(parents=True, exist_ok=True)
         found = report.to_dict(self.results, self.work, self.facts, complete=not self.results.failures)
+        found["steps"] = mixed_steps.to_dict(self.steps)
         (self.out / "results.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-        (self.out / "results.md").write_text(report.markdown(self.results, self.work, self.facts) + "\n")
+        text = report.markdown(self.results, self.work, self.facts)
+        if self.steps:
+            head, rows = mixed_steps.rows(self.steps, self.modes)
+            text += "\n\n" + tables.markdown(head, rows)
+        (self.out / "results.md").write_text(text + "\n")
 
     def _weights(self) -> Path:
         if self.args.model is not None:
@@ -110,11 +128,13 @@ class Mixed:
             from sglang_margingate.demo.paths import model_path
 
             return model_path()
-        folder = GPU.weights
+        shape: Path | None = self.args.shape
+        folder = GPU.weights if shape is None else GPU.weights.parent / shape.name
         if not (folder / "model.safetensors.index.json").exists():
-            shape = self.out / "shape"
-            shape.mkdir(exist_ok=True)
-            (shape / "config.json").write_text(json.dumps(LLAMA_8B))
+            if shape is None:
+                shape = self.out / "shape"
+                shape.mkdir(exist_ok=True)
+                (shape / "config.json").write_text(json.dumps(LLAMA_8B))
             subprocess.run([sys.executable, str(HERE / "random_model.py"), str(shape), str(folder)], check=True)
             self.say(f"made {folder}")
         return folder
@@ -149,6 +169,7 @@ class Mixed:
             starting = {name: pool.submit(self.start, stacks[name], name) for name in first}
             served = [s for name in first if (s := self.ready(name, starting[name])) is not None]
             ours = self.ours(served)
+            self.measure_steps(served)
             self.rounds(served, reserve=60 * len(further) + (180 if ours else 0))
             for name in first:
                 if ours is None or name != ours.label:
@@ -157,9 +178,21 @@ class Mixed:
             for name in further:
                 later = self.ready(name, pool.submit(self.start, stacks[name], name))
                 alone.result()  # a timed round has the GPU to itself
+                self.measure_steps([later] if later is not None else [])
                 self.rounds([later] if later is not None else [])
                 stacks[name].close()
             alone.result()
+        self.save()
+
+    def measure_steps(self, served: list[Served]) -> None:
+        """Measure decode steps and prefills."""
+        if not self.args.steps or not served:
+            return
+        targets = {s.label: Target(s.client.base_url, self.vocabulary) for s in served}
+        pools = [self.results.servers[s.label]["pool_tokens"] or 0 for s in served]
+        found = mixed_steps.measure(targets, self.args.steps, self.say, min(pools))
+        for name, by in found.items():
+            self.steps.setdefault(name, {}).update(by)
         self.save()
 
     def ready(self, name: str, starting: Future[Server]) -> Served | None:
@@ -237,13 +270,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, required=True)
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--modes", default="", help="stock, ours, stock-flashinfer, deterministic; the first is what is compared with")
-    add("--loads", default="8,32,48,64", help="requests in flight (%(default)s)")
+    add("--loads", default="8,32,48,64", help="requests in flight, or loads by name (%(default)s)")
     add("--requests", type=int, default=192)
     add("--lengths", default="", metavar="IN:OUT", help="tokens (64-1024:32-256)")
     add("--rounds", type=int, default=2)
     add("--identity", choices=("ours", "none"), default="ours")
     add("--budget", type=float, default=480.0, help="seconds (%(default)s)")
     add("--model", type=Path, help="folder of another model")
+    add("--shape", type=Path, help="folder of another config.json, to be given random weights")
+    add("--steps", type=int, default=0, help="repeats of the decode steps and prefills (%(default)s)")
     add("--flags", type=shlex.split, default=[], help="further flags of every server, as one word")
     args = parser.parse_args(words)
     args.modes = args.modes or ("stock,ours" if args.device == "cpu" else "stock,ours,stock-flashinfer")
@@ -257,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         mixed.save()
         print((mixed.out / "results.md").read_text())
+        if mixed.steps:
+            print(tables.text(*mixed_steps.rows(mixed.steps, mixed.modes), (0,)))
         print(mixed.table(), flush=True)
     return exit_status(mixed.results)
 

@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             out = {"output_ids": tokens, "meta_info": meta}
             if fake.tokenizer:
                 out["text"] = _text(tokens)
-            first = {**out, "output_ids": tokens[:1]}
+            first = {**out, "output_ids": tokens[:1], "meta_info": {**meta, "completion_tokens": 1}}
             chunks = "".join(f"data: {json.dumps(c)}\n\n" for c in (first, out))
             self._answer(200, f"{chunks}data: [DONE]\n\n" if body.get("stream") else out)
         elif self.path == "/v1/completions":

@@ -99,3 +99,43 @@ def test_a_server_that_dies_leaves_the_others(started: Started, tmp_path: Path) 
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["failures"] == {"stock": "the server died (exit 1): no kernel image"}
     assert {c["mode"] for c in found["cells"] if c["rounds"]} == {"ours", "stock-flashinfer"}
+
+
+def test_sessions_and_steps(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = mixed_load.mixed_steps
+    monkeypatch.setattr(steps, "STEPS", (steps.Steps(20, 2, 6), steps.Steps(80_000, 2, 6)))
+    monkeypatch.setattr(steps, "PREFILLS", {"2 of 30": (30, 30), "9 of 20000": (20_000,) * 9})
+    assert mixed(tmp_path, "--modes", "stock,ours", "--rounds", "1", "--steps", "2", "--loads", "sessions:2:3:16") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(found["steps"]) == {"step at 2 behind 20", "prefill 2 of 30"}, "what the pool cannot hold is left out"
+    assert all(len(by[mode]) == 2 for by in found["steps"].values() for mode in ("stock", "ours"))
+    assert all(rate > 0 for rates in found["steps"]["prefill 2 of 30"].values() for rate in rates)
+    cells = {c["mode"]: c for c in found["cells"]}
+    assert cells["ours"]["identical"] == {"numerator": 12, "denominator": 12}
+    assert found["loads"]["sessions:2:3:16"]["conversations"] == 4
+    assert "step at 2 behind 20" in (tmp_path / "out" / "results.md").read_text()
+    assert "step at 2 behind 20" in capsys.readouterr().out
+
+
+def test_another_shape_is_given_weights_of_its_own(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, made = tmp_path / "some-shape", []
+    shape.mkdir()
+    (shape / "config.json").write_text(json.dumps({"vocab_size": 700, "max_position_embeddings": 40960}))
+
+    def make(command: Sequence[str], check: bool) -> None:
+        made.append(command[-2:])
+        out = Path(command[-1])
+        out.mkdir()
+        (out / "config.json").write_text((shape / "config.json").read_text())
+
+    monkeypatch.setattr(mixed_load, "GPU", SimpleNamespace(weights=tmp_path / "shm" / "llama-8b"))
+    monkeypatch.setattr(mixed_load.subprocess, "run", make)
+    (tmp_path / "shm").mkdir()
+    words = ["--out", str(tmp_path / "out"), "--shape", str(shape), "--lengths", "8-20:3-6", "--requests", "4"]
+    assert mixed_load.main([*words, "--modes", "stock,ours", "--loads", "2", "--rounds", "1"]) == 0
+    assert made == [[str(shape), str(tmp_path / "shm" / "some-shape")]]
+    assert f"--model-path {tmp_path / 'shm' / 'some-shape'} " in started.flags["ours"][1]
