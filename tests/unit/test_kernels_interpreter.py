@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: tests/gpu/test_kernels_gpu.py in a process of its own.
+"""The Triton kernels in Triton's interpreter, on the CPU: tests/gpu/test_*_gpu.py, each kernel's in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is first imported, and SGLang's CPU tests put a stand-in in Triton's place, so the
 checks cannot run inside this process. ``MARGINGATE_TRITON_PYTHON`` names another Python that has Triton (and torch and
@@ -29,12 +29,13 @@ def python_with_triton() -> str:
     return PYTHON
 
 
-@pytest.mark.parametrize("kernel", ["top2", "kv_column", "digest", "decode_attention", "prefill_attention"])
+@pytest.mark.parametrize("kernel", ["top2", "kv_column", "digest", "decode_attention", "prefill_attention", "draw"])
 def test_kernel_in_the_interpreter(kernel, python_with_triton):
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), env.get("PYTHONPATH")]))
     env.pop("PYTEST_ADDOPTS", None)
     command = [python_with_triton, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kernel]
-    run = subprocess.run([*command, "tests/gpu/test_kernels_gpu.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    tests = "tests/gpu/test_draw_gpu.py" if kernel == "draw" else "tests/gpu/test_kernels_gpu.py"
+    run = subprocess.run([*command, tests], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
