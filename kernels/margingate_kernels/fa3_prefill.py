@@ -11,6 +11,7 @@ depend on its own context alone is what tests and the trial at start-up look for
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -24,12 +25,20 @@ LONGEST = 1 << 16
 """New tokens of a request that the launcher is told, whatever the batch."""
 
 
-@functools.cache
-def _forward() -> Any:
-    """Return the operator; ImportError where there is none for this machine."""
-    from sgl_kernel import flash_attn  # noqa: F401  (loads the library that holds it)
+NEEDED = ("cache_batch_idx", "max_seqlen_q", "num_splits", "out", "pack_gqa", "page_table")
+"""What the package's function must take: versions differ."""
 
-    return torch.ops.sgl_kernel.fwd.default
+
+@functools.cache
+def _function() -> Any:
+    """Return the package's function; ImportError where there is none for this machine, or one that cannot be pinned."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    known = inspect.signature(flash_attn_with_kvcache).parameters
+    missing = [name for name in NEEDED if name not in known]
+    if missing:
+        raise ImportError(f"sgl_kernel's flash_attn_with_kvcache takes no {', '.join(missing)}")
+    return flash_attn_with_kvcache
 
 
 class Fa3PrefillAttention:
@@ -99,18 +108,12 @@ class Fa3PrefillAttention:
         check_attention(q, k, v, indices, self._heads, self._device)
         # A request's slots begin anywhere in `indices`: a table whose rows begin one place after each other holds them all.
         table = indices.as_strided((1, len(indices)), (1, 1))
-        found = _forward()(
-            q, k[:, None], v[:, None],
-            None, None, None, self._output(q),  # k_new, v_new, q_v
-            self._queries, None, None, None, self._lengths,  # cu_seqlens_k, cu_seqlens_k_new, seqused_q
-            LONGEST, None, table, self._begins, None,  # max_seqlen_k; the row of the table of each request; leftpad_k
-            None, None, None, None, None, None,  # rotary cos, sin, lengths; descaling of q, k, v
-            scale, True, -1, -1, 0, 0.0, True,  # causal, no window on either side, no attention chunk, no soft cap
-            None, 1, True, 0,  # scheduler metadata, one split, packed heads, no multiprocessor left free
-            None, None, False,  # sinks, sparse mask, only q_v
+        found: torch.Tensor = _function()(
+            q, k[:, None], v[:, None], cu_seqlens_q=self._queries, max_seqlen_q=LONGEST, cache_seqlens=self._lengths,
+            page_table=table, cache_batch_idx=self._begins, softmax_scale=scale, causal=True, num_splits=1, pack_gqa=True,
+            out=self._output(q),
         )  # fmt: skip
-        out: torch.Tensor = found[0]
-        return out
+        return found
 
     def _output(self, q: torch.Tensor) -> torch.Tensor | None:
         if not self._rows:
@@ -125,7 +128,7 @@ def fa3_available(q_heads: int, kv_heads: int, head_dim: int) -> bool:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
     try:
-        _forward()
+        _function()
     except (ImportError, AttributeError, OSError, RuntimeError):
         return False
     return Fa3PrefillAttention.supports(q_heads, kv_heads, head_dim)
