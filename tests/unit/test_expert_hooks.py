@@ -33,6 +33,9 @@ assert run(1) is None
 experts._tables[BankShape(4, 16, 8, 2)] = ExpertTable(((4, config(16)), (9, config(64))))
 assert run(4) == config(16) and run(5) == config(64)
 assert run(1, top_k=1) is None  # another shape
+experts.break_experts(3)
+assert run(3) == config(64) and run(4) == config(16)
+experts.break_experts(0)
 assert triton_utils.get_config() is None
 assert experts.sum_by_kernel(1) is False
 

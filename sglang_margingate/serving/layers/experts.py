@@ -46,7 +46,7 @@ def settle_tables(model: Any, config: MarginGateConfig, device: str) -> None:
 
 
 def break_experts(rows: int) -> None:
-    """Let banks of up to ``rows`` rows run with another configuration than the one that was probed, on purpose."""
+    """Let banks of up to ``rows`` rows run with the configuration of the largest ones, on purpose: not what was probed."""
     global _broken_rows
     _broken_rows = rows
 
@@ -120,10 +120,8 @@ def prepare(
     if table is None:
         return original(hidden, up, down, chosen, **kwargs)
     rows = len(hidden)
-    config = dict(table.at(rows))
-    if rows <= _broken_rows:
-        config |= {"BLOCK_SIZE_M": 64, "num_warps": 4} if config["BLOCK_SIZE_M"] < 64 else {"BLOCK_SIZE_M": 16}
-    with override_config(config):
+    config = table.steps[-1][1] if rows <= _broken_rows else table.at(rows)
+    with override_config(dict(config)):
         return original(hidden, up, down, chosen, **kwargs)
 
 

@@ -1,0 +1,141 @@
+"""Mixtures of experts and weights of 8 bits on one GPU: identity, faults and speed against stock. One command.
+
+    python3 tests/gpu/models_gpu.py --out DIR [--models moe,fp8-channel,fp8-block] [--budget 280]      needs .gpu/ like truth.py
+
+For each model stock (its own defaults) and ours share the GPU; whoever is not asked is idle. First the decode step and a mixed
+load, in turns, then identity: 24 sequences alone against batches of each size on a cold, half warm and warm prefix cache, which
+ours must pass at ``structural`` with no step verified, and stock must fail. Last a server whose experts run with another
+configuration than the one that was probed: found by the trial and left to the gate. Weights are random (random_model.py,
+random_fp8.py), so that one bit ends in other tokens. DIR gets results.json and logs; exit status 1 where something does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from tensor_parallel import GPU, Run  # noqa: E402
+from truth import prepare  # noqa: E402
+
+from sglang_margingate.bench.servers.process import Server  # noqa: E402
+
+BROKEN_ROWS = 48
+
+
+@dataclass(frozen=True)
+class Model:
+    """A shape, what is changed of it, and the flags that it is served with."""
+
+    shape: str
+    writer: str = "random_model.py"
+    change: tuple[tuple[str, int], ...] = ()
+    flags: tuple[str, ...] = ()
+    slowest_step: float = 1.03
+
+
+MODELS = {
+    "moe": Model("qwen3-30b-a3b-24l", change=(("num_hidden_layers", 12),), slowest_step=1.10),
+    "fp8-channel": Model("llama-3.1-8b", flags=("--quantization", "fp8")),
+    "fp8-block": Model("qwen3-8b", "random_fp8.py"),
+}
+
+
+class Models(Run):
+    """The tests of several GPUs with one of them, for models of other kinds."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        args.tp, args.gpus, args.stock_gpus, args.device = 1, "", "", "cuda"
+        super().__init__(args)
+        share = GPU.flags.replace("--mem-fraction-static 0.9", "--mem-fraction-static 0.42")
+        self.scale = replace(GPU, flags=share, stock_sizes=(2, 8, 20, 33, 64) if args.all_sizes else (8, 33))
+
+    def weights(self, model: str) -> Path:
+        """Return a model's folder; random weights are made where there are none."""
+        wanted = MODELS[model]
+        folder, shape = Path("/dev/shm", f"margingate-{model}"), Path("/tmp", f"shape-{model}")
+        if not (folder / "model.safetensors.index.json").exists():
+            shape.mkdir(exist_ok=True)
+            config = json.loads(Path(".gpu/shapes", wanted.shape, "config.json").read_text())
+            (shape / "config.json").write_text(json.dumps(config | dict(wanted.change)))
+            command = [sys.executable, str(HERE / wanted.writer), str(shape), str(folder)]
+            subprocess.run(command, check=True, timeout=200, stdout=subprocess.DEVNULL)
+            self.say(f"made {folder}")
+        return folder
+
+    def start(self, stack: ExitStack, name: str, model: Path, ours: bool, more: tuple[str, ...] = (),
+              env: dict[str, str] | None = None, gpus: str = "") -> Server:  # fmt: skip
+        """Start a server with the model's own flags."""
+        flags = MODELS[model.name.removeprefix("margingate-")].flags
+        return super().start(stack, name, model, ours, (*more, *flags), env, gpus)
+
+    def run(self) -> None:
+        """Run everything that fits: stock starts alone, since two servers that load at once take each other's memory."""
+        for name in self.args.models.split(","):
+            if self.left() < 80:
+                self.say(f"{name} is left out: {self.left():.0f} s left")
+                continue
+            path = self.weights(name)
+            with ExitStack() as stack:
+                servers = {}
+                for who in ("stock", "ours"):
+                    try:
+                        servers[who] = self.start(stack, f"{name}-{who}", path, who == "ours")
+                    except Exception as error:
+                        self.check(f"{name}-{who}: starts", [f"{type(error).__name__}: {error}"[:400]])
+                if "ours" in servers:
+                    self.found.setdefault("map", {})[name] = servers["ours"].client.status()["invariance"]
+                    self.model(name, path, servers, timed=True)
+                    self.identities(name, path, servers)
+            if name == "moe" and "faults" in self.args.parts and self.left() > 60:
+                self.broken_experts(path)
+            self.save()
+
+    def broken_experts(self, path: Path) -> None:
+        """Experts that run with another configuration than the one that was probed: the trial finds it, nothing is claimed."""
+        with ExitStack() as stack:
+            server = self.start(stack, "broken-experts", path, True, (), {"MARGINGATE_TEST_EXPERTS": str(BROKEN_ROWS)})
+            status = server.client.status()
+        notes = [
+            note for note in status["invariance"]["notes"] if re.search(r"decode differs from the verify at \d+", note)
+        ]
+        problems = (
+            [] if notes and not status["invariance"]["decode_ok"] else [f"notes: {status['invariance']['notes']}"]
+        )
+        self.check("experts broken on purpose are found", problems, notes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run everything; the short table comes last."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--models", default=",".join(MODELS))
+    add("--parts", default="faults", help="faults: a server with broken experts, too")
+    add("--all-sizes", action="store_true", help="ask stock at every size as well")
+    add("--budget", type=float, default=280, help="seconds (%(default)s)")
+    args = parser.parse_args(words)
+    prepare(words, Path(__file__))
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = Models(args)
+    signal.signal(signal.SIGTERM, lambda *_: run.give_up())
+    try:
+        run.run()
+    finally:
+        run.save()
+        print(run.table(), flush=True)
+    return 0 if all(check["holds"] for check in run.found["checks"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
