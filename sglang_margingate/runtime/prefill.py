@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sglang_margingate.runtime.shape import ForwardShape
+from sglang_margingate.canonical.shape import ForwardShape
 
 
 class Chunk(NamedTuple):

@@ -23,20 +23,12 @@ from sglang_margingate.gate.ledger import Counters
 from sglang_margingate.gate.policy import NEVER_MISSED, missed
 from sglang_margingate.runtime.clock import Clock
 from sglang_margingate.runtime.metrics import Metrics
+from sglang_margingate.runtime.observe import Numbers
 from sglang_margingate.runtime.state import Forward, RequestState, StepRow
 from sglang_margingate.words import Reason
 
 SETTLE_ROWS, SETTLE_SECONDS = 256, 0.2
 """Committed steps are settled at that many, or when the last settling is that long ago."""
-
-
-class Numbers(NamedTuple):
-    """What was measured of a forward's rows, by row of the logits."""
-
-    token: Sequence[int]
-    second: Sequence[int]
-    margin: Sequence[float]
-    chosen: Sequence[int]
 
 
 class Sink(Protocol):

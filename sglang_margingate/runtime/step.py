@@ -9,9 +9,7 @@ sees only the repaired step. What a forward is arrives as a :class:`ForwardView`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
 from margingate_kernels import Top2, Top2Workspace, top2_margin
@@ -22,71 +20,17 @@ from sglang_margingate.gate.audit import AuditSampler
 from sglang_margingate.gate.ledger import LedgerError
 from sglang_margingate.gate.policy import decide
 from sglang_margingate.runtime.faults import TestKnobs, spoil
-from sglang_margingate.runtime.logprobs import Scorer, keep_asking
+from sglang_margingate.runtime.logprobs import keep_asking
 from sglang_margingate.runtime.metrics import Metrics
+from sglang_margingate.runtime.observe import Landings, Numbers, Packed
 from sglang_margingate.runtime.prefill import Chunk, PrefillRules
-from sglang_margingate.runtime.record import Numbers, Recorder
-from sglang_margingate.runtime.shape import ForwardShape
+from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.state import Forward, RequestState, StepRow
 from sglang_margingate.runtime.verifier import Verifier, VerifyJob, best_five
+from sglang_margingate.runtime.view import ForwardView, Sampling
 from sglang_margingate.words import Reason
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class ForwardView:
-    """One forward of the server's, as the step sees it; made when it begins, completed where it ends.
-
-    Parameters
-    ----------
-    states
-        The requests behind its rows, in order; None for one that was made before set-up.
-    decode
-        It decodes; False: it prefills.
-    began
-        A mark of the clock.
-    """
-
-    states: list[RequestState | None]
-    decode: bool
-    began: Any
-    chooses: bool = True
-    """Tokens are chosen from it; False where all of its requests want none."""
-    shape: ForwardShape | None = None
-    """What it ran at; None where nobody saw it."""
-    chunks: list[Chunk] = field(default_factory=list)
-    """The requests' parts, of a prefill."""
-    canonical: list[bool] = field(default_factory=list)
-    """Whether each request's part is canonical, of a prefill."""
-
-
-class Sampling(Scorer, Protocol):
-    """How SGLang would choose a forward's tokens."""
-
-    logits: torch.Tensor
-    """[B, V] float32; a repair is written into it."""
-    all_greedy: bool
-    plain_argmax: bool
-    """SGLang's sampler would do nothing but take the argmax of the logits as they are."""
-    processes: bool
-    """Penalties, bias or a grammar change the logits before the argmax."""
-    slots: list[Any]
-    """Each request's row in the table of K/V slots; None for one that has ended."""
-    columns: torch.Tensor | None
-    """[B] pool slots of the K/V columns that a decode wrote."""
-
-    def positions(self) -> Sequence[int]:
-        """Return the position of the token that each row of a decode read."""
-        ...
-
-    def processed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return what argmax is taken from, leaving ``logits`` untouched; the same result however often it is asked."""
-        ...
-
-    def choose(self) -> torch.Tensor:
-        """Let SGLang choose the tokens, [B]."""
-        ...
 
 
 class Step:
@@ -118,6 +62,8 @@ class Step:
         self._sampler, self._knobs, self._metrics, self._note_batch = sampler, knobs, metrics, note_batch
         self._workspace: Top2Workspace | None = None
         self._zeros = torch.empty(0)
+        self._landings: Landings | None = None
+        self._forced: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
 
     # ---- where a forward ends -------------------------------------------------------------------------------------
 
@@ -167,7 +113,7 @@ class Step:
                 sampling.columns,
                 None if self.verifier is None else self.verifier.kv,
             )
-        if logits.is_cuda and not any(self._waits(row, view.decode) for row in observed):
+        if self.recorder.clock.late and not any(self._waits(row, view.decode) for row in observed):
             return self._observe(view, rows, observed, sampling)
         self.recorder.catch_up()  # steps that are still on their way come before this one
         best, numbers = self._measure(sampling.processed(logits))
@@ -274,23 +220,29 @@ class Step:
 
     # ---- margin ---------------------------------------------------------------------------------------------------
 
-    def _top2(self, logits: torch.Tensor) -> Top2:
-        """Return token, runner-up and margin of every row on the GPU; valid until the next call."""
-        work = self._workspace
-        if work is None or work.max_rows < len(logits) or work.device != logits.device:
-            work = self._workspace = Top2Workspace(max(len(logits), 64), logits.shape[1], logits.device)
+    def _packed(self, logits: torch.Tensor) -> Packed:
+        """Return token, runner-up and margin of every row, on the device of the logits."""
+        work, rows = self._workspace, len(logits)
+        if work is None or work.max_rows < rows or work.device != logits.device:
+            work = self._workspace = Top2Workspace(max(rows, 64), logits.shape[1], logits.device)
             # The gate decides on the host, from the margin: the kernel's own trigger mask is not used here.
             self._zeros = torch.zeros(work.max_rows, device=logits.device)
-        return top2_margin(logits, self._zeros[: len(logits)], workspace=work)
+        if self._landings is None:
+            self._landings = Landings(pinned=logits.is_cuda)
+        packed = Packed(self._landings, rows, logits.device)
+        out = Top2(packed.column("token"), packed.column("second"), packed.column("margin"), work.out(rows).trigger)
+        top2_margin(logits, self._zeros[:rows], workspace=work, out=out)
+        return packed
 
     def _measure(self, logits: torch.Tensor) -> tuple[torch.Tensor, Numbers]:
-        """Return the argmax of every row of the logits, and the rows' numbers on the host."""
-        if logits.is_cuda:
-            top = self._top2(logits)
-            best, second, margin = top.token.clone(), top.second.tolist(), top.margin.tolist()
-        else:
+        """Return the argmax of every row of the logits, and the rows' numbers on the host: waits for them."""
+        if not logits.is_cuda:
             best, second, margin = top2_host(logits)
-        return best, Numbers(best.tolist(), second, margin, ())
+            return best, Numbers(best.tolist(), second, margin, ())
+        packed, clock = self._packed(logits), self.recorder.clock
+        read = packed.send()
+        clock.wait(clock.mark())
+        return packed.column("token"), read()
 
     @staticmethod
     def _argmax(rows: list[StepRow], best: torch.Tensor) -> torch.Tensor:
@@ -373,24 +325,26 @@ class Step:
 
         A wait after each prefill would keep SGLang from preparing the next one meanwhile: 17 ms of every 8,192 tokens.
         """
-        top = self._top2(sampling.processed(sampling.logits))
+        packed = self._packed(sampling.processed(sampling.logits))
+        tokens = packed.column("token")
         keep_asking(observed, sampling, view.decode)
         if sampling.plain_argmax:
-            tokens = top.token.clone()  # no verify, so no row differs from what was measured
+            read = packed.send()  # no verify, so no row differs from what was measured
         else:
-            tokens = sampling.choose()
+            best, tokens = tokens, sampling.choose()
             gated = [r.index for r in observed if r.state.ledger.gated]
             if gated and not sampling.all_greedy:  # as _enforce does, without waiting for the GPU
-                index = torch.tensor(gated).pin_memory().to(tokens.device, non_blocking=True)
-                tokens[index] = top.token[index].to(tokens.dtype)
+                index = self._index(gated, tokens.device)
+                tokens[index] = best[index].to(tokens.dtype)
+            read = packed.send(tokens)
         sampling.score(tokens)
-        packed = torch.stack([top.token, top.second, top.margin.view(torch.int32).long(), tokens.long()])
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-
-        def read() -> Numbers:
-            token, second, _, chosen = host.tolist()
-            return Numbers(token, second, host[2].int().view(torch.float32).tolist(), chosen)
-
         self._hand_over(view, rows, read)
         return tokens
+
+    def _index(self, rows: list[int], device: torch.device) -> torch.Tensor:
+        """Return the rows as a tensor of the device; a batch keeps them for many steps."""
+        known, index = self._forced
+        if known != rows:
+            index = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+            self._forced = rows, index
+        return index

@@ -18,7 +18,7 @@ from sglang_margingate.runtime.clock import Clock
 from sglang_margingate.runtime.prefill import Chunk
 from sglang_margingate.runtime.requests import Ended, Opened
 from sglang_margingate.runtime.state import state_of
-from sglang_margingate.runtime.step import ForwardView
+from sglang_margingate.runtime.view import ForwardView
 from sglang_margingate.serving import sgl
 from sglang_margingate.serving.answers.scores import Scores, fill_gaps
 

@@ -16,7 +16,7 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
 ``ForwardBatch`` attributes               the requests behind its rows and when it began (batches.py)  ForwardBatch keeps reqs
 ``margingate_view``,                      travel with the batch, so that delayed sampling
 ``margingate_shape``                      (grammar, overlap) finds them; and the shape that it
-                                          really ran at (runtime/shape.py)
+                                          really ran at (runtime/view.py)
 ========================================  ====================================================  =======================
 
 State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, create_model
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
 from sglang_margingate.machine import versions
-from sglang_margingate.runtime.summary import FIELD, last_of
+from sglang_margingate.serving.answers.summary import FIELD, last_of
 from sglang_margingate.words import Guarantee
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from sglang_margingate.canonical.ranks import RankError
 from sglang_margingate.runtime.faults import column_digest, wants_digest
 from sglang_margingate.runtime.logprobs import keep_scored
 from sglang_margingate.runtime.namespaces import namespace, uses_backend
-from sglang_margingate.runtime.shape import SHAPE, ForwardShape
 from sglang_margingate.runtime.state import ATTRIBUTE, state_of
 from sglang_margingate.runtime.status import Runtime
-from sglang_margingate.runtime.summary import FIELD, PerRequest
+from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import batches, sgl
+from sglang_margingate.serving.answers.summary import FIELD, PerRequest
 from sglang_margingate.serving.setup import build_runtime
 from sglang_margingate.serving.several import group
 

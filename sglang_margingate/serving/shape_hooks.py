@@ -32,7 +32,7 @@ from sglang_margingate.canonical.reduce_probe import ReduceProbe, probe_reduce
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.machine import kernel_environment, versions
 from sglang_margingate.runtime.faults import TestKnobs, split_reduce
-from sglang_margingate.runtime.shape import SHAPE, ForwardShape
+from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, sgl
 from sglang_margingate.serving.engines import sums_over_ranks
 from sglang_margingate.serving.layers import experts

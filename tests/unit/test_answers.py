@@ -14,8 +14,8 @@ import pytest
 from pydantic import BaseModel
 
 from sglang_margingate.config import CONFIG_ENV, ConfigError, MarginGateConfig, Policy
-from sglang_margingate.runtime.summary import PerRequest, last_of
 from sglang_margingate.serving import launcher_hooks as launcher
+from sglang_margingate.serving.answers.summary import PerRequest, last_of
 
 SUMMARY = {"guarantee": "gated", "steps": 3}
 

@@ -15,7 +15,7 @@ from margingate_kernels import PrefillAttention
 from sglang_margingate.canonical.classes import Classes
 from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
 from sglang_margingate.canonical.prefill_graph_probe import COARSE, COARSE_FROM, FINE, graph_sizes
-from sglang_margingate.runtime.shape import SHAPE, ForwardShape
+from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, shape_hooks
 from sglang_margingate.serving.attention_hooks import PREFILL
 from sglang_margingate.serving.prefill_graphs import (

@@ -13,7 +13,8 @@ from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.runtime.clock import HostClock
 from sglang_margingate.runtime.metrics import Metrics
-from sglang_margingate.runtime.record import SETTLE_ROWS, Numbers, Recorder
+from sglang_margingate.runtime.observe import Numbers
+from sglang_margingate.runtime.record import SETTLE_ROWS, Recorder
 from sglang_margingate.runtime.state import Forward, RequestState, StepRow
 from sglang_margingate.trace.schema import STEP_COLUMNS
 from sglang_margingate.words import Reason

@@ -20,10 +20,10 @@ from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.prefill import Chunk, PrefillRules
 from sglang_margingate.runtime.record import Recorder
-from sglang_margingate.runtime.shape import ForwardShape
 from sglang_margingate.runtime.state import RequestState
-from sglang_margingate.runtime.step import ForwardView, Step
+from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import KvDelta, VerifyJob, VerifyResult
+from sglang_margingate.runtime.view import ForwardShape, ForwardView
 from sglang_margingate.trace.schema import STEP_COLUMNS
 
 VOCAB = 16
@@ -335,10 +335,7 @@ def test_penalties_that_were_forgotten_cost_the_label() -> None:
 
 @pytest.fixture
 def unwaited(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A step whose clock passes late, as a GPU's does: forwards that wait for no verdict are measured by `_observe`."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: empty(*shape, **more))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    """A step whose clock passes late, as a GPU's does: forwards that wait for no verdict are not waited for."""
     bench = Bench(isolated=False)
     monkeypatch.setattr(bench.recorder.clock, "late", True, raising=False)
     return bench

@@ -274,7 +274,7 @@ def test_a_prefill_that_really_left_the_class_is_noted(monkeypatch: pytest.Monke
     from sglang_margingate.canonical.classes import Classes
     from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
     from sglang_margingate.runtime.prefill import Chunk, PrefillRules
-    from sglang_margingate.runtime.shape import SHAPE
+    from sglang_margingate.runtime.view import SHAPE
     from sglang_margingate.serving import shape_hooks
 
     sizes = RowSizes((8, 16))

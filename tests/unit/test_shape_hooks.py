@@ -11,7 +11,7 @@ import torch
 
 from sglang_margingate.canonical.classes import Classes, FastPath, Trial
 from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
-from sglang_margingate.runtime.shape import SHAPE, ForwardShape
+from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, shape_hooks
 from sglang_margingate.serving.shape_hooks import Captured, Running
 
