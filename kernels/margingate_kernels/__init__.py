@@ -1,10 +1,11 @@
-"""GPU kernels of sglang-margingate, each beside its plain PyTorch reference.
+"""Kernels of sglang-margingate: for a GPU each beside its plain PyTorch reference; for a CPU attention of PyTorch's own parts.
 
-Without a GPU or without Triton every function runs its reference; Triton is imported on first use, never here.
+Without a GPU or without Triton every GPU function runs its reference; Triton is imported on first use, never here.
 """
 
 from margingate_kernels.decode_attention import DecodeAttention, decode_attention_reference
 from margingate_kernels.fa3_prefill import Fa3PrefillAttention, fa3_available
+from margingate_kernels.host_attention import HostAttention, Part
 from margingate_kernels.kv_column import (
     KVColumns,
     max_abs_change_reference,
@@ -18,7 +19,9 @@ from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top
 __all__ = [
     "DecodeAttention",
     "Fa3PrefillAttention",
+    "HostAttention",
     "KVColumns",
+    "Part",
     "PrefillAttention",
     "Top2",
     "Top2Workspace",

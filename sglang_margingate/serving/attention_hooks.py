@@ -53,7 +53,7 @@ def _kernel(model_runner: Any, rows: int) -> DecodeAttention | None:
 def _shape(model_runner: Any) -> tuple[int, int, int] | None:
     """Return this rank's query heads, K/V heads and their size, or None where our kernels do not fit the model."""
     shape = attention_shape(model_runner)
-    return shape if DecodeAttention.supports(*shape) and _is_plain(model_runner) else None
+    return shape if DecodeAttention.supports(*shape) and is_plain(model_runner) else None
 
 
 def attention_shape(model_runner: Any) -> tuple[int, int, int]:
@@ -62,7 +62,7 @@ def attention_shape(model_runner: Any) -> tuple[int, int, int]:
     return config.num_attention_heads // ranks, config.get_num_kv_heads(ranks), config.head_dim
 
 
-def _is_plain(model_runner: Any) -> bool:
+def is_plain(model_runner: Any) -> bool:
     """Return whether all of a model's attention is causal softmax over the whole context, of 16-bit floats."""
     pool = model_runner.token_to_kv_pool
     return (

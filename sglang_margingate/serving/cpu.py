@@ -1,7 +1,8 @@
 """What stock SGLang needs to serve on a plain x86 CPU.
 
-Two parts: stand-ins that must be in place before SGLang is first imported (a CPU-only environment has no triton and a
-torchvision without its compiled operators), and hooks on SGLang functions that assume a GPU or vLLM.
+Three parts: stand-ins that must be in place before SGLang is first imported (a CPU-only environment has no triton and a
+torchvision without its compiled operators), hooks on SGLang functions that assume a GPU or vLLM, and attention whose bits
+depend on a row's own context alone (:mod:`margingate_kernels.host_attention`), for servers that verify.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from margingate_kernels import HostAttention, Part
 
 
 def is_cpu_host() -> bool:
@@ -98,3 +101,55 @@ def apply_vocab_mask(original: Any, self: Any, logits: Any, vocab_mask: Any) -> 
     import xgrammar
 
     xgrammar.apply_token_bitmask_inplace(logits, vocab_mask.to("cpu"))
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------------
+
+FITS = "margingate_fits"
+"""Attribute of SGLang's attention backend: whether our attention fits the model."""
+
+ATTENTION = "margingate_attention"
+"""Attribute of SGLang's attention backend: our attention of the forward that runs now; None where SGLang's attends."""
+
+
+def set_up_attention(_result: Any, backend: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    """Note on a new attention backend whether ours fits its model."""
+    from sglang_margingate.serving.attention_hooks import is_plain
+
+    setattr(backend, FITS, is_plain(model_runner))
+    setattr(backend, ATTENTION, None)
+
+
+def decode_attention(model_runner: Any) -> str:
+    """Return what attends on this CPU, in the words of the manifest."""
+    return "margingate" if getattr(model_runner.attn_backend, FITS, False) else "sglang"
+
+
+def plan_attention(_result: Any, backend: Any, batch: Any, *_: Any, **__: Any) -> None:
+    """Lay out our attention for the forward that begins."""
+    setattr(backend, ATTENTION, None)
+    mode = batch.forward_mode
+    if not getattr(backend, FITS, False) or not (mode.is_decode() or mode.is_extend()):
+        return
+    ends, pools = batch.seq_lens.tolist(), batch.req_pool_indices.tolist()
+    firsts = [end - 1 for end in ends] if mode.is_decode() else batch.extend_prefix_lens.tolist()
+    parts = [Part(*part) for part in zip(pools, firsts, ends)]
+    setattr(backend, ATTENTION, HostAttention(parts, backend.req_to_token_pool.req_to_token, mode.is_decode()))
+
+
+def attend(
+    original: Any,
+    backend: Any,
+    query: Any,
+    output: Any,
+    keys: Any,
+    values: Any,
+    *args: Any,
+    scaling: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Attend with ours where it was laid out for this forward."""
+    ours: HostAttention | None = getattr(backend, ATTENTION, None)
+    if ours is None:
+        return original(backend, query, output, keys, values, *args, scaling=scaling, **kwargs)
+    return ours(query, keys, values, scaling, output)

@@ -301,6 +301,30 @@ CPU_HOOKS: tuple[Hook, ...] = (
     ),
 )  # fmt: skip
 
+VERIFY_CPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__",
+        "after", cpu.set_up_attention, (SCHEDULER,),
+        "our attention serves models that it fits",
+        "SGLang's attention on a CPU gives a row the same bits whatever its prompt's chunks",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata",
+        "after", cpu.plan_attention, (SCHEDULER,),
+        "what a forward attends to is laid out once, not in every layer",
+        "SGLang's attention on a CPU gives a row the same bits whatever its prompt's chunks",
+    ),
+    *(
+        Hook(
+            f"sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.{name}",
+            "around", cpu.attend, (SCHEDULER,),
+            "a prompt's bits depend on where it is cut into chunks; and each row is a call of its own, three times as slow",
+            "SGLang's attention on a CPU gives a row the same bits whatever its prompt's chunks",
+        )
+        for name in ("_run_sdpa_forward_extend", "_run_sdpa_forward_decode")
+    ),
+)  # fmt: skip
+
 
 def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
     """Return the hooks that a process of this role must have."""
@@ -312,6 +336,7 @@ def wanted(config: MarginGateConfig, process_role: str) -> list[Hook]:
         hooks += FAST_PATH_HOOKS
     if cpu.is_cpu_host():
         hooks += CPU_HOOKS
+        hooks += VERIFY_CPU_HOOKS if config.policy.verifies else ()
     else:
         verifies = config.policy.verifies
         hooks += FAST_PATH_GPU_HOOKS if canonical else VERIFY_GPU_HOOKS if verifies else ()

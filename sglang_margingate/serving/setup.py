@@ -33,7 +33,7 @@ from sglang_margingate.runtime.requests import Requests
 from sglang_margingate.runtime.status import BatchSizes, Runtime
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
-from sglang_margingate.serving import hooks, sgl, shape_hooks
+from sglang_margingate.serving import cpu, hooks, sgl, shape_hooks
 from sglang_margingate.serving.engines import TrialEngine, make_verifier
 from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
 from sglang_margingate.serving.several import group
@@ -172,7 +172,8 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
         split_attention(model_runner.attn_backend, rows)
     engine = TrialEngine(verifier, model_runner)
     prefill_sizes, notes = _prefill_graphs(config, model_runner, classes, engine)
-    trial = try_fast_path(classes, engine, config.chunk, graphs, captured.decode_attention, (*captured.notes, *notes))
+    attends = cpu.decode_attention(model_runner) if model_runner.device == "cpu" else captured.decode_attention
+    trial = try_fast_path(classes, engine, config.chunk, graphs, attends, (*captured.notes, *notes))
     fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes))
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor

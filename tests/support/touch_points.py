@@ -152,6 +152,7 @@ NAMES = (
         "prefill_backend", "prefill_wrappers_paged", "workspace_buffer", "forward_metadata", "token_to_kv_pool",
         "kv_indptr", "cuda_graph_kv_indices",
     )),
+    Touch(NATIVE.removesuffix("."), ("req_to_token_pool",)),
     Touch(SRT + "managers.tokenizer_manager.TokenizerManager", (
         "rid_to_state", "preferred_sampling_params", "model_config", "get_internal_state",
     )),

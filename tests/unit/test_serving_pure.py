@@ -165,6 +165,7 @@ def test_every_hook_says_why_and_until_when() -> None:
         *hook_table.FAST_PATH_HOOKS,
         *hook_table.FAST_PATH_GPU_HOOKS,
         *hook_table.DECODE_GPU_HOOKS,
+        *hook_table.VERIFY_CPU_HOOKS,
     )
     assert all(h.why and h.until and h.roles for h in (*every, *hook_table.VERIFY_GPU_HOOKS))
     assert len({h.target for h in every}) == len(every)
@@ -192,6 +193,26 @@ def test_attention_on_a_gpu_is_touched_where_something_is_promised(
     expected = [h for name in names for h in getattr(hook_table, name) if ".attention." in h.target]
     assert touched == expected
     assert len({h.target for h in touched}) == len(touched), "two hooks on one place"
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("policy", "fast_path", "ours"),
+    [("gate", "canonical", True), ("gate", "stock", True), ("always", "stock", True), ("log", "stock", False),
+     ("off", "stock", False)],
+)  # fmt: skip
+def test_attention_on_a_cpu_is_ours_where_something_is_promised(
+    monkeypatch: pytest.MonkeyPatch, policy: str, fast_path: str, ours: bool
+) -> None:
+    from sglang_margingate.serving import hook_table
+
+    monkeypatch.setattr(hook_table.cpu, "is_cpu_host", lambda: True)
+    config = MarginGateConfig(policy=Policy(policy), fast_path=FastPathMode(fast_path))
+    touched = [h for h in hook_table.wanted(config, hook_table.SCHEDULER) if ".attention." in h.target]
+    assert touched == (list(hook_table.VERIFY_CPU_HOOKS) if ours else [])
+    assert hook_table.wanted(config, hook_table.LAUNCHER) == [
+        h for h in hook_table.REQUEST_HOOKS if hook_table.LAUNCHER in h.roles
+    ]
 
 
 @needs_sglang
