@@ -88,7 +88,11 @@ class HostAttention:
         self._groups = [self._group(columns, tiles, table) for columns, tiles in found.items()]
 
     def _group(self, columns: int, tiles: list[tuple[Part, int, int]], table: torch.Tensor) -> _Group:
-        width, source, kept, target, last = self._width, [], [], [], []
+        width = self._width
+        source: list[int] = []
+        target: list[int] = []
+        kept: list[int] = []
+        last: list[int] = []
         for number, (part, start, offset) in enumerate(tiles):
             first, end = max(start, part.first), min(start + width, part.end)
             inside = range(first + offset, end + offset)
