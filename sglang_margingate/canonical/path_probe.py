@@ -66,29 +66,35 @@ class PathProbe:
             return f"what could not be tried: pool and chunks leave only {n} tokens a prompt"
         with lent_table(self.engine.table, self._own_slots()):
             whole = self._extend([Extend(0, 0, n)])
-            cut = n // 3
-            trials = {  # the forwards of each, one list of parts a forward
-                "chunks": [[Extend(0, 0, cut)], [Extend(0, cut, n)]],
-                "a rest of one token": [[Extend(0, 0, n - 1)], [Extend(0, n - 1, n)]],
-                "companions": [[Extend(1, 0, n // 2), Extend(0, 0, n), Extend(2, 0, n - 3)]],
-                "companions that ask for the log-probabilities of their prompts": [
-                    [Extend(1, 0, n, logprobs=True), Extend(0, 0, n), *(Extend(r, 0, n, logprobs=True) for r in (2, 3))]
-                ],
-                "a cached prefix among companions": [
-                    [Extend(0, 0, n)],
-                    [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)],
-                ],
-            }
+            cut = n // 3 | 1
+            # A kernel's blocks may hide what a cut on their border changes: on a CPU the same chunks hold at 64 tokens.
+            cuts = [c for c in (3, 17, 33, cut, n // 2 + 2, n - 33) if 0 < c < n]
+            trials: list[tuple[str, list[list[Extend]]]] = [  # the forwards of each, one list of parts a forward
+                *(("chunks", [[Extend(0, 0, c)], [Extend(0, c, n)]]) for c in cuts),
+                ("a rest of one token", [[Extend(0, 0, n - 1)], [Extend(0, n - 1, n)]]),
+                ("companions", [[Extend(1, 0, n // 2), Extend(0, 0, n), Extend(2, 0, n - 3)]]),
+                (
+                    "companions that ask for the log-probabilities of their prompts",
+                    [[Extend(r, 0, n, logprobs=r > 0) for r in (1, 0, 2, 3)]],
+                ),
+                (
+                    "a cached prefix among companions",
+                    [
+                        [Extend(0, 0, n)],
+                        [Extend(3, 0, 5), Extend(2, 0, n // 4), Extend(0, cut, n), Extend(1, n // 2, n)],
+                    ],
+                ),
+            ]
             changed = [
                 name
-                for name, forwards in trials.items()
+                for name, forwards in trials
                 if not self._same(f"prefill with {name}", whole, [self._extend(parts) for parts in forwards][-1])
             ]
-        return ", ".join(changed) or None
+        return ", ".join(dict.fromkeys(changed)) or None
 
     def scores_hold(self) -> str | None:
         """Return what changed the log-probabilities of a prompt, or None. Run where :meth:`prefill_holds`."""
-        n, cut = self.length, self.length // 3
+        n, cut = self.length, self.length // 3 | 1
         trials = {  # odd numbers of rows before the prompt's: a row of logits may begin at any alignment
             "companions": [
                 Extend(1, 0, n // 2 | 1, logprobs=True),

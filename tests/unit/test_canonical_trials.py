@@ -157,3 +157,12 @@ def test_log_probabilities_of_prompts_are_tried_among_companions_and_behind_a_pr
     assert found.notes == ("log-probabilities of a prompt depend on companions, a cached prefix",)
     alone = try_fast_path(CLASSES, FakeEngine(extend_leak=lambda parts: float(len(parts) > 1)), CHUNK)
     assert (alone.prefill, alone.prompt_scores) == ("grid", True), "alone a prompt meets the same shapes each time"
+
+
+def test_chunks_are_cut_off_the_border_of_a_kernels_blocks() -> None:
+    """A kernel that computes blocks of 16 tokens hides what a cut between two of them does not change."""
+    engine = FakeEngine(extend_leak=lambda parts: float(any(p.start % 16 for p in parts)))
+    found = try_fast_path(CLASSES, engine, CHUNK)
+    assert (found.prefill, found.notes[0].split(";")[0]) == (
+        "grid", "prefill depends on chunks, a rest of one token, a cached prefix among companions",
+    )  # fmt: skip
