@@ -115,6 +115,17 @@ class FastPathMode(str, Enum):
     """Only shapes that were probed to give a row the same bits: steps inside them need no verify."""
 
 
+class PrefillKind(str, Enum):
+    """Which kernel attends in prefills on a GPU."""
+
+    AUTO = "auto"
+    """FlashAttention-3 where it was tried and holds, else ours."""
+    TRITON = "triton"
+    """Ours."""
+    FA3 = "fa3"
+    """FlashAttention-3, as SGLang's package ships it; where it cannot be used the server does not start."""
+
+
 @dataclass(frozen=True)
 class Keep:
     """How long and how much of finished runs is kept; None is without a limit."""
@@ -183,6 +194,8 @@ class MarginGateConfig:
     fast_path: FastPathMode = FastPathMode.STOCK
     prefill_graphs: bool = True
     """Replay prefills of the canonical fast path from CUDA graphs, where there is a GPU."""
+    prefill_attention: PrefillKind = PrefillKind.AUTO
+    """What attends in prefills, where there is a GPU."""
     map_dir: str | None = None
     """Folder that keeps invariance maps between starts; None keeps none."""
     radix: Radix = Radix.CANONICAL
@@ -199,7 +212,8 @@ class MarginGateConfig:
     """Reasons why every guarantee of this server is lowered to none."""
 
     def __post_init__(self) -> None:
-        kinds = (("policy", Policy), ("repair", Repair), ("radix", Radix), ("fast_path", FastPathMode))
+        kinds = (("policy", Policy), ("repair", Repair), ("radix", Radix), ("fast_path", FastPathMode),
+                 ("prefill_attention", PrefillKind))  # fmt: skip
         for name, kind in kinds:
             value = getattr(self, name)
             try:

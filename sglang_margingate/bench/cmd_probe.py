@@ -85,6 +85,8 @@ def render(found: dict[str, Any]) -> str:
         lines.append(
             f"graphs    {', '.join(map(str, found['graph_sizes']))} rows; attention: {found['decode_attention']}"
         )
+    if found.get("prefill_attention", "sglang") != "sglang":
+        lines.append(f"attention {found['prefill_attention']} in prefills")
     lines += [f"note      {note}" for note in found["notes"]]
     return "\n".join(lines)
 

@@ -63,8 +63,8 @@ class Trial:
         each time it is prefilled alone in chunks on the canonical grid, which ``batched`` includes. None: neither holds.
     notes
         What was tried and failed, in words.
-    decode_attention
-        What attends in decode graphs.
+    decode_attention, prefill_attention
+        What attends in decode graphs, and in prefills.
     seconds
         What the trials took.
     prefill_graphs
@@ -78,6 +78,7 @@ class Trial:
     prefill: Prefill | None = None
     notes: tuple[str, ...] = ()
     decode_attention: str = "sglang"
+    prefill_attention: str = "sglang"
     seconds: float = 0.0
     prefill_graphs: RowSizes = NO_SIZES
     prompt_scores: bool = False
@@ -126,6 +127,7 @@ class FastPath:
             "graph_sizes": list(trial.graphs.sizes),
             "prefill_graph_sizes": list(trial.prefill_graphs.sizes),
             "decode_attention": trial.decode_attention,
+            "prefill_attention": trial.prefill_attention,
             "decode_ok": trial.decode_ok,
             "prefill": trial.prefill,
             "notes": list(trial.notes),

@@ -1,7 +1,8 @@
 """Attention on a GPU whose bits depend on a row's own context alone: of the canonical fast path, and of every verify.
 
-Prefill: :mod:`margingate_kernels.prefill_attention`, one kernel with and without a prefix, since FlashInfer's fa3 is not
-repeatable (see there). Decode: :mod:`margingate_kernels.decode_attention`, which cuts a context into chunks by its own
+Prefill: one kernel with and without a prefix, FlashAttention-3 as SGLang's package ships it where it holds
+(:mod:`margingate_kernels.fa3_prefill`), else our own (:mod:`margingate_kernels.prefill_attention`), since FlashInfer's fa3 is
+not repeatable (see there). Decode: :mod:`margingate_kernels.decode_attention`, which cuts a context into chunks by its own
 length, so that few rows over long contexts still fill the GPU. Where they do not fit the model, FlashInfer prefills over
 pages with fa3 and decodes with tensor cores and without a K/V split: the same promise but for that race, and slow for
 long contexts.
@@ -11,12 +12,14 @@ Both are only settings until canonical/path_probe.py (and, for the verify, canon
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import Any
 
 import torch
-from margingate_kernels import DecodeAttention, PrefillAttention, prefill_attention_reference
+from margingate_kernels import DecodeAttention, Fa3PrefillAttention, PrefillAttention, fa3_available
+
+from sglang_margingate.canonical import attention_probe
+from sglang_margingate.config import ConfigError, MarginGateConfig, PrefillKind
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +126,10 @@ def set_up_prefill(_result: Any, backend: Any, model_runner: Any, *_: Any, **__:
 def _prefill_with_ours(backend: Any, model_runner: Any) -> bool:
     """Put our prefill into ``backend``; return whether it fits this model and works on this machine."""
     shape = None if backend.enable_mis else _shape(model_runner)
-    if shape is not None and prefill_works(shape, model_runner.dtype, model_runner.device):
+    kind = None if shape is None else choose_prefill(shape, model_runner.dtype, model_runner.device)
+    if shape is not None and kind is not None:
         backend.use_paged = True
-        backend.prefill_wrappers_paged = [PagedPrefill(*shape, model_runner.device)]
+        backend.prefill_wrappers_paged = [PagedPrefill(*shape, model_runner.device, kind)]
         return True
     if _is_hopper():
         log.warning(
@@ -133,6 +137,55 @@ def _prefill_with_ours(backend: Any, model_runner: Any) -> bool:
             "comes out with other bits where the GPU is shared (docs/fast-path.md), which no verify sees"
         )
     return False
+
+
+def choose_prefill(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str) -> PrefillKind | None:
+    """Return which kernel prefills this model here; None where neither works, which is said.
+
+    What attends decides bits, so it is chosen by what holds and never by what was faster at this start. Where both hold,
+    FlashAttention-3: it is the faster one over long contexts (docs/fast-path.md).
+
+    Raises
+    ------
+    ConfigError
+        ``--margingate-prefill-attention`` asks for FlashAttention-3, which cannot be used here.
+    """
+    config = MarginGateConfig.from_env()
+    wanted = PrefillKind.AUTO if config is None else config.prefill_attention
+    if wanted is not PrefillKind.TRITON:
+        why = _against_fa3(shape, dtype, device)
+        if why is None:
+            return PrefillKind.FA3
+        if wanted is PrefillKind.FA3:
+            raise ConfigError(f"--margingate-prefill-attention: fa3 cannot be used here: {why}; leave the flag out")
+    # Our own is tried end to end like everything that serves; here only that it is right, since this Triton may be new to us.
+    why = attention_probe.wrong(PrefillAttention, shape, dtype, device)
+    if why is None:
+        return PrefillKind.TRITON
+    log.warning("margingate: our prefill attention does not work here: %s", why)
+    return None
+
+
+def _against_fa3(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Return why FlashAttention-3 must not prefill this model here, said where it was tried; None where it may."""
+    if not fa3_available(*shape):
+        return "there is none for this GPU and these heads"
+    why = attention_probe.wrong(Fa3PrefillAttention, shape, dtype, device)
+    try:
+        broken = None if why else attention_probe.changed(Fa3PrefillAttention, shape, dtype, device)
+    except RuntimeError as error:
+        broken, why = None, " ".join(str(error).split())[:300]
+    why = why or (f"a token's bits depend on {broken}" if broken else None)
+    if why is not None:
+        log.warning("margingate: FlashAttention-3 does not prefill here: %s", why)
+    return why
+
+
+def prefill_kind(model_runner: Any) -> str:
+    """Return what prefills on this server, in a word."""
+    wrappers = getattr(model_runner.attn_backend, "prefill_wrappers_paged", ())
+    kinds = {w.kind.value if isinstance(w, PagedPrefill) else "flashinfer" for w in wrappers}
+    return ", ".join(sorted(kinds)) or "sglang"
 
 
 def _is_hopper() -> bool:
@@ -212,41 +265,6 @@ def _no_plan(*_args: Any, **_kwargs: Any) -> None:
     """Stand in for ``begin_forward`` of a FlashInfer wrapper that does not attend."""
 
 
-log = logging.getLogger(__name__)
-
-TRIAL = ((0, 70), (40, 1), (33, 20))
-"""Requests that the kernel is tried on: cached tokens, new ones."""
-
-
-def prefill_works(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Return whether the kernel agrees with its reference on this machine; say why where it does not.
-
-    The other trials at start-up look for bits that change, not for right ones, and this Triton may be new to us.
-    """
-    q_heads, kv_heads, dim = shape
-    generator = torch.Generator().manual_seed(6)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
-
-    def ends(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-    new, columns = [n for _, n in TRIAL], [cached + n for cached, n in TRIAL]
-    slots = torch.randperm(sum(columns), generator=generator).int().to(device)
-    q, k, v = draw(sum(new), q_heads, dim), draw(sum(columns), kv_heads, dim), draw(sum(columns), kv_heads, dim)
-    try:
-        attend = PrefillAttention(*shape, device)
-        attend.plan(ends(new), ends(columns), len(slots))
-        got = attend(q, k, v, slots, dim**-0.5)
-        want = prefill_attention_reference(q, k, v, ends(new), ends(columns), slots, dim**-0.5)
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2)
-    except Exception as error:  # Triton's own errors share no class: too little shared memory, an unknown GPU
-        log.warning("margingate: our prefill attention does not work here: %s", " ".join(str(error).split())[:300])
-        return False
-    return True
-
-
 class PagedPrefill:
     """What SGLang uses of ``flashinfer.BatchPrefillWithPagedKVCacheWrapper``.
 
@@ -254,13 +272,29 @@ class PagedPrefill:
     ----------
     q_heads, kv_heads, head_dim, device
         See :class:`margingate_kernels.PrefillAttention`.
+    kind
+        Which kernel attends.
     """
 
     is_cuda_graph_enabled = False
 
-    def __init__(self, q_heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
-        self._attend = PrefillAttention(q_heads, kv_heads, head_dim, device)
+    def __init__(
+        self,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        kind: PrefillKind = PrefillKind.TRITON,
+    ) -> None:
+        self.kind, self._of = kind, (q_heads, kv_heads, head_dim, device)
+        self._attend = self.make()
         self._slots = torch.empty(0)
+
+    def make(self, rows: int = 0) -> attention_probe.Attend:
+        """Return a kernel of the same kind; with ``rows`` for graphs of up to so many, whose padding stays finite."""
+        if self.kind is PrefillKind.FA3:
+            return Fa3PrefillAttention(*self._of, rows=rows)
+        return PrefillAttention(*self._of)
 
     def begin_forward(
         self,

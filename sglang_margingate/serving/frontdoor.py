@@ -90,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--margingate-prefill-graphs", choices=ON_OFF, default="on",
         help="on a GPU, replay prefills of the canonical fast path from CUDA graphs; off: run them eagerly, with the same bits")  # fmt: skip
+    add("--margingate-prefill-attention", choices=[m.value for m in cfg.PrefillKind], default="auto",
+        help="what attends in prefills on a GPU: FlashAttention-3 (fa3) or our kernel; auto: fa3 where it was tried and holds")  # fmt: skip
     add(
         "--margingate-map-dir",
         metavar="DIR",
@@ -153,6 +155,8 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
 
         profile = load_profile(ours.margingate_profile).to_dict()
     rows, chunk = ours.margingate_verify_rows, ours.margingate_chunk
+    if cpu and ours.margingate_prefill_attention != "auto":
+        raise ConfigError("--margingate-prefill-attention: a CPU has SGLang's own attention only; leave it out")
     config = MarginGateConfig(
         policy=ours.margingate_policy,
         repair=ours.margingate_repair,
@@ -163,6 +167,7 @@ def parse(argv: list[str]) -> tuple[MarginGateConfig, list[str], bool]:
         verify_rows=rows if rows is not None else cfg.DEFAULT_VERIFY_ROWS_CPU if cpu else cfg.DEFAULT_VERIFY_ROWS_GPU,
         fast_path=FastPathMode(ours.margingate_fast_path or default_fast_path(ours.margingate_policy, cpu)),
         prefill_graphs=ours.margingate_prefill_graphs == "on",
+        prefill_attention=ours.margingate_prefill_attention,
         map_dir=_map_dir(ours.margingate_map_dir),
         window=ours.margingate_window,
         radix=_radix(ours.margingate_radix, rest),

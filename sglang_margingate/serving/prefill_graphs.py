@@ -29,13 +29,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from margingate_kernels import PrefillAttention
 
+from sglang_margingate.canonical.attention_probe import Attend
 from sglang_margingate.canonical.classes import Classes
 from sglang_margingate.canonical.prefill_graph_probe import graph_sizes
 from sglang_margingate.canonical.shape import ForwardShape
 from sglang_margingate.serving import sgl
-from sglang_margingate.serving.attention_hooks import PREFILL, PagedPrefill, attention_shape
+from sglang_margingate.serving.attention_hooks import PREFILL, PagedPrefill
 from sglang_margingate.serving.several import group
 from sglang_margingate.serving.shape_hooks import Running, running
 
@@ -100,7 +100,7 @@ class GraphAttention:
         SGLang's ``req_to_token``: int32 [requests, tokens], the pool slot of each column.
     """
 
-    def __init__(self, attend: PrefillAttention, inputs: Inputs, table: torch.Tensor) -> None:
+    def __init__(self, attend: Attend, inputs: Inputs, table: torch.Tensor) -> None:
         self._attend, self._inputs = attend, inputs
         self._slots, self._wide = table.view(-1), table.shape[1]
 
@@ -335,7 +335,7 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
         return None, (f"prefills are not captured in CUDA graphs: the class has no size of at most {chunk} tokens",)
     table = model_runner.req_to_token_pool.req_to_token
     inputs = Inputs(sizes[-1], min(MOST_REQUESTS, len(table)), device)
-    attention = GraphAttention(PrefillAttention(*attention_shape(model_runner), device), inputs, table)
+    attention = GraphAttention(model_runner.attn_backend.prefill_wrappers_paged[0].make(sizes[-1]), inputs, table)
     hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=model_runner.dtype, device=device)
     start, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
     graphs = PrefillGraphs(RunnerSide(model_runner), classes, inputs, attention, hidden, group.recorder())

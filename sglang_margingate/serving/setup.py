@@ -33,7 +33,7 @@ from sglang_margingate.runtime.requests import Requests
 from sglang_margingate.runtime.status import BatchSizes, Runtime
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
-from sglang_margingate.serving import cpu, hooks, sgl, shape_hooks
+from sglang_margingate.serving import attention_hooks, cpu, hooks, sgl, shape_hooks
 from sglang_margingate.serving.engines import TrialEngine, make_verifier
 from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
 from sglang_margingate.serving.several import group
@@ -115,6 +115,7 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
         decided |= {
             "decode graphs": list(trial.graphs.sizes), "prefill graphs": list(trial.prefill_graphs.sizes), "decode in class": trial.decode_ok,
             "prefill": trial.prefill, "trial": list(trial.notes), "decode attention": trial.decode_attention,
+            "prefill attention": trial.prefill_attention,
         }  # fmt: skip
     decided["attention"] = group.attention_names(model_runner)
     ranks.same("what was chosen", decided)
@@ -174,13 +175,15 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     prefill_sizes, notes = _prefill_graphs(config, model_runner, classes, engine)
     attends = cpu.decode_attention(model_runner) if model_runner.device == "cpu" else captured.decode_attention
     trial = try_fast_path(classes, engine, config.chunk, graphs, attends, (*captured.notes, *notes))
-    fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes))
+    attention = attention_hooks.prefill_kind(model_runner)
+    fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes, prefill_attention=attention))
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
     for note in trial.notes:
         log.warning("margingate: fast path: %s", note)
-    log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s", trial.seconds,
-             "in class" if trial.decode_ok else "GATED", "batched" if trial.prefill == "batched" else "one at a time")  # fmt: skip
+    log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s, attended to by %s", trial.seconds,
+             "in class" if trial.decode_ok else "GATED", "batched" if trial.prefill == "batched" else "one at a time",
+             attention)  # fmt: skip
     inside = fast.graphs_inside()
     if trial.decode_ok and inside:
         first, last = inside[0], inside[-1]

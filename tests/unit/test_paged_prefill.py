@@ -10,9 +10,9 @@ import pytest
 import torch
 from margingate_kernels import prefill_attention_reference
 
+from sglang_margingate.config import ConfigError, MarginGateConfig, PrefillKind
 from sglang_margingate.serving import attention_hooks as attention
-from sglang_margingate.serving import attention_hooks as paged_prefill
-from sglang_margingate.serving.attention_hooks import PagedPrefill, prefill_works
+from sglang_margingate.serving.attention_hooks import PagedPrefill
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 40
 
@@ -113,11 +113,25 @@ def test_a_backend_that_pages_by_itself_still_gets_one_kernel_for_all_of_a_prefi
     assert backend.prefill_wrappers_paged == ["fa3"]
 
 
+def set_up_prefill() -> Any:
+    """Return what prefills on a GPU that is not Hopper's, after SGLang built its back end."""
+    backend = SimpleNamespace(
+        skip_prefill=False, enable_mis=False, use_paged=False, prefill_wrappers_paged=["SGLang's"]
+    )
+    attention.set_up_prefill(None, backend, SimpleNamespace(device="cpu", dtype=torch.bfloat16))
+    [wrapper] = backend.prefill_wrappers_paged
+    assert attention.prefill_kind(SimpleNamespace(attn_backend=backend)) == getattr(wrapper, "kind", FLASHINFER).value
+    return wrapper
+
+
+FLASHINFER = SimpleNamespace(value="flashinfer")
+
+
 @pytest.mark.parametrize("how", ["right", "wrong", "broken"])
 def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    class Other(paged_prefill.PrefillAttention):
+    class Other(attention.PrefillAttention):
         def __call__(self, q: torch.Tensor, *rest: Any) -> torch.Tensor:
             out = super().__call__(q, *rest)
             if how == "broken":
@@ -126,13 +140,54 @@ def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(
                 out[-1, -1] += 0.1
             return out
 
-    monkeypatch.setattr(paged_prefill, "PrefillAttention", Other)
-    assert prefill_works((HEADS, KV_HEADS, DIM), torch.bfloat16, "cpu") is (how == "right")
-    assert ("does not work here" in caplog.text) is (how != "right")
+    monkeypatch.setattr(attention, "PrefillAttention", Other)
     monkeypatch.setattr(attention, "_shape", lambda _runner: (HEADS, KV_HEADS, DIM))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    backend = SimpleNamespace(
-        skip_prefill=False, enable_mis=False, use_paged=False, prefill_wrappers_paged=["SGLang's"]
-    )
-    attention.set_up_prefill(None, backend, SimpleNamespace(device="cpu", dtype=torch.bfloat16))
-    assert (backend.prefill_wrappers_paged == ["SGLang's"]) is (how != "right")
+    assert (set_up_prefill() == "SGLang's") is (how != "right")
+    assert ("does not work here" in caplog.text) is (how != "right")
+
+
+class Fa3(attention.PrefillAttention):
+    """FlashAttention-3, played by ours."""
+
+    def __init__(self, *of: Any, rows: int = 0) -> None:
+        super().__init__(*of)
+        self.rows = rows
+
+
+@pytest.mark.parametrize("wanted", list(PrefillKind))
+@pytest.mark.parametrize(
+    ("has", "wrong", "changed", "says"),
+    [
+        (True, None, None, ""), (False, None, None, "there is none for this GPU"),
+        (True, "off by 0.1", None, "off by 0.1"), (True, None, "companions at 700 columns", "depend on companions at 700"),
+        (True, None, RuntimeError("out of memory"), "out of memory"),
+    ],
+)  # fmt: skip
+def test_which_kernel_prefills(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: PrefillKind, has: bool,
+    wrong: str | None, changed: Any, says: str,
+) -> None:  # fmt: skip
+    def tried(_make: Any, *_: Any) -> Any:
+        if isinstance(changed, Exception):
+            raise changed
+        return changed
+
+    monkeypatch.setattr(attention, "Fa3PrefillAttention", Fa3)
+    monkeypatch.setattr(attention, "fa3_available", lambda *_: has)
+    monkeypatch.setattr(attention.attention_probe, "wrong", lambda make, *_: wrong if make is Fa3 else None)
+    monkeypatch.setattr(attention.attention_probe, "changed", tried)
+    monkeypatch.setattr(attention, "_shape", lambda _runner: (HEADS, KV_HEADS, DIM))
+    config = MarginGateConfig(prefill_attention=wanted)
+    monkeypatch.setattr(MarginGateConfig, "from_env", classmethod(lambda _cls: config))
+    if wanted is PrefillKind.FA3 and says:
+        with pytest.raises(ConfigError, match=f"--margingate-prefill-attention: fa3 cannot be used here: .*{says}"):
+            set_up_prefill()
+        return
+    wrapper = set_up_prefill()
+    assert wrapper.kind is (PrefillKind.TRITON if wanted is PrefillKind.TRITON or says else PrefillKind.FA3)
+    assert isinstance(wrapper.make(), Fa3) is (wrapper.kind is PrefillKind.FA3)
+    assert getattr(wrapper.make(40), "rows", 40) == 40
+    tried_in_vain = wanted is PrefillKind.AUTO and has and bool(says)
+    assert ("FlashAttention-3 does not prefill here" in caplog.text) is tried_in_vain
+    assert not tried_in_vain or says in caplog.text

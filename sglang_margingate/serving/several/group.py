@@ -51,7 +51,9 @@ class GroupReduce:
 def attention_names(model_runner: Any) -> list[str]:
     """Return the types of what attends, which a rank may choose by what works on its GPU."""
     backend = model_runner.attn_backend
-    return [type(x).__name__ for x in (backend, *getattr(backend, "prefill_wrappers_paged", ()))]
+    wrappers = getattr(backend, "prefill_wrappers_paged", ())
+    kinds = [f" {x.kind.value}" if hasattr(x, "kind") else "" for x in wrappers]
+    return [type(backend).__name__, *(type(x).__name__ + kind for x, kind in zip(wrappers, kinds))]
 
 
 def recorder() -> Callable[[Run], Run]:
