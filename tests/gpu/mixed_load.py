@@ -6,11 +6,12 @@
     python3 tests/gpu/mixed_load.py --out DIR --shape .gpu/shapes/qwen2.5-14b --lengths 64-1024:16-64 --rounds 1
     python3 tests/gpu/mixed_load.py --out DIR --device cpu --loads 4,8 --requests 16       the same logic, without a GPU
 
-The first two modes are served at once, and each round visits both; each further mode is served by itself afterwards, while
-ours still runs alone what it ran in company. `stock` is SGLang with its own defaults for the machine (on Hopper FA3 and
+The first two modes are served at once (not with --apart), and each round visits both; each further mode is served by itself
+afterwards, while ours still runs alone what it ran in company. `stock` is SGLang with its own defaults for the machine (on Hopper FA3 and
 prefill graphs), `stock-flashinfer` has what our servers are given. Loads as `margingate bench --workload` names them, a number
-alone being that many in flight, of 64 to 1,024 prompt tokens and 32 to 256 new ones. --steps measures decode steps and
-prefills of all lengths on the same servers first. A further round is not begun where it would not end within --budget.
+alone being that many in flight, of 64 to 1,024 prompt tokens and 32 to 256 new ones, or others behind an @: 6@48*2000-9000:8-24 is
+48 requests of such lengths, 6 in flight. --steps measures decode steps and prefills of all lengths on the same servers first. A
+further round is not begun where it would not end within --budget.
 
 DIR gets results.json, results.md and the servers' logs. Exit status 1 where a sequence that claimed identity has it not.
 """
@@ -38,7 +39,7 @@ from truth import GPU, LLAMA_8B, prepare  # noqa: E402
 from sglang_margingate.bench import tables  # noqa: E402
 from sglang_margingate.bench.evidence.decode_cost import Target  # noqa: E402
 from sglang_margingate.bench.prompts.random_ids import draw, model_facts, parse  # noqa: E402
-from sglang_margingate.bench.servers.client import Prompt, ServerError  # noqa: E402
+from sglang_margingate.bench.servers.client import ServerError  # noqa: E402
 from sglang_margingate.bench.servers.process import OURS, STOCK, Server, serve  # noqa: E402
 from sglang_margingate.bench.side_by_side.compare import MODES  # noqa: E402
 from sglang_margingate.bench.side_by_side.modes import device  # noqa: E402
@@ -60,7 +61,12 @@ from sglang_margingate.bench.workload.rounds import (  # noqa: E402
 )
 from sglang_margingate.machine import versions  # noqa: E402
 
-MODE_OF = {"ours": "canonical"}
+MODE_OF = {"ours": "canonical", "ours-triton": "canonical", "ours-fa3": "canonical"}
+FLAGS_OF = {
+    "ours-triton": ("--margingate-prefill-attention", "triton"),
+    "ours-fa3": ("--margingate-prefill-attention", "fa3"),
+}
+"""Ours with one kind of prefill attention, to be put side by side."""
 SHAPE = (
     "--dtype bfloat16 --grammar-backend none --sampling-backend pytorch --watchdog-timeout 1800 --skip-tokenizer-init "
     "--context-length 40960 --max-total-tokens 90000 --mem-fraction-static 0.9 --max-running-requests 80 "
@@ -80,22 +86,23 @@ class Mixed:
         self.results = Results(labels=self.modes)
         self.cpu = args.device == "cpu"
         self.model = self._weights()
-        loads = parse_loads(",".join(f"closed:{word}" if word.isdigit() else word for word in args.loads.split(",")))
-        drawn = parse(f"random:{args.lengths}").prompts(args.requests, 0)
+        words = [word.partition("@") for word in args.loads.split(",")]
+        loads = parse_loads(",".join(f"closed:{word}" if word.isdigit() else word for word, *_ in words))
         self.vocabulary = model_facts(str(self.model)).vocabulary or 0
-        prompts = draw(drawn, self.vocabulary, 0)
         self.steps: mixed_steps.Found = {}
         self.work = Work(
-            {load: self._requests(load, prompts) for load in loads},
+            {load: self._requests(load, lengths or args.lengths) for load, (*_, lengths) in zip(loads, words)},
             rounds=args.rounds,
             identity="none" if args.identity == "none" else "all",
         )
         self.facts: dict[str, Any] = environment(device(self.cpu), versions())
         self.facts |= {"model": str(self.model), "server_flags": self._common()}
 
-    def _requests(self, load: Load, prompts: list[Prompt]) -> tuple[Chain, ...]:
-        made = chains(load, prompts, self.args.requests)
-        shared = draw(blank_prefixes(load, self.args.requests), self.vocabulary, 1)
+    def _requests(self, load: Load, lengths: str) -> tuple[Chain, ...]:
+        number, _, lengths = lengths.rpartition("*")
+        count = int(number or self.args.requests)
+        made = chains(load, draw(parse(f"random:{lengths}").prompts(count, 0), self.vocabulary, 0), count)
+        shared = draw(blank_prefixes(load, count), self.vocabulary, 1)
         return tuple(c.after(shared, i) for i, c in enumerate(made)) if shared else tuple(made)
 
     def say(self, text: str) -> None:
@@ -145,7 +152,7 @@ class Mixed:
     def start(self, stack: ExitStack, name: str) -> Server:
         """Start a mode's server."""
         mode = MODES[MODE_OF.get(name, name)]
-        words = [*mode.flags, *self._common()]
+        words = [*mode.flags, *FLAGS_OF.get(name, ()), *self._common()]
         module = STOCK if mode.stock else OURS
         if mode.stock and self.cpu:
             words, module = ["--margingate-policy", "off", *words], OURS
@@ -164,6 +171,9 @@ class Mixed:
     def run(self) -> None:
         """Measure everything."""
         first, further = self.modes[:2], self.modes[2:]
+        if self.args.apart:
+            first = [name for name in self.modes if not MODES[MODE_OF.get(name, name)].stock][:1] or self.modes[:1]
+            further = [name for name in self.modes if name not in first]
         with ThreadPoolExecutor(4) as pool, ExitStack() as kept:
             stacks = {name: kept.enter_context(ExitStack()) for name in self.modes}
             starting = {name: pool.submit(self.start, stacks[name], name) for name in first}
@@ -175,6 +185,9 @@ class Mixed:
                 if ours is None or name != ours.label:
                     stacks[name].close()
             alone = pool.submit(self.alone, ours)
+            if self.args.apart:
+                alone.result()
+                stacks[first[0]].close()
             for name in further:
                 later = self.ready(name, pool.submit(self.start, stacks[name], name))
                 alone.result()  # a timed round has the GPU to itself
@@ -275,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--lengths", default="", metavar="IN:OUT", help="tokens (64-1024:32-256)")
     add("--rounds", type=int, default=2)
     add("--identity", choices=("ours", "none"), default="ours")
+    add("--apart", action="store_true", help="one server at a time: models of which two do not fit")
     add("--budget", type=float, default=480.0, help="seconds (%(default)s)")
     add("--model", type=Path, help="folder of another model")
     add("--shape", type=Path, help="folder of another config.json, to be given random weights")

@@ -139,3 +139,16 @@ def test_another_shape_is_given_weights_of_its_own(
     assert mixed_load.main([*words, "--modes", "stock,ours", "--loads", "2", "--rounds", "1"]) == 0
     assert made == [[str(shape), str(tmp_path / "shm" / "some-shape")]]
     assert f"--model-path {tmp_path / 'shm' / 'some-shape'} " in started.flags["ours"][1]
+
+
+def test_one_server_at_a_time_and_lengths_of_a_load_of_its_own(started: Started, tmp_path: Path) -> None:
+    words = ("--modes", "stock,ours-triton,deterministic", "--apart", "--rounds", "1", "--loads", "2,3@5*30-40:2-3")
+    assert mixed(tmp_path, *words) == 0
+    assert started.order == ["ours-triton", "stock", "deterministic"]
+    assert all(len(living) == 1 for living in started.together)
+    assert "--margingate-prefill-attention triton" in started.flags["ours-triton"][1]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: load["requests"] for name, load in found["loads"].items()} == {"closed:2": 12, "closed:3": 5}
+    cells = {(c["mode"], c["load"]): c for c in found["cells"]}
+    assert cells["ours-triton", "closed:3"]["identical"] == {"numerator": 5, "denominator": 5}
+    assert cells["ours-triton", "closed:2"]["ratio_to_first"], "stock is what all are compared with"
