@@ -33,7 +33,10 @@ LANE = "MARGINGATE_SESSION_LANE"
 OFFLINE = "--dtype bfloat16 --grammar-backend none --sampling-backend pytorch --cuda-graph-backend-prefill disabled"
 FLASHINFER = f"{OFFLINE} --attention-backend flashinfer"
 SHAPE = f"--model-path {BIG} --skip-tokenizer-init --context-length 40960 --max-total-tokens 90000 --stream-interval 4"
-ALL_8B = f"{FLASHINFER} {SHAPE} --mem-fraction-static 0.75 --max-running-requests 80 --cuda-graph-max-bs-decode 64"
+SIZES = "--mem-fraction-static 0.75 --max-running-requests 80 --cuda-graph-max-bs-decode 64"
+ALL_8B = f"{FLASHINFER} {SHAPE} {SIZES}"
+OWN_8B = f"--dtype bfloat16 --grammar-backend none --sampling-backend pytorch {SHAPE} {SIZES}"
+"""SGLang's own defaults for the machine: on Hopper FlashAttention-3 and prefills in CUDA graph pieces."""
 ALL_TINY = (
     f"{FLASHINFER} --model-path {TINY} --context-length 2048 --max-total-tokens 60000 --mem-fraction-static 0.2 "
     "--cuda-graph-max-bs-decode 40 --sleep-on-idle --watchdog-timeout 1800 --margingate-trace off"
@@ -98,9 +101,14 @@ STAGES: dict[str, Stage] = {
     ),
     "stock": Stage(
         STOCK,
-        f"{ALL_8B} --disable-radix-cache",
+        f"{OWN_8B} --disable-radix-cache",
         (cost("stock", "stock", "--prefill-arms stock"), *long("stock", "stock")),
         (identity("stock", "stock"),),
+    ),
+    "stock-flashinfer": Stage(
+        STOCK,
+        f"{ALL_8B} --disable-radix-cache",
+        (cost("stock-flashinfer", "stock", "--prefill-arms stock"), *long("stock-flashinfer", "stock")),
     ),
     "log": Stage(
         OURS,
@@ -123,7 +131,7 @@ STAGES: dict[str, Stage] = {
         {"MARGINGATE_TEST_SHARE": "1"},
     ),
     "deterministic": Stage(
-        STOCK, f"{ALL_8B} --enable-deterministic-inference", (cost("deterministic", "stock", "--prefill-arms stock"),)
+        STOCK, f"{OWN_8B} --enable-deterministic-inference", (cost("deterministic", "stock", "--prefill-arms stock"),)
     ),
     "canonical": Stage(  # the default on a GPU: no flag of ours names the fast path
         OURS,
@@ -188,7 +196,7 @@ STAGES: dict[str, Stage] = {
         timed=(
             f"{CLI} bench --dataset random:512:96 --limit 24 --concurrency 16 --repeats 2 --share 100 "
             "--modes stock,canonical,gate --trace-dir {out}/traces -o {out}/bench.json "
-            f"--mode-flags stock=--disable-radix-cache -- {ALL_8B}",
+            f"--mode-flags stock=--disable-radix-cache -- {OWN_8B}",
         )
     ),
 }
