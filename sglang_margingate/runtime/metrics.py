@@ -17,17 +17,21 @@ class Metrics:
         SGLang's ``enable_metrics``.
     model
         Label ``model_name``.
+    dp_rank
+        Label ``dp_rank``: which scheduler of several this is. None: it is the only one, and there is no such label.
     """
 
-    def __init__(self, enabled: bool, model: str) -> None:
+    def __init__(self, enabled: bool, model: str, dp_rank: int | None = None) -> None:
         self.enabled = enabled
         self._dropped = self._errors = 0
         if not enabled:
             return
         from prometheus_client import Counter, Gauge
 
+        labels = {"model_name": model} | ({} if dp_rank is None else {"dp_rank": str(dp_rank)})
+
         def counter(name: str, text: str) -> Any:
-            return Counter("margingate_" + name, text, ["model_name"]).labels(model_name=model)
+            return Counter("margingate_" + name, text, list(labels)).labels(**labels)
 
         self._steps = counter("steps", "Committed steps of observed greedy requests.")
         self._triggers = counter("triggers", "Steps with margin <= threshold.")
@@ -40,8 +44,8 @@ class Metrics:
         self._write_errors = counter("trace_write_errors", "Failed writes of the trace.")
 
         bound = "Upper bound at 95% of the share of untriggered steps that flip; 1 with nothing audited."
-        gauge = Gauge("margingate_missed_bound", bound, ["model_name"], multiprocess_mode="mostrecent")
-        self._bound = gauge.labels(model_name=model)
+        gauge = Gauge("margingate_missed_bound", bound, list(labels), multiprocess_mode="mostrecent")
+        self._bound = gauge.labels(**labels)
 
     def missed_bound(self, upper: float) -> None:
         """Show the audit's bound on missed flips, a share."""

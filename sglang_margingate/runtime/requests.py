@@ -75,15 +75,21 @@ class Requests:
         Takes request rows (``add_request``), or None.
     text
         Returns the text of tokens, or None where the run records none.
+    schedulers
+        Which scheduler of the server this is, counted from 0, and of how many.
     """
 
     def __init__(
         self, config: MarginGateConfig, recorder: Recorder, labels: Labels, sink: Any,
-        text: Callable[[list[int]], str | None] = lambda _: None,
+        text: Callable[[list[int]], str | None] = lambda _: None, schedulers: tuple[int, int] = (0, 1),
     ) -> None:  # fmt: skip
         self.rules = RequestRules(config)
         self._config, self._recorder, self._labels, self._sink, self._text = config, recorder, labels, sink, text
-        self._opened = 0
+        self._opened, (self._first, self._schedulers) = 0, schedulers
+
+    def _number(self) -> int:
+        """Return the number of the request that was opened last, which no scheduler of the run gives to another."""
+        return (self._opened - 1) * self._schedulers + self._first + 1 if self._opened else 0
 
     def open(self, new: Opened) -> RequestState:
         """Return the state of a new request."""
@@ -98,7 +104,7 @@ class Requests:
             params = RequestParams(Policy.OFF, 0.0, "", False)
         else:
             self._opened += 1
-        ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._opened)
+        ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._number())
         scoring = new.most_tokens == 0
         state = RequestState(ledger, hidden=hidden, plain=(new.greedy or scoring) and not new.custom_processor)
         state.penalised = new.penalised

@@ -15,11 +15,18 @@ from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
 from sglang_margingate.machine import versions
 from sglang_margingate.serving.answers.summary import FIELD, last_of
+from sglang_margingate.serving.several import schedulers
 from sglang_margingate.words import Guarantee
 
 log = logging.getLogger(__name__)
 
 _rules: RequestRules | None = None
+_living = schedulers.Living(())
+
+UNPLUGGED = (
+    "runs without margingate: its plugin did not load. "
+    "Check SGLANG_PLUGINS, and that sglang-margingate is installed where the scheduler runs"
+)
 
 UNSEEN = "the request ended before it was decoded, so nothing was observed"
 
@@ -38,10 +45,29 @@ def before_http_server(
     **__: Any,
 ) -> None:
     """Refuse to serve unless every scheduler attested its hooks and self-test; add the status page."""
+    global _living
     config = _config()
     if config.policy is not Policy.OFF:
-        check_attested(scheduler_infos)
+        _living = check_schedulers(server_args.dp_size, server_args.tp_size, scheduler_infos)
     _add_routes(tokenizer_manager, config)
+
+
+def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any]) -> schedulers.Living:
+    """Refuse to serve unless every rank of every scheduler attested; return what watches over several schedulers.
+
+    Raises
+    ------
+    AttestationError
+        Names every one that did not.
+    """
+    if dp_size == 1:
+        check_attested(scheduler_infos)
+        return schedulers.Living(())
+    found = schedulers.attested()  # SGLang's controller does not pass on what they report
+    silent = schedulers.missing(dp_size, tp_size, found)
+    if silent:
+        raise AttestationError(f"scheduler {', '.join(silent)} of {dp_size} {UNPLUGGED}")
+    return schedulers.Living(found)
 
 
 def check_attested(scheduler_infos: Sequence[Any]) -> None:
@@ -55,10 +81,7 @@ def check_attested(scheduler_infos: Sequence[Any]) -> None:
     silent = [str(i) for i, info in enumerate(scheduler_infos) if not _attests(info)]
     if silent or not scheduler_infos:
         ranks = f"rank {', '.join(silent)} of {len(scheduler_infos)}" if silent else "no rank reported, so the server"
-        raise AttestationError(
-            f"{ranks} runs without margingate: its plugin did not load. "
-            "Check SGLANG_PLUGINS, and that sglang-margingate is installed where the scheduler runs"
-        )
+        raise AttestationError(f"{ranks} {UNPLUGGED}")
 
 
 def _attests(info: Any) -> bool:
@@ -80,10 +103,14 @@ def _add_routes(tokenizer_manager: Any, config: MarginGateConfig) -> None:
 
     async def status() -> dict[str, Any]:
         """Policy, thresholds, self-test, counters and versions of the running gate."""
+        if _living.look(0.0):
+            _living.tell(tokenizer_manager)
         states = [] if config.policy is Policy.OFF else await tokenizer_manager.get_internal_state()
-        ranks = [s["margingate"] for s in states if "margingate" in s]
-        head = ranks[0] if ranks else {"policy": config.policy.value}
-        return {**head, "ranks": len(ranks), "versions": versions()}
+        found = sorted((s["margingate"] for s in states if "margingate" in s), key=lambda s: s["scheduler"]["dp_rank"])
+        head: dict[str, Any] = schedulers.merged(found) if found else {"policy": config.policy.value}
+        if _living.ended:
+            head["notes"] = [*head["notes"], *_living.ended.values()]
+        return {**head, "versions": versions()}
 
     app.add_api_route("/margingate/status", status, methods=["GET"])
 
@@ -92,6 +119,8 @@ def validate_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """Check one request before it reaches a batch; SGLang answers a ValueError with HTTP 400."""
     global _rules
     config = _config()
+    if _living.look():
+        _living.tell(manager)
     if _rules is None:
         _rules = RequestRules(config)
     params = getattr(obj, "sampling_params", None)

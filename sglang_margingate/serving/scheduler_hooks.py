@@ -18,6 +18,7 @@ from sglang_margingate.serving import batches, sgl
 from sglang_margingate.serving.answers.summary import FIELD, PerRequest
 from sglang_margingate.serving.setup import build_runtime
 from sglang_margingate.serving.several import group
+from sglang_margingate.serving.several.schedulers import attest
 
 _runtime: Runtime | None = None
 
@@ -37,6 +38,9 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         print(f"margingate: refusing to serve: {who}{error}", file=sys.stderr, flush=True)
         raise
     info["margingate"] = _runtime.status()
+    place = _runtime.facts["scheduler"]
+    if place["of"] > 1:
+        attest(place["dp_rank"], sgl.tp_rank())
     return info
 
 
@@ -209,6 +213,7 @@ def compare_counts(runtime: Runtime) -> None:
     ranks = group.ranks()
     if ranks.size == 1:
         return
+    runtime.recorder.catch_up()  # how far each has read is its own affair; what was chosen is not
     runtime.recorder.settle()
     try:
         ranks.same("counted steps", runtime.recorder.totals.decisions(), seconds=STATUS_SECONDS)

@@ -37,6 +37,7 @@ from sglang_margingate.serving import attention_hooks, cpu, hooks, sgl, shape_ho
 from sglang_margingate.serving.engines import TrialEngine, make_verifier
 from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
 from sglang_margingate.serving.several import group
+from sglang_margingate.serving.several.schedulers import RUN_ENV
 from sglang_margingate.settings import support
 from sglang_margingate.settings.manifest import run_facts, server_facts
 
@@ -80,12 +81,15 @@ def build_runtime(scheduler: Any) -> Runtime:
         verifier.counters = VerifierCounters()  # the passes of self-test and trials are nobody's cost
     scores = try_scores(model_runner, fast)
     facts = {**server_facts(args, model_runner.dtype, self_test, fast), "logprobs": scores.to_dict()}
+    place = sgl.dp_rank(scheduler), int(args.dp_size)
+    facts["scheduler"] = {"dp_rank": place[0], "of": place[1], "pid": os.getpid()}
     facts["ranks"] = _ranks(config, model_runner, fast)
     writer = _writer(config, scheduler, facts, attached)
     first = sgl.tp_rank() == 0  # all ranks of a group take the same steps: they are counted once
-    metrics = Metrics(args.enable_metrics and first, args.served_model_name or model_name(args.model_path))
+    several = place[0] if place[1] > 1 else None
+    metrics = Metrics(args.enable_metrics and first, args.served_model_name or model_name(args.model_path), several)
     return assemble(
-        config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler), scores
+        config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler), scores, place
     )  # fmt: skip
 
 
@@ -133,7 +137,7 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
 def assemble(
     config: MarginGateConfig, fast: FastPath | None, verifier: Verifier | None, writer: Any, metrics: Metrics,
     facts: dict[str, Any], device: Any, text: Callable[[list[int]], str | None] = lambda _: None,
-    scores: ScoreTrial = NO_SCORES,
+    scores: ScoreTrial = NO_SCORES, schedulers: tuple[int, int] = (0, 1),
 ) -> Runtime:  # fmt: skip
     """Put the parts of one scheduler process together; they need no SGLang."""
     knobs, batches = TestKnobs(), BatchSizes()
@@ -141,7 +145,7 @@ def assemble(
     trial = None if fast is None else fast.trial
     prefill = "grid" if trial is None else trial.prefill
     labels = Labels(config, recorder, metrics, prefill, trial is not None and trial.decode_ok, scores)
-    requests = Requests(config, recorder, labels, writer, text)
+    requests = Requests(config, recorder, labels, writer, text, schedulers)
     step = Step(
         recorder, PrefillRules(config.chunk, prefill != "batched"), verifier, AuditSampler(config.audit_rate),
         config.window or config.verify_rows, knobs, metrics, batches.note,
@@ -271,4 +275,5 @@ def _writer(config: MarginGateConfig, scheduler: Any, facts: dict[str, Any], att
     from sglang_margingate.trace import TraceWriter  # with the trace off the server needs no pyarrow
 
     manifest = run_facts(config, sgl.resolved(scheduler.server_args), facts, attached)
-    return TraceWriter(Path(config.trace_dir), manifest, keep=config.trace_keep)
+    shared = {"stamp": os.environ[RUN_ENV], "part": facts["scheduler"]["dp_rank"]} if RUN_ENV in os.environ else {}
+    return TraceWriter(Path(config.trace_dir), manifest, keep=config.trace_keep, **shared)

@@ -16,6 +16,7 @@ Name                    0.5.17                                 later            
 ``padding_field()``     ``num_token_non_padded_cpu``           ``global_num_token_non_padded_cpu``     0.5.20
 ``bind_columns(..)``    nothing to do                          the translator rebinds, later plans     0.5.19, 23
 ``tp_rank()``           the same everywhere; ``scheduler.ps``  is gone                                 0.5.23
+``dp_rank(scheduler)``  ``scheduler.ps.dp_rank``               ``get_parallel().dp_rank``              0.5.23
 ======================  =====================================  ======================================  ==========
 """
 
@@ -133,6 +134,16 @@ def tp_rank() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().tp_rank)
+
+
+def dp_rank(scheduler: Any) -> int:
+    """Return which scheduler of the server this is, counted from 0."""
+    parallel = getattr(scheduler, "ps", None)
+    if parallel is None:  # 0.5.23
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel = get_parallel()
+    return int(parallel.dp_rank or 0)
 
 
 # ---- forwards ---------------------------------------------------------------------------------------------------------

@@ -166,8 +166,7 @@ RULES: tuple[Rule, ...] = (
     _rule("disaggregation_mode", "prefill would run in another process", _off("null")),
     _rule("disaggregation_decode_enable_offload_kvcache", "columns would leave and re-enter without provenance"),
     # More than one GPU.
-    _rule("tp_size", "it is no number of GPUs", _counts),
-    _rule("dp_size", "several schedulers were never tested", _off(1)),
+    _rule("tp_size dp_size", "it is no number of GPUs", _counts),
     _rule("pp_size", "the step hook sees only the last stage's K/V", _off(1)),
     _rule("ep_size dcp_size attn_cp_size moe_dp_size dwdp_size", "rows or experts would be spread over ranks; never tested", _off(1)),
     _rule("nnodes", "several machines were never tested", _off(1)),

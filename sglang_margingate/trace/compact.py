@@ -7,6 +7,7 @@ parts. Whatever interrupts it, each row can be read, and readers count it once (
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_margingate.trace.errors import TraceError
-from sglang_margingate.trace.files import KINDS, list_files, name_of
+from sglang_margingate.trace.files import KINDS, list_files, name_of, parts
 from sglang_margingate.trace.tables import compression, create_private, text_columns
 
 log = logging.getLogger(__name__)
@@ -197,8 +198,8 @@ def compact(folder: Path, enough: int = TIERS[1]) -> tuple[int, int]:
         A file cannot be read or written, or the run is of schema 1.x.
     """
     before = after = 0
-    for kind in KINDS:
-        listing = list_files(folder, kind)
+    for part, kind in itertools.product(parts(folder), KINDS):
+        listing = list_files(part, kind)
         before += len(listing.files) + len(listing.replaced)
         if any(f.first is None for f in listing.files):
             raise TraceError(f"{folder}: a run of schema 1.x keeps its files as they are")
@@ -212,7 +213,7 @@ def compact(folder: Path, enough: int = TIERS[1]) -> tuple[int, int]:
                 continue
             if len(group) > 1:
                 try:
-                    for _ in merge(folder, kind, group):
+                    for _ in merge(part, kind, group):
                         pass
                 except (OSError, pa.ArrowException) as e:
                     first = (str(e).splitlines() or [type(e).__name__])[0]
@@ -221,5 +222,5 @@ def compact(folder: Path, enough: int = TIERS[1]) -> tuple[int, int]:
                     ) from None
             small = span is not None and span[1] - span[0] + 1 < enough
             group = [span] if small and span is not None else []
-        after += len(list_files(folder, kind).files)
+        after += len(list_files(part, kind).files)
     return before, after

@@ -14,7 +14,12 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sglang_margingate.trace.schema import MANIFEST_NAME
+
 KINDS = ("steps", "requests")
+
+PART = re.compile(r"scheduler-[1-9]\d{0,5}", re.ASCII)
+"""Folder of a further writer in a run's: one scheduler of several."""
 
 _NAME = re.compile(r"(steps|requests)-(\d{1,18})(?:-(\d{1,18}))?\.parquet", re.ASCII)
 
@@ -49,6 +54,39 @@ class Listing:
     """What has a file's name and is none, one line each."""
     end: int = 0
     """Number of the next row; 0 in a run of schema 1.x."""
+
+
+def own_folder(parent: Path, stem: str) -> Path:
+    """Make and return a folder of this name that nobody else has."""
+    for i in range(1, 1000):
+        path = parent / (stem if i == 1 else f"{stem}-{i}")
+        try:
+            path.mkdir(mode=0o700)
+            break
+        except FileExistsError:
+            continue
+    return path
+
+
+def shared_folder(run: Path, part: int) -> Path:
+    """Make and return the folder of one of a run's writers; any of them may be the first."""
+    run.mkdir(mode=0o700, exist_ok=True)
+    if not part:
+        return run
+    path = run / f"scheduler-{part}"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def parts(run: Path) -> list[Path]:
+    """Return the folders of a run's writers, the run's own first; no links, and none that says nothing of itself yet."""
+    try:
+        with os.scandir(run) as entries:
+            found = [Path(e.path) for e in entries if PART.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    except OSError:
+        found = []
+    found = [path for path in found if os.path.lexists(path / MANIFEST_NAME)]
+    return [run, *sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))]
 
 
 def name_of(kind: str, first: int, last: int) -> str:

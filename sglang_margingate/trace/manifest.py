@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -101,6 +102,26 @@ def is_live(manifest: dict[str, Any]) -> bool:
     if beat is None or manifest.get("closed_at"):
         return False
     return abs((datetime.now(timezone.utc) - beat).total_seconds()) < LIVE_SECONDS
+
+
+def one_manifest(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the manifest of a run with several writers: the first one's, with what all of them wrote.
+
+    The run lives while one writer does, and is closed when all have closed it.
+    """
+    head = manifests[0]
+    if len(manifests) == 1:
+        return head
+    totals = [m["totals"] for m in manifests if isinstance(m.get("totals"), dict)]
+    names = dict.fromkeys(name for each in totals for name in each)
+    one = {**head, "totals": {name: sum(each.get(name, 0) for each in totals) for name in names}}
+    living = [m for m in manifests if not m.get("closed_at")]
+    one["heartbeat"] = max((str(m["heartbeat"]) for m in living or manifests if m.get("heartbeat")), default=None)
+    one["closed_at"] = None if living else max(str(m["closed_at"]) for m in manifests)
+    one["schedulers"] = [
+        {k: m.get(k) for k in ("scheduler", "pid", "totals", "heartbeat", "closed_at")} for m in manifests
+    ]
+    return one
 
 
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:

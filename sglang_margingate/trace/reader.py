@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sglang_margingate.trace.errors import BAD_FILE, SchemaVersionError, TraceError
-from sglang_margingate.trace.files import KINDS, Listing, RowFile, list_files
+from sglang_margingate.trace.files import KINDS, Listing, RowFile, list_files, parts
 from sglang_margingate.trace.frames import to_frame
-from sglang_margingate.trace.manifest import check_version, is_live, parse_time, read_manifest
+from sglang_margingate.trace.manifest import check_version, is_live, one_manifest, parse_time, read_manifest
 from sglang_margingate.trace.rows import Cursor, damaged, gap, read_rows, settled
 from sglang_margingate.trace.schema import MANIFEST_NAME, REQUEST_SCHEMA, SCHEMA_VERSION, STEP_SCHEMA
 from sglang_margingate.trace.tables import VERSION_KEY
@@ -99,14 +99,21 @@ def read_run(
         `path` is not a run, or an unknown column was asked for.
     """
     run_dir = Path(path)
-    manifest, warnings = _open_run(run_dir)
-    at = {kind: Cursor() for kind in KINDS}
-    # Requests first: the writer closes steps before requests, so that a request's steps are never missed.
-    requests, w2 = read_rows(run_dir, "requests", REQUEST_SCHEMA, request_columns, None, at["requests"])
-    steps, w1 = read_rows(run_dir, "steps", STEP_SCHEMA, step_columns, filters, at["steps"])
-    read = {kind: at[kind].rows for kind, asked in zip(KINDS, (step_columns, request_columns)) if asked != []}
-    short = _missing(manifest, read)
-    return Run(run_dir, manifest, to_frame(steps), to_frame(requests), [*warnings, *w1, *w2, *short])
+    tables: dict[str, list[pa.Table]] = {kind: [] for kind in KINDS}
+    manifests, said = [], []
+    for part in parts(run_dir):
+        manifest, warnings = _open_run(part)
+        at = {kind: Cursor() for kind in KINDS}
+        # Requests first: the writer closes steps before requests, so that a request's steps are never missed.
+        requests, w2 = read_rows(part, "requests", REQUEST_SCHEMA, request_columns, None, at["requests"])
+        steps, w1 = read_rows(part, "steps", STEP_SCHEMA, step_columns, filters, at["steps"])
+        read = {kind: at[kind].rows for kind, asked in zip(KINDS, (step_columns, request_columns)) if asked != []}
+        tables["steps"].append(steps)
+        tables["requests"].append(requests)
+        said += [*warnings, *w1, *w2, *_missing(manifest, read)]
+        manifests.append(manifest)
+    steps, requests = (pa.concat_tables(tables[kind]) for kind in KINDS)
+    return Run(run_dir, one_manifest(manifests), to_frame(steps), to_frame(requests), said)
 
 
 def list_runs(trace_dir: str | os.PathLike[str]) -> list[RunInfo]:
@@ -125,6 +132,19 @@ def list_runs(trace_dir: str | os.PathLike[str]) -> list[RunInfo]:
 
 def run_info(path: Path) -> RunInfo | None:
     """Return the summary of one run, or None where `path` is no run."""
+    found = [info for part in parts(path) if (info := _part_info(part)) is not None]
+    if not found or found[0].path != path:
+        return None
+    first = found[0]
+    return RunInfo(
+        path, path.name, one_manifest([info.manifest for info in found]), first.created,
+        sum(info.step_rows for info in found), sum(info.request_rows for info in found), any(info.is_live for info in found),
+        tuple(warning for info in found for warning in info.warnings), first.broken,
+    )  # fmt: skip
+
+
+def _part_info(path: Path) -> RunInfo | None:
+    """Return the summary of what one writer wrote."""
     manifest: dict[str, Any] = {}
     warnings: list[str] = []
     broken = ""
@@ -217,7 +237,7 @@ class RunFollower:
         self.path = Path(path)
         self.manifest: dict[str, Any] = {}
         self._columns = {"steps": step_columns, "requests": request_columns}
-        self._at = {kind: Cursor() for kind in KINDS}
+        self._at: dict[tuple[Path, str], Cursor] = {}
 
     @property
     def is_live(self) -> bool:
@@ -233,19 +253,26 @@ class RunFollower:
             A newer, incompatible schema writes the run.
         """
         warnings: list[str] = []
-        try:
-            self.manifest = read_manifest(self.path)
-            check_version(self.manifest.get("schema_version"), str(self.path))
-        except SchemaVersionError:
-            raise
-        except TraceError as e:
-            warnings.append(str(e))
-        tables = {}
-        # Requests first: the writer closes steps before requests, so that a request's steps are never missed.
-        for kind, schema in (("requests", REQUEST_SCHEMA), ("steps", STEP_SCHEMA)):
-            tables[kind], more = read_rows(self.path, kind, schema, self._columns[kind], None, self._at[kind])
-            warnings += more
-        return Run(self.path, self.manifest, to_frame(tables["steps"]), to_frame(tables["requests"]), warnings)
+        manifests = []
+        tables: dict[str, list[pa.Table]] = {kind: [] for kind in KINDS}
+        for part in parts(self.path):
+            try:
+                manifests.append(read_manifest(part))
+                check_version(manifests[-1].get("schema_version"), str(part))
+            except SchemaVersionError:
+                raise
+            except TraceError as e:
+                warnings.append(str(e))
+            # Requests first: the writer closes steps before requests, so that a request's steps are never missed.
+            for kind, schema in (("requests", REQUEST_SCHEMA), ("steps", STEP_SCHEMA)):
+                at = self._at.setdefault((part, kind), Cursor())
+                table, more = read_rows(part, kind, schema, self._columns[kind], None, at)
+                tables[kind].append(table)
+                warnings += more
+        if manifests:
+            self.manifest = one_manifest(manifests)
+        steps, requests = (to_frame(pa.concat_tables(tables[kind])) for kind in KINDS)
+        return Run(self.path, self.manifest, steps, requests, warnings)
 
 
 def _open_run(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sglang_margingate.trace.errors import TraceError
+from sglang_margingate.trace.files import PART, parts
 from sglang_margingate.trace.manifest import is_live, parse_time, read_manifest
 from sglang_margingate.trace.schema import MANIFEST_NAME
 
@@ -48,7 +49,8 @@ class OldRun:
     path: Path
     ended: float
     size: int
-    files: tuple[str, ...]
+    files: tuple[tuple[Path, tuple[str, ...]], ...]
+    """The folders of its writers, the run's own last, with their files."""
 
 
 def limit_folder(folder: Path, keep: Keep, own: Path | None = None, now: float | None = None) -> list[OldRun]:
@@ -63,10 +65,17 @@ def limit_folder(folder: Path, keep: Keep, own: Path | None = None, now: float |
     total = 0
     ended: list[OldRun] = []
     for path in _folders(folder):
-        names, size = _content(path)
+        contents = [(part, *_content(part)) for part in parts(path)]
+        size = sum(each for _, _, each in contents)
         total += size
-        if path != own and (end := _ended(path, now)) is not None and all(map(_OURS.fullmatch, names)):
-            ended.append(OldRun(path, end, size, tuple(names)))
+        if path == own or not all(_ours(names, part == path) for part, names, _ in contents):
+            continue
+        ends = [_ended(part, now) for part, _, _ in contents]
+        if all(end is not None for end in ends):
+            files = tuple(
+                (part, tuple(n for n in names if not PART.fullmatch(n))) for part, names, _ in reversed(contents)
+            )
+            ended.append(OldRun(path, max(end for end in ends if end is not None), size, files))
     removed = []
     for run in sorted(ended, key=lambda r: (r.ended, r.path.name)):
         too_old = age is not None and now - run.ended > age
@@ -104,6 +113,11 @@ def _folders(folder: Path) -> Iterator[Path]:
         return
 
 
+def _ours(names: list[str], run: bool) -> bool:
+    """Return whether a folder holds nothing but what a writer puts there; a run's own may hold those of further writers."""
+    return all(_OURS.fullmatch(name) or (run and PART.fullmatch(name)) for name in names)
+
+
 def _content(path: Path) -> tuple[list[str], int]:
     """Return the names in a folder, and the bytes of its plain files."""
     names, size = [], 0
@@ -136,17 +150,21 @@ def _ended(path: Path, now: float) -> float | None:
 
 def _remove(run: OldRun) -> bool:
     """Remove a run, its manifest last: cut short, it is removed the next time."""
+    return all(_remove_folder(run, path, names) for path, names in run.files)
+
+
+def _remove_folder(run: OldRun, path: Path, names: tuple[str, ...]) -> bool:
     try:
-        where = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        where = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        for name in sorted(run.files, key=lambda n: n == MANIFEST_NAME):
+        for name in sorted(names, key=lambda n: n == MANIFEST_NAME):
             try:
                 os.unlink(name, dir_fd=where)
             except FileNotFoundError:
                 continue
-        os.rmdir(run.path)
+        os.rmdir(path)
     except OSError as e:
         log.warning("margingate trace: cannot remove run %s: %s", run.path, e.strerror or e)
         return False

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from sglang_margingate.trace.compact import ClosedFiles
 from sglang_margingate.trace.errors import TraceError
-from sglang_margingate.trace.files import name_of
+from sglang_margingate.trace.files import name_of, own_folder, shared_folder
 from sglang_margingate.trace.manifest import HEARTBEAT_SECONDS, Manifest, utc_now, write_manifest
 from sglang_margingate.trace.retention import Keep, limit_folder
 from sglang_margingate.trace.ring import StepRing
@@ -58,6 +58,10 @@ class TraceWriter:
 
     keep
         Limits of the folder (:mod:`sglang_margingate.trace.retention`), enforced at start and hourly; by default none.
+    stamp
+        ``TIME/PROCESS`` of a run that several writers share, each in a folder of its own; by default this writer's.
+    part
+        Which of them this is: 0 writes the run's own folder, others ``scheduler-N`` in it.
 
     Raises
     ------
@@ -74,6 +78,8 @@ class TraceWriter:
         rows_per_file: int = 50_000,
         seconds_per_file: float = 5.0,
         keep: Keep | None = None,
+        stamp: str | None = None,
+        part: int = 0,
     ) -> None:
         if ring_rows < 1 or rows_per_file < 1 or seconds_per_file <= 0:
             raise TraceError("ring_rows, rows_per_file and seconds_per_file must be positive")
@@ -106,6 +112,7 @@ class TraceWriter:
         self._flushed = threading.Condition()
         self._pid = os.getpid()
         self._manifest: dict[str, Any] = dict(manifest)
+        self._stamp, self._part = stamp, part
         self.path = self._create(Path(run_dir_parent))
         """The run's folder."""
         self._beat_at = time.monotonic()
@@ -188,16 +195,11 @@ class TraceWriter:
         model = Path(str(self._manifest.get("model") or "model").rstrip("/")).name
         parts = (model, str(self._manifest.get("policy") or "run"))
         slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", p).strip("._") or "x" for p in parts)
-        stem = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{slug[:80]}-{self._pid}"
+        now, _, of = (self._stamp or time.strftime("%Y%m%d-%H%M%S", time.gmtime())).partition("/")
+        stem = f"{now}-{slug[:80]}-{of or self._pid}"
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            for i in range(1, 1000):
-                path = parent / (stem if i == 1 else f"{stem}-{i}")
-                try:
-                    path.mkdir(mode=0o700)
-                    break
-                except FileExistsError:
-                    continue
+            path = shared_folder(parent / stem, self._part) if self._stamp else own_folder(parent, stem)
             self._manifest.update(schema_version=SCHEMA_VERSION, run=path.name, pid=self._pid, created=utc_now())
             self._manifest.update(heartbeat=utc_now(), totals=self.totals())
             write_manifest(path, self._manifest)
@@ -336,7 +338,7 @@ class TraceWriter:
 
     def _limit(self, closing: bool) -> None:
         """Remove runs beyond the folder's limits, once an hour; on a thread of its own, as that may take seconds."""
-        if closing or self._keep is None or time.monotonic() - self._limited_at < LIMIT_SECONDS:
+        if closing or self._part or self._keep is None or time.monotonic() - self._limited_at < LIMIT_SECONDS:
             return
         self._limited_at = time.monotonic()
         args = (self.path.parent, self._keep, self.path)

@@ -34,6 +34,9 @@ REFUSED = [
     (["--margingate-trace-keep", "30"], "--margingate-trace-keep"),
     (["--chunked-prefill-size", "32"], "--margingate-chunk"),
     (["--model-path", "/nonexistent"], "/nonexistent"),
+    (["--tp-size", "3"], "--tp-size 3"),
+    (["--tp-size", "2", "--enable-torch-symm-mem"], "--enable-torch-symm-mem"),
+    (["--nnodes", "2"], "--nnodes 2"),
 ]
 
 

@@ -80,7 +80,6 @@ HOLES = [
     ({"tp_size": 2, "enable_symm_mem": True}, "--enable-symm-mem"),
     ({"tp_size": 2, "enable_dp_attention": True}, "--enable-dp-attention"),
     ({"pp_size": 2}, "--pp-size 2"),
-    ({"dp_size": 2}, "--dp-size 2"),
     ({"ep_size": 2}, "--ep-size 2"),
     ({"enable_hisparse": True}, "--enable-hisparse"),
     ({"enable_deterministic_inference": True}, "--margingate-policy log"),
@@ -118,7 +117,7 @@ def test_a_setting_that_was_not_tested_is_refused_or_noted(
 @pytest.mark.parametrize(
     "given",
     [
-        {"enable_fp32_lm_head": True}, {"max_running_requests": 8}, {"skip_tokenizer_init": True}, {"tp_size": 1}, {"tp_size": 4},
+        {"enable_fp32_lm_head": True}, {"max_running_requests": 8}, {"skip_tokenizer_init": True}, {"tp_size": 1}, {"tp_size": 4}, {"dp_size": 2},
         {"tp_size": 2, "disable_custom_all_reduce": True}, {"enable_mscclpp": True}, {"load_balance_method": "total_tokens"},
         {"sampling_backend": "flashinfer"}, {"grammar_backend": "none"}, {"dtype": "bfloat16"}, {"api_key": "k"},
         {"disable_overlap_schedule": True},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
 
 from sglang_margingate.serving import sgl
+from sglang_margingate.serving.several.schedulers import RUN_ENV
 from sglang_margingate.settings import several
 
 CPU_CORES = "SGLANG_CPU_OMP_THREADS_BIND"
@@ -33,6 +35,8 @@ def prepare(server_args: Any, args: Any) -> None:
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     several.check_split(args, model.num_attention_heads, model.get_total_num_kv_heads(), gpus)
     os.environ.update(several.environment(args, model.hidden_size, os.environ))
+    if args.dp_size > 1:  # all schedulers write one run
+        os.environ[RUN_ENV] = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}/{os.getpid()}"
     if args.device == "cpu" and args.tp_size > 1:
         # SGLang asks for it where there are fewer NUMA nodes than ranks.
         os.environ.setdefault(CPU_CORES, several.share_cores(sorted(os.sched_getaffinity(0)), args.tp_size))
