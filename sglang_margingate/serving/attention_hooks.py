@@ -143,7 +143,7 @@ def choose_prefill(shape: tuple[int, int, int], dtype: torch.dtype, device: torc
     """Return which kernel prefills this model here; None where neither works, which is said.
 
     What attends decides bits, so it is chosen by what holds and never by what was faster at this start. Where both hold,
-    FlashAttention-3: it is the faster one over long contexts (docs/fast-path.md).
+    FlashAttention-3: it is the faster one, or as fast, at every length (docs/fast-path.md).
 
     Raises
     ------
