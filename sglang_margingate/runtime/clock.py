@@ -30,6 +30,10 @@ class Clock(Protocol):
         """Return the milliseconds between two moments that have come."""
         ...
 
+    def wants_wait(self) -> bool:
+        """Return whether it would keep better time if the next moment were waited for."""
+        ...
+
 
 class HostClock:
     """A CPU does its work when asked: a mark is the time."""
@@ -51,6 +55,14 @@ class HostClock:
         """Return the milliseconds between two marks."""
         return (end - begin) * 1e3
 
+    def wants_wait(self) -> bool:
+        """Return that it does not."""
+        return False
+
+
+ANCHOR_SECONDS = 1.0
+"""How long a device's clock is trusted: by then it may have run away by some 50 microseconds."""
+
 
 class DeviceClock:
     """CUDA events on the current stream, tied to the wall clock.
@@ -64,7 +76,7 @@ class DeviceClock:
     def __init__(self) -> None:
         self._anchor = self.mark()
         self._anchor.synchronize()
-        self._anchor_time = time.time()
+        self._anchor_time = self._tied = time.time()
 
     def mark(self) -> torch.cuda.Event:
         """Record an event."""
@@ -73,21 +85,27 @@ class DeviceClock:
         return event
 
     def wait(self, mark: torch.cuda.Event) -> None:
-        """Wait for the event."""
-        mark.synchronize()
+        """Wait for the event; one that had not come yet ties the clock."""
+        if not mark.query():
+            mark.synchronize()
+            self._anchor, self._anchor_time = mark, time.time()
+            self._tied = self._anchor_time
 
     def wall(self, mark: torch.cuda.Event) -> float:
         """Place the event on the wall clock."""
-        waited = not mark.query()
-        mark.synchronize()
-        now = time.time()
-        at = now if waited else min(now, self._anchor_time + self._anchor.elapsed_time(mark) / 1e3)
-        self._anchor, self._anchor_time = mark, at
-        return at
+        self.wait(mark)
+        if mark is not self._anchor:
+            at = self._anchor_time + self._anchor.elapsed_time(mark) / 1e3
+            self._anchor, self._anchor_time = mark, min(time.time(), at)
+        return self._anchor_time
 
     def span_ms(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Return the device's milliseconds between two events."""
         return float(begin.elapsed_time(end))
+
+    def wants_wait(self) -> bool:
+        """Return whether the device's clock was not tied to the wall clock for a while."""
+        return time.time() - self._tied > ANCHOR_SECONDS
 
 
 def clock_of(device: Any) -> Clock:

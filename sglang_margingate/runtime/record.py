@@ -31,6 +31,10 @@ SETTLE_ROWS, SETTLE_SECONDS = 256, 0.2
 """Committed steps are settled at that many, or when the last settling is that long ago."""
 
 
+UNREAD = 2
+"""Forwards whose numbers may be on their way while the scheduler goes on."""
+
+
 class Sink(Protocol):
     """Takes the trace's rows: :class:`~sglang_margingate.trace.TraceWriter`."""
 
@@ -105,14 +109,16 @@ class Recorder:
         self, rows: list[StepRow], forward: Forward, began: Any, ended: Any, read: Callable[[], Numbers | None],
         prefilled: Sequence[RequestState] = (),
     ) -> None:  # fmt: skip
-        """Take a forward whose numbers are on their way; those of the forward before are read now.
+        """Take a forward whose numbers are on their way; those of the forward before the one before are read now.
 
-        By then their copies have arrived, so the scheduler never waits for our sake.
+        Overlap launches a forward, then waits for the one before it to show its tokens. So the newest two may still run,
+        and the third has been waited for: nothing here stops the scheduler, but for the clock's sake now and then.
         """
         for row in rows:
             row.state.late += 1
         self._late.append(_Late(rows, forward, began, ended, read, list(prefilled)))
-        while len(self._late) > 1:
+        most = 1 if self.clock.wants_wait() else UNREAD
+        while len(self._late) > most:
             self._read_oldest()
 
     def _read_oldest(self) -> None:

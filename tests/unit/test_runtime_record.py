@@ -38,6 +38,10 @@ class LateClock(HostClock):
 
     def __init__(self) -> None:
         self.waited: list[float] = []
+        self.tired = False
+
+    def wants_wait(self) -> bool:
+        return self.tired
 
     def wait(self, mark: float) -> None:
         self.waited.append(mark)
@@ -134,20 +138,33 @@ def late(recorder: Recorder, state: RequestState, step: int, at: float, read: Ca
     recorder.chosen_late([a_row(state, step)], Forward(True, 1, 4), at - 0.005, at, read)
 
 
-def test_late_numbers_are_read_one_forward_later_with_the_devices_times() -> None:
+def test_late_numbers_are_read_two_forwards_later_with_the_devices_times() -> None:
+    """By then overlap has waited for that forward itself: reading stops nobody."""
     clock = LateClock()
     recorder, sink = a_recorder(clock)
     state = a_state()
-    for step in range(3):
+    for step in range(4):
         late(recorder, state, step, 100.0 + step, lambda: numbers(margin=1.5))
-    assert clock.waited == [100.0, 101.0], "the newest is still on its way"
-    assert state.late == 1
-    recorder.finish(state, 3)
-    assert clock.waited == [100.0, 101.0, 102.0]
-    assert [row["time"] for row in sink.rows] == [100.0, 101.0, 102.0], "not the moment when the host looked"
-    assert [row["step_ms"] for row in sink.rows] == pytest.approx([5.0] * 3), "one step, not two"
+    assert clock.waited == [100.0, 101.0], "the newest two are still on their way"
+    assert state.late == 2
+    recorder.finish(state, 4)
+    assert clock.waited == [100.0, 101.0, 102.0, 103.0]
+    assert [row["time"] for row in sink.rows] == [100.0, 101.0, 102.0, 103.0], "not the moment when the host looked"
+    assert [row["step_ms"] for row in sink.rows] == pytest.approx([5.0] * 4), "one step, not two"
     assert state.first_token_time == 100.0
-    assert state.last_token_time == 102.0
+    assert state.last_token_time == 103.0
+
+
+def test_a_clock_that_runs_away_is_tied_by_a_wait() -> None:
+    clock = LateClock()
+    recorder, _ = a_recorder(clock)
+    state = a_state()
+    late(recorder, state, 0, 1.0, numbers)
+    late(recorder, state, 1, 2.0, numbers)
+    assert clock.waited == []
+    clock.tired = True
+    late(recorder, state, 2, 3.0, numbers)
+    assert clock.waited == [1.0, 2.0], "the forward before the newest: the one that the device runs now"
 
 
 def test_an_end_waits_for_its_own_steps_only() -> None:

@@ -354,7 +354,7 @@ def test_without_a_wait_the_same_numbers_are_recorded(unwaited: Bench) -> None:
     unwaited.prefill(state, shape=ForwardShape(PROMPT, 64, True))
     for k, token in enumerate((5, 6, 7)):
         assert observe(unwaited, [state], PROMPT + k, FakeSampling([token], 0.25, [PROMPT + k])) == [token]
-    assert state.late == 1, "the newest step's numbers are read with the next forward"
+    assert state.late == 2, "the newest steps' numbers are read when overlap has waited for them"
     unwaited.recorder.finish(state, 4)
     assert [row["token"] for row in unwaited.rows] == [3, 5, 6, 7]
     assert [row["second_token"] for row in unwaited.rows[1:]] == [6, 7, 8]
