@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from sglang_margingate.config import Repair
+from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.policy import missed
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.words import Reason
@@ -96,9 +96,12 @@ class RequestLedger:
     _newest: tuple[int, int] = (-1, -1)
     _verifies: bool = False
     """Whether its policy verifies; asked several times a step."""
+    _gates: bool = False
+    """Whether it verifies low margins only."""
 
     def __post_init__(self) -> None:
         self._verifies = self.params.policy.verifies
+        self._gates = self.params.policy is Policy.GATE
 
     @property
     def clean(self) -> bool:
@@ -162,6 +165,17 @@ class RequestLedger:
         self.outside += 1
         self.window.append(token)
         return False
+
+    def passes(self, position: int, token: int) -> bool:
+        """Note a decode step inside the class as :meth:`read` does, if nothing about it can ask for a verify.
+
+        Nearly every step of a canonical server is such a one. False: nothing was noted; ask :meth:`read`.
+        """
+        if self.window or self._stale or position != self.window_start or not self._gates or self.ungated is not None:
+            return False
+        self.window_start = position + 1
+        self._newest = (position, token)
+        return True
 
     def rows(self) -> list[tuple[int, int]]:
         """Return the (position, token) rows that a verify of the newest column must compute, oldest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ class Clock(Protocol):
 
     late: bool
     """Whether marks pass later than they are made."""
+    waited_s: float
+    """Seconds that the host spent in waits so far."""
 
     def mark(self) -> Any:
         """Mark this moment of the device's work."""
@@ -39,6 +42,7 @@ class HostClock:
     """A CPU does its work when asked: a mark is the time."""
 
     late = False
+    waited_s = 0.0
 
     def mark(self) -> float:
         """Return the time."""
@@ -77,6 +81,7 @@ class DeviceClock:
         self._anchor = self.mark()
         self._anchor.synchronize()
         self._anchor_time = self._tied = time.time()
+        self.waited_s = 0.0
 
     def mark(self) -> torch.cuda.Event:
         """Record an event."""
@@ -87,7 +92,9 @@ class DeviceClock:
     def wait(self, mark: torch.cuda.Event) -> None:
         """Wait for the event; one that had not come yet ties the clock."""
         if not mark.query():
+            start = time.perf_counter()
             mark.synchronize()
+            self.waited_s += time.perf_counter() - start
             self._anchor, self._anchor_time = mark, time.time()
             self._tied = self._anchor_time
 
@@ -111,3 +118,69 @@ class DeviceClock:
 def clock_of(device: Any) -> Clock:
     """Return the clock that fits a device."""
     return HostClock() if torch.device(device).type == "cpu" else DeviceClock()
+
+
+BUDGET_SHARE = 0.05
+"""Most that our hooks may take of the scheduler's time from one forward to the next."""
+IDLE_SECONDS = 0.5
+"""After a longer pause the scheduler had nothing to do; the pause is nobody's step."""
+
+
+@dataclass
+class _Spent:
+    forwards: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+    most: float = 0.0
+    of_seconds: float = 0.0
+
+
+class HostTime:
+    """What our hooks take of the scheduler's thread, beside the time from one forward to the next.
+
+    Forwards at which the host waited for a verdict (verifies, audits) are counted apart: their time is the device's.
+    """
+
+    def __init__(self) -> None:
+        self._spent = {"decode": _Spent(), "prefill": _Spent()}
+        self._last = 0.0
+
+    def forward(self, decode: bool, seconds: float, waited: bool, now: float) -> None:
+        """Note a forward whose tokens are chosen.
+
+        Parameters
+        ----------
+        decode
+            It decodes; False: it prefills.
+        seconds
+            What our hooks took of it.
+        waited
+            The host waited for a verdict meanwhile.
+        now
+            ``time.perf_counter()`` when its tokens were chosen.
+        """
+        spent, since = self._spent["decode" if decode else "prefill"], now - self._last
+        self._last = now
+        if waited:
+            spent.waited += 1
+            return
+        spent.forwards += 1
+        spent.seconds += seconds
+        spent.most = max(spent.most, seconds)
+        # What our own hooks took is part of it, so the share of a forward after a pause is not above 1.
+        spent.of_seconds += since if since < IDLE_SECONDS else seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types: microseconds of a forward, and the share of the scheduler's time; None before any."""
+        out: dict[str, Any] = {"budget_share": BUDGET_SHARE}
+        for name, spent in self._spent.items():
+            n = spent.forwards
+            out[name] = {
+                "forwards": n,
+                "waited": spent.waited,
+                "mean_us": round(spent.seconds / n * 1e6, 1) if n else None,
+                "most_us": round(spent.most * 1e6, 1) if n else None,
+                "step_us": round(spent.of_seconds / n * 1e6, 1) if n else None,
+                "share": round(spent.seconds / spent.of_seconds, 4) if spent.of_seconds else None,
+            }
+        return out

@@ -43,6 +43,15 @@ class Metrics:
         self._drops = counter("trace_dropped_rows", "Step rows that the trace lost.")
         self._write_errors = counter("trace_write_errors", "Failed writes of the trace.")
 
+        labels = ["model_name", "forward"]
+        seconds = Counter("margingate_host_seconds", "What the hooks took of the scheduler's thread.", labels)
+        forwards = Counter(
+            "margingate_host_forwards", "Forwards that this was taken of: none that was waited for.", labels
+        )
+        self._host = {
+            decode: (seconds.labels(model, name), forwards.labels(model, name))
+            for decode, name in ((True, "decode"), (False, "prefill"))
+        }
         bound = "Upper bound at 95% of the share of untriggered steps that flip; 1 with nothing audited."
         gauge = Gauge("margingate_missed_bound", bound, list(labels), multiprocess_mode="mostrecent")
         self._bound = gauge.labels(**labels)
@@ -63,6 +72,18 @@ class Metrics:
             self._flips.inc()
         if missed:
             self._missed.inc()
+
+    def quiet_steps(self, steps: int) -> None:
+        """Count committed steps that neither triggered nor were verified."""
+        if self.enabled and steps:
+            self._steps.inc(steps)
+
+    def host(self, decode: bool, seconds: float, waited: bool) -> None:
+        """Count what our hooks took of one forward, unless the host waited for a verdict of it."""
+        if self.enabled and not waited:
+            spent, forwards = self._host[decode]
+            spent.inc(seconds)
+            forwards.inc()
 
     def verify(self, passes: int, rows: int, seconds: float) -> None:
         """Count one call of the verifier."""

@@ -24,7 +24,7 @@ from sglang_margingate.gate.policy import NEVER_MISSED, missed
 from sglang_margingate.runtime.clock import Clock
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.observe import Numbers
-from sglang_margingate.runtime.state import Forward, RequestState, StepRow
+from sglang_margingate.runtime.state import Forward, RequestState, StepRow, StepRows
 from sglang_margingate.words import Reason
 
 SETTLE_ROWS, SETTLE_SECONDS = 256, 0.2
@@ -38,7 +38,7 @@ UNREAD = 2
 class Sink(Protocol):
     """Takes the trace's rows: :class:`~sglang_margingate.trace.TraceWriter`."""
 
-    def add_steps(self, rows: list[tuple[Any, ...]]) -> None:
+    def add_steps(self, rows: Sequence[tuple[Any, ...]]) -> None:
         """Take step rows."""
         ...
 
@@ -49,6 +49,9 @@ class Totals(Counters):
 
     requests: int = 0
     ledger_errors: int = 0
+
+
+NOTHING: tuple[Sequence[int], Sequence[int], Sequence[float], Sequence[int]] = ((), (), (), ())
 
 
 class _Late(NamedTuple):
@@ -77,7 +80,7 @@ class Recorder:
     """
 
     def __init__(
-        self, clock: Clock, sink: Sink | None, metrics: Metrics, text: Callable[[int], str | None] = lambda _: None
+        self, clock: Clock, sink: Sink | None, metrics: Metrics, text: Callable[[int], str | None] | None = None
     ) -> None:
         self.clock, self._sink, self._metrics, self._text = clock, sink, metrics, text
         self.totals = Totals()
@@ -137,17 +140,18 @@ class Recorder:
         forward.number = self._forwards
         for state in prefilled:
             state.prefill_ms += forward.ms
+        token, second, margin, chosen = numbers[:4] if numbers is not None else NOTHING
         for row in rows:
             state = row.state
             row.forward = forward
             if numbers is not None:
                 at = row.index
-                row.fast_token, row.second_token, row.margin = numbers.token[at], numbers.second[at], numbers.margin[at]
-                row.token = state.last_token = numbers.chosen[at]
+                row.fast_token, row.second_token, row.margin = token[at], second[at], margin[at]
+                row.token = state.last_token = chosen[at]
             if state.closed or row.step >= state.most_tokens:
                 continue  # overlap ran one step too many
             if state.pending is not None:
-                self._commit(state)
+                self._commit(state, state.pending)
             state.pending = row
         self._settle_when_due(time.time())
 
@@ -163,16 +167,15 @@ class Recorder:
         """Return how many tokens of a request have been read."""
         return 0 if state.pending is None else state.pending.step + 1
 
-    def _commit(self, state: RequestState) -> None:
-        row, state.pending = state.pending, None
-        if row is None:
-            return
-        assert row.forward is not None
+    def _commit(self, state: RequestState, row: StepRow) -> None:
+        """A request's pending step is shown."""
+        forward = row.forward
+        assert forward is not None
         if state.first_token_time is None:
-            state.first_token_time = row.forward.time
-        state.last_token_time = row.forward.time
-        if row.forward.decode:
-            state.max_batch_rows = max(state.max_batch_rows, row.forward.requests)
+            state.first_token_time = forward.time
+        state.last_token_time = forward.time
+        if forward.decode and forward.requests > state.max_batch_rows:
+            state.max_batch_rows = forward.requests
         if row.observed:
             self._committed.append(row)
 
@@ -181,7 +184,7 @@ class Recorder:
         if state.late:
             self.catch_up()
         if state.pending is not None and state.pending.step < done:
-            self._commit(state)
+            self._commit(state, state.pending)
         state.pending = None
 
     def finish(self, state: RequestState, shown: int) -> None:
@@ -189,7 +192,7 @@ class Recorder:
         self.catch_up(state, shown)
         state.closed = True
         if state.pending is not None and state.pending.step < shown:
-            self._commit(state)
+            self._commit(state, state.pending)
         state.pending = None
         self.settle()
 
@@ -206,27 +209,39 @@ class Recorder:
         Not step by step: between two forwards the core's caches are cold and this takes three times as long.
         """
         steps, self._committed = self._committed, []
-        rows = []
-        for row in steps:
-            self._count(row)
-            if self._sink is not None:
-                rows.append(row.trace(self._text(row.token)))
-        if rows and self._sink is not None:
-            self._sink.add_steps(rows)
-
-    def _count(self, row: StepRow) -> None:
-        state, reason, triggered, flipped = row.state, row.reason, row.triggered, row.flipped
-        if reason is Reason.NONE and not triggered and state.steps is None and not self._metrics.enabled:
-            # Nearly every step is such a one, and there are thousands a second.
-            mine, totals = state.ledger.counters, self.totals
-            mine.steps += 1
-            totals.steps += 1
-            mine.structural += row.structural
-            totals.structural += row.structural
-            mine.scored += row.scored
-            totals.scored += row.scored
-            self.audit.untriggered += 1
+        if not steps:
             return
+        self._count(steps)
+        if self._sink is not None:
+            texts = None if self._text is None else [self._text(row.token) for row in steps]
+            self._sink.add_steps(StepRows(steps, texts))
+
+    def _count(self, steps: Sequence[StepRow]) -> None:
+        """Count committed steps. Nearly every one is quiet, and there are thousands a second: those come together."""
+        quiet = structural = scored = 0
+        for row in steps:
+            state = row.state
+            if row.reason is not Reason.NONE or state.steps is not None or (not row.structural and row.triggered):
+                self._count_one(row)
+                continue
+            mine = state.ledger.counters
+            mine.steps += 1
+            quiet += 1
+            if row.structural:
+                mine.structural += 1
+                structural += 1
+            if row.scored:
+                mine.scored += 1
+                scored += 1
+        totals = self.totals
+        totals.steps += quiet
+        totals.structural += structural
+        totals.scored += scored
+        self.audit.untriggered += quiet
+        self._metrics.quiet_steps(quiet)
+
+    def _count_one(self, row: StepRow) -> None:
+        state, reason, triggered, flipped = row.state, row.reason, row.triggered, row.flipped
         for counters in (state.ledger.counters, self.totals):
             counters.add(reason, triggered, flipped, row.waited_ms, row.structural, row.scored)
         if triggered or reason in NEVER_MISSED:

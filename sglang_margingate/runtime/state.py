@@ -7,8 +7,10 @@ nothing behind in a table of ours.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import repeat
+from typing import Any, overload
 
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import RequestLedger
@@ -52,12 +54,13 @@ NO_TOPS = (None, None, None, None)
 """The trace's last four columns of a step without a verify."""
 
 
-@dataclass(slots=True)
+@dataclass(init=False, eq=False)
 class StepRow:
     """One request's row of a forward that chooses a token.
 
     Opened before the token is chosen, it is the request's pending step afterwards: its token may never be shown, as
-    overlap may run one step too many.
+    overlap may run one step too many. Thousands are made a second, and nearly all leave most fields as they are: those
+    are read from the class.
     """
 
     index: int
@@ -92,6 +95,16 @@ class StepRow:
     """None while the forward runs."""
     token: int = -1
     waited_ms: float = 0.0
+    waits: bool = False
+    """Its margin decides something before the next forward."""
+
+    def __init__(
+        self, index: int, slot: Any, state: RequestState, position: int, step: int, threshold: float = 0.0, **more: Any
+    ) -> None:
+        self.index, self.slot, self.state, self.position, self.step = index, slot, state, position, step
+        self.threshold = threshold
+        if more:
+            self.__dict__.update(more)
 
     @property
     def flipped(self) -> bool:
@@ -163,10 +176,42 @@ class RequestState:
     steps: dict[str, list[Any]] | None = None
     """Per-token detail for ``margingate_return_steps``; None when not asked for."""
 
-    @property
-    def observed(self) -> bool:
-        """Whether the margins of this request's steps are taken."""
-        return self.plain and self.ledger.params.policy is not Policy.OFF
+    observed: bool = field(init=False)
+    """Whether the margins of this request's steps are taken."""
+
+    def __post_init__(self) -> None:
+        self.observed = self.plain and self.ledger.params.policy is not Policy.OFF
+
+
+class StepRows(Sequence[tuple[Any, ...]]):
+    """Committed steps on their way to the trace; whoever reads them makes the tuples, on a thread of its own.
+
+    Parameters
+    ----------
+    steps
+        Committed, so that nothing of them changes any more.
+    texts
+        Each token's text; None where the run records none.
+    """
+
+    def __init__(self, steps: Sequence[StepRow], texts: Sequence[str | None] | None = None) -> None:
+        self._steps, self._texts = steps, texts
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[Any, ...]: ...
+    @overload
+    def __getitem__(self, at: slice) -> StepRows: ...
+    def __getitem__(self, at: int | slice) -> tuple[Any, ...] | StepRows:
+        texts = self._texts
+        if isinstance(at, slice):
+            return StepRows(self._steps[at], None if texts is None else texts[at])
+        return self._steps[at].trace(None if texts is None else texts[at])
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return map(StepRow.trace, self._steps, self._texts or repeat(None))
 
 
 def state_of(req: Any) -> RequestState | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_margingate.canonical.classes import FastPath
 from sglang_margingate.config import MarginGateConfig
+from sglang_margingate.runtime.clock import HostTime
 from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.metrics import Metrics
@@ -53,6 +54,8 @@ class Runtime:
     writer: Any = None
     """The trace's writer, or None."""
     started: float = field(default_factory=time.time)
+    host: HostTime = field(default_factory=HostTime)
+    """What our hooks take of the scheduler's thread."""
 
     def lower(self, reason: str) -> None:
         """From now on no response of this server claims anything; ``reason`` says why."""
@@ -93,6 +96,7 @@ class Runtime:
                 "upper_95": rate.upper() if rate.denominator else None,
             },
             "batch_rows": self.batches.to_dict(),
+            "host": self.host.to_dict(),
             "uptime_seconds": time.time() - self.started,
         }
         if changes:

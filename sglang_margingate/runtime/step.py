@@ -113,15 +113,17 @@ class Step:
                 sampling.columns,
                 None if self.verifier is None else self.verifier.kv,
             )
-        if self.recorder.clock.late and not any(self._waits(row, view.decode) for row in observed):
+        if self.recorder.clock.late and not [1 for row in observed if row.waits]:
             return self._observe(view, rows, observed, sampling)
         self.recorder.catch_up()  # steps that are still on their way come before this one
+        view.waited = self.recorder.clock.late
         best, numbers = self._measure(sampling.processed(logits))
         for row in observed:
             row.fast_token, row.second_token, row.margin = (
                 numbers.token[row.index], numbers.second[row.index], numbers.margin[row.index]
             )  # fmt: skip
         waited_ms = self._verify(observed, sampling, view.decode)
+        view.waited |= waited_ms > 0
         keep_asking(observed, sampling, view.decode)
         tokens = self._argmax(observed, best) if sampling.plain_argmax else sampling.choose()
         chosen = self._enforce(observed, tokens, sampling)
@@ -158,54 +160,50 @@ class Step:
     # ---- opening a step -------------------------------------------------------------------------------------------
 
     def _open_decode(self, view: ForwardView, sampling: Sampling) -> list[StepRow]:
+        """Open the rows of a decode; this loop and the recorder's are what every token of the server passes."""
         in_class = view.shape is not None and view.shape.in_class
         audits, by_share, rows = self._sampler.rate > 0, self._knobs.trigger_by_share, []
+        quiet = in_class and not audits and not by_share
         for index, (state, slot, position) in enumerate(zip(view.states, sampling.slots, sampling.positions())):
             if state is None or slot is None:
                 # Sampling delayed by a grammar runs after the last step's results: a request without a slot has ended
                 # meanwhile and its columns are free, so its row must not be verified.
                 continue
             ledger = state.ledger
-            step = position - state.prompt_tokens + 1
-            row = StepRow(index, slot, state, position, step, state.observed)
-            if ledger.gated:
-                row.audit = audits and self._audits(state, step)
-                if not in_class or self._needs_tokens(row):
-                    self.recorder.catch_up()  # the token that this step reads is known once the last step was read
+            params = ledger.params
+            row = StepRow(index, slot, state, position, position - state.prompt_tokens + 1, params.threshold)
+            rows.append(row)
+            if not state.observed:
+                row.observed = False
+            if quiet and ledger.passes(position, state.last_token):
+                row.structural = True
+            elif ledger.gated:
+                if audits and params.policy is Policy.GATE:
+                    row.audit = self._sampler.draw(str(ledger.number), row.step)
+                # A verify may ask for the token that this step reads, known once the last step was read.
+                asks = not ledger.clean or params.policy is Policy.ALWAYS or row.audit
+                if asks or not in_class:
+                    self.recorder.catch_up()
                 try:
-                    row.structural = ledger.read(position, state.last_token, in_class)
+                    structural = ledger.read(position, state.last_token, in_class)
                 except LedgerError as error:
                     self._give_up(state, str(error))
-            row.threshold = self._share_threshold(state, step) if by_share else ledger.params.threshold
-            rows.append(row)
+                else:
+                    row.structural, row.waits = structural, asks or not structural
+            if by_share:
+                row.threshold = self._share_threshold(state, row.step)
         return rows
-
-    def _audits(self, state: RequestState, step: int) -> bool:
-        ledger = state.ledger
-        return ledger.params.policy is Policy.GATE and self._sampler.draw(str(ledger.number), step)
-
-    @staticmethod
-    def _needs_tokens(row: StepRow) -> bool:
-        """Return whether a verify may ask for the token that this step reads."""
-        ledger = row.state.ledger
-        return not ledger.clean or ledger.params.policy is Policy.ALWAYS or row.audit
-
-    def _waits(self, row: StepRow, decode: bool) -> bool:
-        """Return whether this row's margin decides something before the next forward."""
-        if not row.state.ledger.gated:
-            return False
-        if not decode:
-            return row.resumed  # a prefill is canonical by its own rules, and not verified
-        return not row.structural or self._needs_tokens(row)
 
     def _open_prefill(self, view: ForwardView, sampling: Sampling) -> list[StepRow]:
         rows = []
         for index, (state, chunk, slot) in enumerate(zip(view.states, view.chunks, sampling.slots)):
             if state is None or not chunk.last:
                 continue  # made before set-up; or a middle chunk: its logits choose nothing
-            done = len(chunk.generated)
-            row = StepRow(index, slot, state, chunk.end - 1, done, state.observed, done > 0)
-            row.threshold = state.ledger.params.threshold
+            resumed = len(chunk.generated) > 0
+            row = StepRow(index, slot, state, chunk.end - 1, len(chunk.generated), state.ledger.params.threshold)
+            row.resumed, row.observed = resumed, state.observed
+            # A prefill is canonical by its own rules, and not verified; what was generated before a retraction is.
+            row.waits = resumed and state.ledger.gated
             rows.append(row)
         return rows
 

@@ -44,6 +44,10 @@ class ForwardView:
     """The requests' parts, of a prefill."""
     canonical: list[bool] = field(default_factory=list)
     """Whether each request's part is canonical, of a prefill."""
+    host_s: float = 0.0
+    """Seconds that our hooks took of it so far."""
+    waited: bool = False
+    """The host waited for a verdict."""
 
 
 class Sampling(Scorer, Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sglang_margingate.gate.claims import Asked
 from sglang_margingate.runtime.clock import Clock
 from sglang_margingate.runtime.prefill import Chunk
 from sglang_margingate.runtime.requests import Ended, Opened
-from sglang_margingate.runtime.state import state_of
+from sglang_margingate.runtime.state import ATTRIBUTE
 from sglang_margingate.runtime.view import ForwardView
 from sglang_margingate.serving import sgl
 from sglang_margingate.serving.answers.scores import Scores, fill_gaps
@@ -191,12 +192,14 @@ def asked(req: Any) -> Asked | None:
     return "prompt" if 0 <= start < len(req.origin_input_ids) else "output"
 
 
-def begin(batch: Any, reqs: Sequence[Any], clock: Clock) -> None:
-    """Attach a view to a forward's batch where it begins."""
+def begin(batch: Any, reqs: Sequence[Any], clock: Clock) -> ForwardView | None:
+    """Attach a view to a forward's batch where it begins, and return it; None where it has no rows."""
     mode = batch.forward_mode
     if not (mode.is_decode() or mode.is_extend()):
-        return  # an idle forward has no rows
-    view = ForwardView([state_of(req) for req in reqs], mode.is_decode(), clock.mark(), not batch.is_prefill_only)
+        return None  # an idle forward has no rows
+    view = ForwardView(
+        [getattr(req, ATTRIBUTE, None) for req in reqs], mode.is_decode(), clock.mark(), not batch.is_prefill_only
+    )
     if not view.decode:
         # Read now: a request may be retracted, and its output grow, before a delayed sampling.
         view.chunks = [
@@ -206,6 +209,7 @@ def begin(batch: Any, reqs: Sequence[Any], clock: Clock) -> None:
             for req, prefix, length in zip(reqs, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
         ]
     setattr(batch, VIEW, (view, list(reqs)))
+    return view
 
 
 def needs_processing(info: Any) -> bool:
@@ -228,10 +232,12 @@ class BatchSampling:
         self.logits: torch.Tensor = logits_output.next_token_logits
         self.all_greedy = bool(info.is_all_greedy)
         self.processes = needs_processing(info)
-        self.slots = [sgl.pool_index(req) for req in reqs]
+        self.slots = sgl.pool_index.of_all(reqs)
         self.asks = [bool(req.return_logprob) for req in reqs] if batch.return_logprob else []
         self._scores = Scores(logits_output, batch, reqs)
         self.columns: torch.Tensor | None = batch.out_cache_loc
+        self.chose_s = 0.0
+        """Seconds that SGLang's own sampler took."""
         self.plain_argmax = (
             self.all_greedy
             and not self.processes
@@ -276,7 +282,9 @@ class BatchSampling:
 
     def choose(self) -> torch.Tensor:
         """Let SGLang's own sampler choose."""
+        start = perf_counter()
         tokens: torch.Tensor = self._original(self._model_runner, self._output, self._batch)
+        self.chose_s += perf_counter() - start
         if self._batch.return_logprob:
             fill_gaps(self._output)
         return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -60,15 +61,20 @@ def open_request(_result: Any, req: Any, *_: Any, **__: Any) -> None:
 def begin_forward(result: Any, _cls: Any, batch: Any, *_: Any, **__: Any) -> None:
     """Attach the view of a forward to its batch."""
     if _runtime is not None and batch.reqs is not None:
-        batches.begin(result, batch.reqs, _runtime.recorder.clock)
+        start = perf_counter()
+        view = batches.begin(result, batch.reqs, _runtime.recorder.clock)
+        if view is not None:
+            view.host_s = perf_counter() - start
 
 
 def end_forward(output: Any, model_runner: Any, batch: Any, *_: Any, **__: Any) -> Any:
     """Note what a forward did, whether or not a token is chosen from it."""
     found = getattr(batch, batches.VIEW, None)
     if _runtime is not None and found is not None and not model_runner.is_draft_worker:
-        found[0].shape = _shape(model_runner, batch, output.can_run_graph)
-        _runtime.step.ended(found[0])
+        start, view = perf_counter(), found[0]
+        view.shape = _shape(model_runner, batch, output.can_run_graph)
+        _runtime.step.ended(view)
+        view.host_s += perf_counter() - start
     return output
 
 
@@ -96,7 +102,15 @@ def sample(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> 
     view, reqs = found
     if len(view.states) != len(logits):
         return original(model_runner, logits_output, batch)
-    return _runtime.step.sample(view, batches.BatchSampling(original, model_runner, logits_output, batch, reqs))
+    clock, start = _runtime.recorder.clock, perf_counter()
+    waits = clock.waited_s
+    sampling = batches.BatchSampling(original, model_runner, logits_output, batch, reqs)
+    tokens = _runtime.step.sample(view, sampling)
+    end = perf_counter()
+    spent = view.host_s + end - start - sampling.chose_s - (clock.waited_s - waits)
+    _runtime.host.forward(view.decode, spent, view.waited, end)
+    _runtime.metrics.host(view.decode, spent, view.waited)
+    return tokens
 
 
 def compute_logprobs_only(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> None:

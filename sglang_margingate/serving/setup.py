@@ -141,7 +141,8 @@ def assemble(
 ) -> Runtime:  # fmt: skip
     """Put the parts of one scheduler process together; they need no SGLang."""
     knobs, batches = TestKnobs(), BatchSizes()
-    recorder = Recorder(clock_of(device), writer, metrics, lambda token: text([token]))
+    told = config.trace and config.trace_text
+    recorder = Recorder(clock_of(device), writer, metrics, (lambda token: text([token])) if told else None)
     trial = None if fast is None else fast.trial
     prefill = "grid" if trial is None else trial.prefill
     labels = Labels(config, recorder, metrics, prefill, trial is not None and trial.decode_ok, scores)

@@ -22,7 +22,7 @@ Name                    0.5.17                                 later            
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -50,9 +50,15 @@ class Reader:
         self._read: Read | None = None
 
     def __call__(self, thing: Any) -> Any:
-        """Return the value; this is called in the decode loop, for every row."""
+        """Return the value."""
         read = self._read
         return self._choose(thing)(thing) if read is None else read(thing)
+
+    def of_all(self, things: Sequence[Any]) -> list[Any]:
+        """Return the value of each; this is what the decode loop asks, for all of its rows."""
+        if self._read is None and things:
+            self._choose(things[0])
+        return list(map(self._read, things)) if self._read is not None else []
 
     def _choose(self, thing: Any) -> Read:
         for path, make in self.places:

@@ -68,9 +68,10 @@ def steps_batch(chunks: Iterable[StepChunk]) -> pa.RecordBatch:
                     # NumPy columns become plain Python numbers: faster to convert than a list of NumPy scalars.
                     column.extend(values.tolist() if hasattr(values, "tolist") else values)
         else:
-            if any(len(row) != len(names) for row in chunk):
+            made = list(chunk)  # once: some chunks make their rows when they are read
+            if any(len(row) != len(names) for row in made):
                 raise ValueError(f"a step row must have {len(names)} values, in STEP_COLUMNS order")
-            for column, values in zip(columns, zip(*chunk)):
+            for column, values in zip(columns, zip(*made)):
                 column.extend(values)
     if len({len(c) for c in columns}) > 1:
         raise ValueError("the columns of a step chunk differ in length")

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 LIMIT_SECONDS = 3600.0
 """How often the traces folder is held to its limits."""
 
-_PIECE_ROWS = 512  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
+_PIECE_ROWS = 128  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
 _POLL_SECONDS = 0.5  # seldom: each awakening finds cold caches and takes the GIL from the scheduler
 _BAD_ROW = (ValueError, TypeError, AttributeError, OverflowError, pa.ArrowException)
 
@@ -130,7 +130,7 @@ class TraceWriter:
         Parameters
         ----------
         rows
-            A list of tuples in ``STEP_COLUMNS`` order, or a dict of equally long columns by name (absent columns are
+            Tuples in ``STEP_COLUMNS`` order, asked for by the writer's thread alone; or a dict of equally long columns by name (absent columns are
             null). Plain Python values; None is null; ``time`` is float seconds since the epoch. The object belongs to
             the writer from now on.
         """
@@ -264,6 +264,7 @@ class TraceWriter:
                 self._rotate()
             if not chunks:
                 return
+            time.sleep(0)  # who waits for the GIL gets it now; Python would let it wait for 5 ms
 
     def _bad_rows(self, rows: int, e: Exception) -> None:
         """Count step rows that do not fit the schema (a bug of the caller)."""

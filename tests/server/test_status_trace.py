@@ -24,6 +24,12 @@ def test_metrics_carry_our_prefix(gate_server: Server, prompts: list[Prompt]) ->
     text = requests.get(gate_server.base_url + "/metrics", timeout=300).text
     for name in ("steps", "triggers", "flips", "missed", "verify_passes", "verify_rows", "verify_seconds"):
         assert f"margingate_{name}_total" in text, name
+    assert 'margingate_host_seconds_total{forward="decode"' in text
+    host = gate_server.client.status()["host"]
+    for kind in ("decode", "prefill"):
+        assert 0 < host[kind]["mean_us"] <= host[kind]["most_us"]
+        assert 0 < host[kind]["share"] < 1
+    assert host["decode"]["forwards"] > host["prefill"]["forwards"]
 
 
 def test_the_trace_tells_what_the_response_told(gate_server: Server, prompts: list[Prompt]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_margingate.runtime import clock
-from sglang_margingate.runtime.clock import DeviceClock, HostClock
+from sglang_margingate.runtime.clock import DeviceClock, HostClock, HostTime
 
 
 class World:
@@ -85,3 +85,38 @@ def test_what_was_waited_for_ties_the_clock_again(world: World) -> None:
 
 def test_a_host_has_nothing_to_tie() -> None:
     assert not HostClock().wants_wait()
+
+
+def test_what_is_waited_is_known(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: world.now)
+    device: Any = DeviceClock()
+    device.wait(Event(world, 0.25))
+    device.wait(Event(world))
+    assert device.waited_s == pytest.approx(0.25)
+
+
+# ---- the host's share ----------------------------------------------------------------------------------------------------
+
+
+def test_before_any_forward_nothing_is_claimed() -> None:
+    found = HostTime().to_dict()
+    assert found["decode"] == found["prefill"] == {
+        "forwards": 0, "waited": 0, "mean_us": None, "most_us": None, "step_us": None, "share": None,
+    }  # fmt: skip
+
+
+def test_the_share_is_of_the_time_from_one_forward_to_the_next() -> None:
+    host = HostTime()
+    host.forward(False, 0.002, False, 100.0)  # the first after a pause: its own time is all that is known
+    host.forward(True, 0.001, False, 100.010)
+    host.forward(True, 0.003, False, 100.020)
+    host.forward(True, 0.004, True, 100.060)  # a verify: the device's time
+    host.forward(True, 0.002, False, 100.070)
+    host.forward(True, 0.002, False, 200.0)  # nobody was there for a while
+    found = host.to_dict()
+    assert found["prefill"] == {
+        "forwards": 1, "waited": 0, "mean_us": 2000, "most_us": 2000, "step_us": 2000, "share": 1.0,
+    }  # fmt: skip
+    decode = found["decode"]
+    assert (decode["forwards"], decode["waited"], decode["mean_us"], decode["most_us"]) == (4, 1, 2000, 3000)
+    assert decode["share"] == pytest.approx(0.008 / 0.032)

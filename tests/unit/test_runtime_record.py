@@ -59,7 +59,7 @@ def a_state(policy: Policy = Policy.LOG, number: int = 1) -> RequestState:
 
 
 def a_row(state: RequestState, step: int, **more: Any) -> StepRow:
-    return StepRow(0, 0, state, 10 + step, step, threshold=0.5, **more)
+    return StepRow(0, 0, state, 10 + step, step, 0.5, **more)
 
 
 def numbers(token: int = 7, margin: float = 3.0) -> Numbers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -311,11 +311,10 @@ def test_which_steps_are_drawn_is_known_before_their_margin() -> None:
     bench, state = Bench(audit=0.25, isolated=False), a_state()
     bench.prefill(state, shape=ForwardShape(PROMPT, 64, True))
     drawn: list[bool] = []
-    waits: Callable[..., bool] = bench.step._waits
     for k in range(40):
         view = ForwardView([state], True, time.time(), True, ForwardShape(1, 17, True))
         rows = bench.step._open_decode(view, FakeSampling([3], 9.0, [PROMPT + k]))
-        assert waits(rows[0], True) is rows[0].audit
+        assert rows[0].waits is rows[0].audit
         drawn.append(rows[0].audit)
     assert 0 < sum(drawn) < 40
 
@@ -376,21 +375,20 @@ def test_what_waits_for_its_margin() -> None:
     """On a GPU these steps stop the host; nothing else does."""
     bench, state = Bench(isolated=False), a_state()
     bench.prefill(state, shape=ForwardShape(PROMPT, 64, True))
-    waits: Callable[..., bool] = bench.step._waits
 
     def opened(position: int, in_class: bool) -> Any:
         view = ForwardView([state], True, time.time(), True, ForwardShape(1, 1, in_class))
         return bench.step._open_decode(view, FakeSampling([3], 9.0, [position]))[0]
 
-    assert not waits(opened(PROMPT, True), True), "structural, and nothing is open"
-    assert waits(opened(PROMPT + 1, False), True), "its margin decides"
-    assert waits(opened(PROMPT + 2, True), True), "it read a column that is open"
+    assert not opened(PROMPT, True).waits, "structural, and nothing is open"
+    assert opened(PROMPT + 1, False).waits, "its margin decides"
+    assert opened(PROMPT + 2, True).waits, "it read a column that is open"
     resumed = bench.step._open_prefill(
         ForwardView([state], False, time.time(), chunks=[Chunk(0, PROMPT + 2, PROMPT, (3, 3))]),
         FakeSampling([3], 9.0, []),
     )
-    assert waits(resumed[0], False), "a resumed step is verified before its token is shown"
+    assert resumed[0].waits, "a resumed step is verified before its token is shown"
     first = bench.step._open_prefill(
         ForwardView([state], False, time.time(), chunks=[Chunk(0, PROMPT, PROMPT)]), FakeSampling([3], 9.0, [])
     )
-    assert not waits(first[0], False)
+    assert not first[0].waits

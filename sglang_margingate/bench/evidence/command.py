@@ -10,6 +10,7 @@ SCRIPTS = {
     "alone-vs-batch": "are sequences the same alone and in a batch? policies, repairs, thresholds",
     "decode-cost": "what does a decode step cost, by batch size and policy? (a running server)",
     "log-probabilities": "are log-probabilities the same bits alone and in a batch? greedy and scored requests",
+    "host-time": "what do our hooks take of the scheduler's thread? a decode step and a prefill, without a server",
     "overhead": "what does observing or gating cost? paired rounds on one server",
     "prefix": "does a prefix hit change the output, and what is left of the hit rate?",
     "record-sample": "record the small run that the dashboard's tests and the README show",

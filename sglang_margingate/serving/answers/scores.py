@@ -19,6 +19,9 @@ ORIGINAL = "SGLANG_RETURN_ORIGINAL_LOGPROB"
 """SGLang's switch: log-probabilities before the temperature."""
 
 
+NOTHING = torch.empty(0)
+
+
 class Scores:
     """Log-probabilities of some rows of one forward.
 
@@ -35,8 +38,7 @@ class Scores:
     def __init__(self, output: Any, batch: Any, reqs: Sequence[Any]) -> None:
         self._output, self._batch, self._reqs = output, batch, reqs
         self._rows: list[int] = []
-        self._index = torch.empty(0, dtype=torch.int64)
-        self._logprobs = torch.empty(0)
+        self._index = self._logprobs = NOTHING  # one is made for each forward, and few ask for any
 
     def keep(self, rows: list[int], logits: torch.Tensor) -> None:
         """Compute the log-probabilities of ``rows`` of the processed logits [B, V], before anything writes over those."""
