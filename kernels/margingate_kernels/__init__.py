@@ -13,6 +13,7 @@ from margingate_kernels.kv_column import (
     save_reference,
 )
 from margingate_kernels.prefill_attention import PrefillAttention, prefill_attention_reference
+from margingate_kernels.rank_sum import rank_sum, rank_sum_reference
 from margingate_kernels.row_digest import row_digest, row_digest_reference
 from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top2_margin_reference
 
@@ -29,6 +30,8 @@ __all__ = [
     "fa3_available",
     "max_abs_change_reference",
     "prefill_attention_reference",
+    "rank_sum",
+    "rank_sum_reference",
     "restore_reference",
     "row_digest",
     "row_digest_reference",

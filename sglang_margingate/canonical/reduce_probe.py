@@ -87,6 +87,11 @@ class ReduceProbe:
             parts.append(f"not used at {RowSizes(tuple(sorted(self.odd))).describe()} rows ({self.odd[first]})")
         return f"{NAME} over {self.ranks} ranks: " + "; ".join(parts)
 
+    def holds_to(self, most: int) -> bool:
+        """Return whether every number of rows up to ``most`` gives the same bits."""
+        found = {label for m, label in self.labels.items() if m <= most}
+        return len(found) == 1 and None not in found
+
     @property
     def holds(self) -> bool:
         """Whether every number of rows gives the same bits."""

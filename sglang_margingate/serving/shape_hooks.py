@@ -46,6 +46,9 @@ GRAPH_DENSE, GRAPH_LARGEST, GRAPH_STEP = 1024, 4096, 64
 of them, then those of prefill graphs."""
 
 
+GATHER_ROWS = 64
+"""Without decode graphs: up to which number of rows a sum without one order is made by gathering."""
+
 ATTENDANCE_SECONDS = 120.0
 """Ranks that have loaded their weights wait for each other, so that all are there at about the same time."""
 
@@ -157,14 +160,26 @@ def _probed_reduce(model_runner: Any, rows: list[int], knobs: TestKnobs) -> Redu
     """Probe the sum over ranks, at the sizes of decode and prefill graphs inside graphs too."""
     if knobs.split_reduce:
         group.replace_reduce(lambda reduce: split_reduce(reduce, knobs.split_reduce))
+    wanted = _wanted_sizes(model_runner)
     in_graphs = [m for m in rows if m <= GRAPH_DENSE or (m <= GRAPH_LARGEST and m % GRAPH_STEP == 0)]
-    found = probe_reduce(
-        group.GroupReduce(), group.ranks(), model_runner.model_config.hidden_size, model_runner.dtype, model_runner.device,
-        rows, in_graphs if _wanted_sizes(model_runner) else (), sums_over_ranks(model_runner.model),
-    )  # fmt: skip
-    say = log.info if found.holds else log.warning
-    say("margingate: %s", found.describe())
-    return found
+
+    def probe() -> ReduceProbe:
+        found = probe_reduce(
+            group.GroupReduce(), group.ranks(), model_runner.model_config.hidden_size, model_runner.dtype,
+            model_runner.device, rows, in_graphs if wanted else (), sums_over_ranks(model_runner.model),
+        )  # fmt: skip
+        say = log.info if found.holds else log.warning
+        say("margingate: %s", found.describe())
+        return found
+
+    found, most = probe(), max(wanted or [GATHER_ROWS])
+    if found.holds_to(most):
+        return found
+    log.warning(
+        "margingate: sums of up to %d rows are gathered and added up in the order of ranks: one order, at a cost", most
+    )
+    group.gather_sums(most)
+    return probe()
 
 
 def captured() -> Captured:

@@ -2,8 +2,9 @@
 
     python3 tests/gpu/reduce_table.py --out DIR --ranks 4 [--gpus 0,1,2,3] [--hidden 4096] [--device cpu]
 
-Starts SGLang's own groups in processes of their own, twice: as SGLang sets them up, and with the variables that our servers
-start with. Order 0 is that of the ranks, in fp32 and rounded once; equal numbers are equal bits; `place` means that a row's place
+Starts SGLang's own groups in processes of their own, three times: as SGLang sets them up, with the variables that our servers
+start with, and with sums of up to 512 rows gathered and added up in the order of ranks, which a server of ours does where the
+order of a decode step's sums depends on their size. Order 0 is that of the ranks, in fp32 and rounded once; equal numbers are equal bits; `place` means that a row's place
 changes its sum. Times are microseconds a sum: in a graph of twenty, and eagerly. DIR gets reduce-R.json; the table comes last.
 """
 
@@ -16,6 +17,7 @@ import os
 import socket
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +28,12 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROWS_CPU = (1, 8, 64, 512)
 TIMES = 20
+GATHERED = 512
 
 
-def worker(rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...], cpu: bool, results: Any) -> None:
+def worker(
+    rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool, results: Any
+) -> None:
     """Add up at every size; put what was seen."""
     from sglang_margingate.serving.cpu import install_stand_ins
 
@@ -37,7 +42,7 @@ def worker(rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...],
     from sglang.srt.distributed import parallel_state
 
     from sglang_margingate.canonical import reduce_probe
-    from sglang_margingate.serving.several.group import GroupReduce
+    from sglang_margingate.serving.several.group import GroupReduce, gather_sums
 
     device, method = torch.device("cpu" if cpu else f"cuda:{rank}"), f"tcp://127.0.0.1:{port}"
     if not cpu:
@@ -45,6 +50,9 @@ def worker(rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...],
     parallel_state.init_distributed_environment(ranks, rank, method, rank, "gloo" if cpu else "nccl")
     parallel_state.initialize_model_parallel(ranks)
     group = parallel_state.get_tp_group()
+    if gathers:
+        gather_sums(GATHERED)
+        rows = tuple(m for m in rows if m <= GATHERED)
     parts = [reduce_probe._part(r, ranks, hidden).bfloat16() for r in range(ranks)]
     known = {reduce_probe._digests(reduce_probe.in_rank_order(parts)[None].to(device)).tolist()[0]: 0}
     mine = parts[rank].to(device).expand(max(rows), -1).contiguous()
@@ -59,7 +67,7 @@ def worker(rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...],
             "bytes": m * hidden * 2,
             "eager": order(reduce_probe._tried(reduce, mine, [m])[0].tolist()),
         }
-        line["eager kernel"] = kernel(group, m * hidden * 2, False)
+        line["eager kernel"] = "gather" if gathers else kernel(group, m * hidden * 2, False)
         if not cpu:
             into = torch.zeros(1, 2, dtype=torch.int64, device=device)
 
@@ -67,7 +75,10 @@ def worker(rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...],
                 into.copy_(reduce_probe._tried(reduce, mine, [m]))
 
             reduce.record(once)()
-            line["graph"], line["graph kernel"] = order(into[0].tolist()), kernel(group, m * hidden * 2, True)
+            line["graph"], line["graph kernel"] = (
+                order(into[0].tolist()),
+                ("gather" if gathers else kernel(group, m * hidden * 2, True)),
+            )
             x = mine[:m].clone()
 
             def many(x: Any = x) -> None:
@@ -108,7 +119,9 @@ def timed(torch: Any, run: Any) -> float:
     return round(best, 1)
 
 
-def measure(ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, seconds: float) -> list[list[dict[str, Any]]]:
+def measure(
+    ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool, seconds: float
+) -> list[list[dict[str, Any]]]:
     """Run the workers; return what each rank saw."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,7 +129,7 @@ def measure(ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, seconds: 
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(target=worker, args=(r, ranks, port, hidden, rows, cpu, results), daemon=True)
+        context.Process(target=worker, args=(r, ranks, port, hidden, rows, cpu, gathers, results), daemon=True)
         for r in range(ranks)
     ]
     for process in processes:
@@ -164,13 +177,14 @@ def main(argv: list[str] | None = None) -> int:
     settings = SimpleNamespace(
         tp_size=args.ranks, device=args.device, chunked_prefill_size=args.chunk, max_prefill_tokens=args.chunk
     )
-    arms = {"sglang": {}, "ours": several.environment(settings, args.hidden, {})}
+    ours = several.environment(settings, args.hidden, {})
+    arms: dict[str, dict[str, str]] = {"sglang": {}, "ours": ours, "gathered": ours}
     rows = ROWS_CPU if cpu else ROWS
     found: dict[str, list[dict[str, Any]]] = {}
     problems = []
     for name, env in arms.items():
         os.environ.update(env)
-        ranks = measure(args.ranks, args.hidden, rows, cpu, args.seconds)
+        ranks = measure(args.ranks, args.hidden, rows, cpu, name == "gathered", args.seconds)
         found[name] = ranks[0]
         orders = [[(line["eager"], line.get("graph")) for line in lines] for lines in ranks]
         if any(other != orders[0] for other in orders):
@@ -181,17 +195,16 @@ def main(argv: list[str] | None = None) -> int:
     document = {"ranks": args.ranks, "hidden": args.hidden, "set": arms, "found": found, "problems": problems}
     (args.out / f"reduce-{args.ranks}.json").write_text(json.dumps(document, indent=1) + "\n")
     body = []
-    for a, b in zip(found["sglang"], found["ours"]):
+    for a, b, c in zip_longest(*found.values(), fillvalue={}):
         cells = [str(a["rows"]), f"{a['bytes'] / 1024:.0f}"]
-        for line in (a, b):
-            for mode in ("graph", "eager"):
+        for line, modes in ((a, ("graph", "eager")), (b, ("graph", "eager")), (c, ("graph",))):
+            for mode in modes:
                 cells.append(
-                    f"{line.get(mode, '-')} {line.get(f'{mode} kernel', '')} {line.get(f'{mode} us', '')}".strip()
+                    " ".join(str(line.get(key, "")) for key in (mode, f"{mode} kernel", f"{mode} us")).strip() or "-"
                 )
         body.append(cells)
-    print(
-        tables.text(["rows", "KiB", "sglang: graph", "sglang: eager", "ours: graph", "ours: eager"], body, (2, 3, 4, 5))
-    )
+    head = ["rows", "KiB", "sglang: graph", "sglang: eager", "ours: graph", "ours: eager", "gathered: graph"]
+    print(tables.text(head, body, (2, 3, 4, 5, 6)))
     print("; ".join(problems) or f"one order at every size with our settings, {args.ranks} ranks")
     return 1 if problems else 0
 

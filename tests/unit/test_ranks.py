@@ -159,6 +159,8 @@ def test_two_numbers_have_one_sum() -> None:
 def test_an_order_that_changes_with_the_size_is_found_and_left_out_of_the_class(size: int) -> None:
     for each in probe(size, by_size):
         assert not each.holds
+        assert each.holds_to(12)
+        assert not each.holds_to(13)
         assert [m for m, label in each.labels.items() if label != 0] == [13, 14, 15, 16, 24, 32]
         assert "in the order of ranks at 1-12 rows; in another order (1) at 13-16, 24, 32 rows" in each.describe()
         linear = LayerClasses("linear", (8, 8), 1, dict.fromkeys(ROWS, 0))

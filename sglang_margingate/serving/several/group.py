@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from margingate_kernels import rank_sum
 
 from sglang_margingate.canonical.ranks import Ranks
 
@@ -46,6 +47,21 @@ class GroupReduce:
         replay = recorder()(run)
         _kept.append(replay)
         return replay
+
+
+def gather_sums(most_rows: int) -> None:
+    """Add up sums of up to ``most_rows`` rows by gathering the parts: in the order of ranks at every size."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    original, ranks = group.all_reduce, group.world_size
+
+    def all_reduce(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2 or len(x) > most_rows:
+            return original(x)
+        return rank_sum(group.all_gather(x.contiguous(), dim=0).view(ranks, *x.shape))
+
+    group.all_reduce = all_reduce
 
 
 def attention_names(model_runner: Any) -> list[str]:
