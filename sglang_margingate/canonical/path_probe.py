@@ -252,7 +252,7 @@ def try_fast_path(
         prefill,
         tuple(said),
         decode_attention,
-        time.perf_counter() - start,
+        seconds=time.perf_counter() - start,
         prompt_scores=scores or prefill == "grid",
     )
 

@@ -43,13 +43,11 @@ class Metrics:
         self._drops = counter("trace_dropped_rows", "Step rows that the trace lost.")
         self._write_errors = counter("trace_write_errors", "Failed writes of the trace.")
 
-        labels = ["model_name", "forward"]
-        seconds = Counter("margingate_host_seconds", "What the hooks took of the scheduler's thread.", labels)
-        forwards = Counter(
-            "margingate_host_forwards", "Forwards that this was taken of: none that was waited for.", labels
-        )
+        by = [*labels, "forward"]
+        seconds = Counter("margingate_host_seconds", "What the hooks took of the scheduler's thread.", by)
+        forwards = Counter("margingate_host_forwards", "Forwards that this was taken of: none that was waited for.", by)
         self._host = {
-            decode: (seconds.labels(model, name), forwards.labels(model, name))
+            decode: (seconds.labels(**labels, forward=name), forwards.labels(**labels, forward=name))
             for decode, name in ((True, "decode"), (False, "prefill"))
         }
         bound = "Upper bound at 95% of the share of untriggered steps that flip; 1 with nothing audited."

@@ -25,8 +25,7 @@ IN_FLIGHT = 12
 def start(folder: Path, *flags: str) -> Any:
     own = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-map-dir", "off",
            "--margingate-trace-dir", str(folder / "traces"), "--enable-metrics", "--max-total-tokens", "20000"]  # fmt: skip
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    return serve([*own, *flags], log=folder / "server.log", env=env, timeout=300)
+    return serve([*own, *flags], log=folder / "server.log", timeout=300)
 
 
 @pytest.fixture(scope="module")
