@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": Command("choose thresholds for a model, server and datasets", "calibrate.command"),
     "check": Command("does a server give the same tokens whatever the batch?", "check.command"),
     "probe": Command("at which shapes does a model give a row the same bits here?", "cmd_probe"),
+    "tune-experts": Command("the fastest configurations of fused experts that share bits", "cmd_tune"),
     "bench": Command("compare policies side by side: speed, identity, cost", "side_by_side.command"),
     "dashboard": Command("open the dashboard on a folder of runs", ""),
     "report": Command("write a run as one HTML file", "cmd_runs", "add_report", "report"),
@@ -46,7 +47,7 @@ class _OneLine(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=20, width=80)
-        self._action_max_length = 14
+        self._action_max_length = 16
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

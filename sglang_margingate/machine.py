@@ -14,8 +14,16 @@ EMBEDDED_MODEL = Path(__file__).resolve().parent / "demo" / "model"
 
 PACKAGES = ("sglang-margingate", "sglang", "torch", "triton", "flashinfer-python", "transformers")
 
-KERNEL_PACKAGES = ("sglang-margingate", "sglang", "sglang-kernel", "torch", "flashinfer-python")
-"""Packages that bring or choose kernels of linear layers, or probe them."""
+KERNEL_PACKAGES = (
+    "sglang-margingate",
+    "sglang",
+    "sglang-kernel",
+    "torch",
+    "triton",
+    "sgl-deep-gemm",
+    "flashinfer-python",
+)
+"""Packages that bring or choose kernels of linear layers and experts, or probe them."""
 
 CUBLAS_PACKAGES = ("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12")
 

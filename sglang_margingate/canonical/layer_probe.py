@@ -19,6 +19,9 @@ from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses
 HEAD_LARGEST = 512
 """The head sees one row per request; what has more rows is computed in blocks of a probed number."""
 
+DENSE = 260
+"""A kind that is ``coarse`` is probed at every number of rows up to this, and at multiples of ``coarse`` above."""
+
 SPOT_SECONDS = 4.0
 """A spot check starts no further product after this long; only large models on a CPU come near it."""
 
@@ -54,7 +57,8 @@ class LayerKind(Protocol):
 
 def wanted(kind: LayerKind, rows: list[int]) -> list[int]:
     """Return those of ``rows`` that are probed of this kind."""
-    return [m for m in rows if not kind.head or m <= HEAD_LARGEST]
+    coarse: int = getattr(kind, "coarse", 1)
+    return [m for m in rows if (not kind.head or m <= HEAD_LARGEST) and (m <= DENSE or m % coarse == 0)]
 
 
 def probe_layers(kinds: Sequence[LayerKind], rows: list[int], environment: dict[str, Any]) -> InvarianceMap:

@@ -310,10 +310,23 @@ def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, 
 
 
 def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
-    """Note the rows that a bank of experts really ran with."""
-    if _running is not None:
-        _running.ran(len(dispatch_output.hidden_states))
-    return original(bank, dispatch_output)
+    """Run a bank of experts at a size of the class; the rows of padding all go to the first experts, with no weight."""
+    forward = _running
+    if forward is None:
+        return original(bank, dispatch_output)
+    hidden, routing = dispatch_output.hidden_states, dispatch_output.topk_output
+    if not hasattr(routing, "topk_ids"):  # routed by the bank itself
+        forward.escape()
+        return original(bank, dispatch_output)
+    rows = forward.sizes.target(len(hidden)) or len(hidden)
+    forward.ran(rows)
+    more = (0, 0, 0, rows - len(hidden))
+    if rows == len(hidden):
+        return original(bank, dispatch_output)
+    wide = torch.nn.functional.pad
+    routing = routing._replace(topk_ids=wide(routing.topk_ids, more), topk_weights=wide(routing.topk_weights, more))
+    out = original(bank, dispatch_output._replace(hidden_states=wide(hidden, more), topk_output=routing))
+    return out._replace(hidden_states=out.hidden_states[: len(hidden)])
 
 
 def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,6 @@ servers use (canonical/experts/probe.py); the sum over experts both ways; the ro
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -30,113 +29,14 @@ import sglang_margingate.serving.cpu as cpu
 
 cpu.install_stand_ins()
 
-from sglang_margingate.canonical.experts.probe import ExpertKind  # noqa: E402
 from sglang_margingate.canonical.invariance import RowSizes  # noqa: E402
 from sglang_margingate.canonical.layer_probe import labels  # noqa: E402
 from sglang_margingate.canonical.linear_probe import FP8, LinearKind  # noqa: E402
+from sglang_margingate.serving.layers import tuning  # noqa: E402
 
-ROWS = [1, 2, 3, 8, 16, 17, 32, 33, 48, 64, 96, 128, 192, 256, 512, 1024]
 TIMED = [1, 8, 32, 64, 256, 1024, 4096]
-WORKERS = 10
 SHAPES = {"8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
           "Qwen3-8B gate_up": (24576, 4096), "Qwen3-8B down": (4096, 12288)}  # fmt: skip
-Config = dict[str, int]
-
-
-def publish(shape: str) -> None:
-    """Make SGLang's process-wide settings, as a server of this model would."""
-    from sglang.srt.runtime_context import publish as put
-    from sglang.srt.server_args import prepare_server_args
-
-    put(
-        prepare_server_args(["--model-path", shape, "--skip-tokenizer-init", "--load-format", "dummy"]),
-        role="scheduler",
-    )
-
-
-def config(m: int, n: int, k: int, group: int, warps: int, stages: int) -> Config:
-    return {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": group, "num_warps": warps,
-            "num_stages": stages}  # fmt: skip
-
-
-def short(c: Config) -> str:
-    return "/".join(str(value) for value in c.values())
-
-
-def candidates(stock: dict[int, Config]) -> list[Config]:
-    """Return SGLang's own configurations for this shape, and a grid around them."""
-    own = [dict(c) for c in stock.values()]
-    small = [
-        config(16, n, k, 1, w, s) for n, k, (w, s) in itertools.product((64, 128), (64, 128, 256), ((4, 3), (8, 4)))
-    ]
-    large = [config(m, n, 64, g, w, s) for m, (n, w), g, s in
-             itertools.product((32, 64, 128), ((128, 4), (256, 8)), (1,), (3, 4))]  # fmt: skip
-    unique = {short(c): c for c in [*own, *small, *large, config(64, 64, 32, 8, 4, 3), config(16, 32, 64, 1, 4, 3)]}
-    return list(unique.values())
-
-
-class Bank:
-    """A bank of experts of one shape with random weights, run by SGLang's fused kernels."""
-
-    def __init__(self, shape: str) -> None:
-        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
-        c = json.loads(Path(shape, "config.json").read_text())
-        self.module, self.top_k = fused_moe, c["num_experts_per_tok"]
-        self.experts, hidden, inner = c["num_experts"], c["hidden_size"], c["moe_intermediate_size"]
-        self.hidden, self.inner = hidden, inner
-        sizes = (self.experts, 2 * inner, hidden), (self.experts, hidden, inner)
-        self.up, self.down = (
-            torch.nn.Parameter(torch.empty(s, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02), False)
-            for s in sizes
-        )
-        self.choose = fused_moe.try_get_optimal_moe_config
-        self.combine = fused_moe._use_moe_sum_reduce_torch_compile
-
-    def fix(self, c: Config | None, kernel_sum: bool = True) -> None:
-        """Use one configuration for both products at any number of rows; None: SGLang's choice."""
-        self.module._use_moe_sum_reduce_torch_compile = (lambda rows: False) if kernel_sum else self.combine
-        self.module.try_get_optimal_moe_config = (
-            self.choose if c is None else (lambda *_, **__: (dict(c), (None, None)))
-        )
-
-    def run(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        return self.module.fused_experts_impl(
-            x, self.up, self.down, weights, experts, inplace=True, filter_expert=False
-        )
-
-    def kind(self) -> ExpertKind:
-        return ExpertKind("experts", self.up, self.down, self.top_k, self.run, "triton")
-
-    def inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        generator = torch.Generator("cuda").manual_seed(rows)
-        x = torch.randn(rows, self.hidden, generator=generator, device="cuda").bfloat16()
-        scores = torch.rand(rows, self.experts, generator=generator, device="cuda").topk(self.top_k, dim=1)
-        return x, scores.values / scores.values.sum(1, keepdim=True), scores.indices.int()
-
-    def times(self, rows: list[int]) -> dict[int, float]:
-        """Return microseconds of the bank at each number of rows, routed at random, replayed from a CUDA graph."""
-        return {m: graphed(partial(self.run, *self.inputs(m))) for m in rows}
-
-
-def graphed(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Return the microseconds of one call, as the median of replays of a graph of several."""
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(5):
-            run()
-    out = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        out.append(begin.elapsed_time(end) * 1000 / 5)
-    return sorted(out)[len(out) // 2]
 
 
 def spans(found: dict[int, int | None]) -> str:
@@ -150,82 +50,66 @@ def spans(found: dict[int, int | None]) -> str:
 
 
 def experts(args: argparse.Namespace) -> dict[str, Any]:
-    bank = Bank(args.shape)
-    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config import get_moe_configs
-
-    stock = get_moe_configs(bank.experts, bank.inner, None) or {}
-    fixed = candidates(stock)
-    if args.warm is not None:  # a worker: compile this share, so that the kernels are on disk
-        return {
-            short(c): try_config(bank, c, [1, 2, 3, 17, 64, 1024], times=False) for c in fixed[args.warm :: WORKERS]
-        }
+    """Return the bits and times of every configuration, of SGLang's own choice, and of the layers around the experts."""
+    bank = tuning.Bank(tuning.shape_in(args.shape))
+    fixed = tuning.candidates(bank.own_configs())
     began = time.monotonic()
-    workers = [worker(args, k) for k in range(WORKERS)]
-    out: dict[str, Any] = {
-        "choice": {str(k): short(c) for k, c in stock.items()},
-        "device": torch.cuda.get_device_name(),
-    }
+    workers = tuning.compile_all(args.shape)
+    out: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     for name, section in (("linear", routers), ("ties", ties)):
         with noted(out):
             out[name] = section(bank)
     for one in workers:
         one.wait()
     out["compile_seconds"] = time.monotonic() - began
-    out["fixed"] = {}
+    out["fixed"], numbers = {}, {}
     for c in fixed:
-        out["fixed"][short(c)] = try_config(bank, c, ROWS)
+        one = bank.measure(c, timed=TIMED)
+        bits = None if one.bits is None else numbers.setdefault(one.bits, str(len(numbers)))
+        out["fixed"][tuning.short(c)] = {"bits": bits, "us": one.us}
         save(args, out)
-    numbers: dict[int, str] = {}
-    for found in out["fixed"].values():
-        found["bits"] = [numbers.setdefault(bits, str(len(numbers))) for bits in found["bits"]]
     for name, c, kernel_sum in (("stock, sum by the kernel", None, True), ("stock", None, False),
-                                ("fixed, stock's sum", config(16, 128, 128, 1, 8, 3), False)):  # fmt: skip
+                                ("fixed, stock's sum", tuning.config(16, 128, 128, 1, 8, 3), False)):  # fmt: skip
         bank.fix(c, kernel_sum)
         out[name] = {}
         with noted(out[name]):
-            out[name] = {"classes": spans(labels(bank.kind(), ROWS)), "us": bank.times(TIMED)}
+            out[name] = {"classes": spans(labels(bank.kind(), list(tuning.ROWS))), "us": bank.times(TIMED)}
         save(args, out)
     return out
 
 
-def try_config(bank: Bank, c: Config, rows: list[int], times: bool = True) -> dict[str, Any]:
-    bank.fix(c)
-    try:
-        found = bank.kind().digests(rows[::-1])
-    except Exception as error:  # out of shared memory: part of the answer
-        return {"error": str(error)[:80], "bits": [], "holds": False}
-    bits = list(dict.fromkeys(each for m in sorted(found) for each in found[m]))
-    return {"holds": len(bits) == 1, "bits": bits, "us": bank.times(TIMED) if times else {}}
-
-
-def routers(bank: Bank) -> dict[str, str]:
+def routers(bank: tuning.Bank) -> dict[str, str]:
     """Return the classes of the layers around the experts, router first."""
     rows = [*range(1, 261), *range(264, 2049, 8)]
     out = {}
-    for outputs, inputs in ((bank.experts, bank.hidden), (5120, bank.hidden), (bank.hidden, 4096)):
+    for outputs, inputs in (
+        (bank.shape.experts, bank.shape.hidden),
+        (5120, bank.shape.hidden),
+        (bank.shape.hidden, 4096),
+    ):
         weight = torch.nn.Parameter(torch.empty(outputs, inputs, device="cuda", dtype=torch.bfloat16), False)
         kind = LinearKind("x", weight, None, lambda x, _, w=weight: torch.nn.functional.linear(x, w), False)
         out[f"{outputs}x{inputs}"] = spans(labels(kind, rows[::-1]))
     return out
 
 
-def ties(bank: Bank) -> dict[str, Any]:
+def ties(bank: tuning.Bank) -> dict[str, Any]:
     """Return how the router's choice breaks ties: at every place and number of rows alike, and by which rule."""
     from sglang.srt.layers.moe.topk import fused_topk
 
     generator = torch.Generator("cuda").manual_seed(0)
     row = torch.randint(
-        0, 4, (bank.experts,), generator=generator, device="cuda"
+        0, 4, (bank.shape.experts,), generator=generator, device="cuda"
     ).bfloat16()  # four values: full of ties
     chosen = set()
     for m in (1, 2, 3, 8, 31, 32, 33, 64, 65, 256, 1024, 4096):
-        scores = torch.randn(m, bank.experts, generator=generator, device="cuda").bfloat16()
+        scores = torch.randn(m, bank.shape.experts, generator=generator, device="cuda").bfloat16()
         for place in {0, m // 2, m - 1}:
             scores[place] = row
-        weights, ids = fused_topk(torch.empty(m, 8, device="cuda"), scores, bank.top_k, True)
+        weights, ids = fused_topk(torch.empty(m, 8, device="cuda"), scores, bank.shape.top_k, True)
         for place in {0, m // 2, m - 1}:
             chosen.add((tuple(ids[place].tolist()), tuple(weights[place].tolist())))
-    lowest = sorted(range(bank.experts), key=lambda e: (-float(row[e]), e))[: bank.top_k]
+    lowest = sorted(range(bank.shape.experts), key=lambda e: (-float(row[e]), e))[: bank.shape.top_k]
     return {"answers": len(chosen), "lowest index wins": {tuple(lowest)} == {ids for ids, _ in chosen}}
 
 
@@ -275,7 +159,7 @@ def fp8(args: argparse.Namespace) -> dict[str, Any]:
             with noted(found):
                 found["us"] = {}
                 for m in TIMED:
-                    found["us"][m] = graphed(
+                    found["us"][m] = tuning.graphed(
                         partial(kind.apply, torch.randn(m, shape[1], device="cuda").bfloat16(), None)
                     )
             save(args, out)
@@ -334,7 +218,7 @@ def table(out: dict[str, Any], what: str) -> list[str]:
             f"{name:26} {found.get('classes', found.get('error', ''))[:70]} | us {us(found)}"
             for name, found in out.items()
         ]
-    holding = {name: found for name, found in out["fixed"].items() if found["holds"]}
+    holding = {name: found for name, found in out["fixed"].items() if found["bits"] is not None}
     lines = [f"router {out.get('linear')}"[:200], f"ties {out.get('ties')}"]
     lines += [
         f"{name:28} {out[name].get('classes', out[name])!s:.90} | us {us(out[name])}"
@@ -343,10 +227,10 @@ def table(out: dict[str, Any], what: str) -> list[str]:
     ]
     lines.append(f"stock {out['stock'].get('classes', out['stock'])!s:.90} | us {us(out['stock'])}")
     lines.append(f"{len(holding)} of {len(out['fixed'])} fixed configurations hold at all counts; "
-                 f"bits of those: {' '.join(sorted({found['bits'][0] for found in holding.values()}))}")  # fmt: skip
+                 f"bits of those: {' '.join(sorted({found['bits'] for found in holding.values()}))}")  # fmt: skip
     for m in (64, 1024):
         best = sorted(holding, key=lambda name: holding[name]["us"][m])[:2]
-        lines += [f"best at {m}: {name} bits {holding[name]['bits'][0]} | us {us(holding[name])}" for name in best]
+        lines += [f"best at {m}: {name} bits {holding[name]['bits']} | us {us(holding[name])}" for name in best]
     return lines
 
 
@@ -359,7 +243,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    publish(args.shape)
+    tuning.publish(args.shape)
     out = {"experts": experts, "fp8": fp8}[args.what](args)
     save(args, out)
     if args.warm is None:

@@ -113,3 +113,24 @@ def test_a_map_says_how_many_experts_there_are() -> None:
 def test_the_probed_row_takes_its_experts_in_pairs() -> None:
     assert chosen_experts(8).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     assert chosen_experts(1).tolist() == [0]
+
+
+def test_settings_are_compared_by_what_the_row_becomes() -> None:
+    now = {"cut": False, "companions": False}
+    one = kind(up=lambda count, rows, place: now["cut"] or (now["companions"] and count > 1))
+
+    def settle(**values: bool) -> Callable[[], None]:
+        return lambda: now.update({"cut": False, "companions": False} | values)
+
+    whole, parts, again, bad = one.bits_of([settle(), settle(cut=True), settle(), settle(companions=True)], [1, 3])
+    assert whole is not None
+    assert whole == again
+    assert parts not in (None, whole)
+    assert bad is None
+
+
+def test_large_numbers_of_rows_are_probed_at_multiples_only() -> None:
+    from sglang_margingate.canonical.layer_probe import wanted
+
+    rows = [1, 259, 260, 264, 320, 328, 384, 8192]
+    assert wanted(kind(), rows) == [1, 259, 260, 320, 384, 8192]

@@ -39,13 +39,38 @@ experts.break_experts(0)
 assert triton_utils.get_config() is None
 assert experts.sum_by_kernel(1) is False
 
-# ---- rows are noted
+# ---- rows are noted, and filled up to a size of the class
+from typing import NamedTuple
+class Routing(NamedTuple):
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+class Given(NamedTuple):
+    hidden_states: torch.Tensor
+    topk_output: object
+class Out(NamedTuple):
+    hidden_states: torch.Tensor
+
+seen = []
+def core(bank, given):
+    seen.append((given.hidden_states.clone(), given.topk_output))
+    return Out(given.hidden_states * 2)
+
+def given(rows):
+    return Given(torch.ones(rows, 4), Routing(torch.full((rows, 2), 0.5), torch.ones(rows, 2, dtype=torch.int32)))
+
+for rows, wide, fits in ((8, 8, True), (7, 8, True), (9, 9, False)):
+    forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
+    with shape_hooks.running(forward):
+        out = shape_hooks.run_bank(core, None, given(rows))
+    assert out.hidden_states.shape == (rows, 4)
+    x, routing = seen[-1]
+    assert len(x) == len(routing.topk_ids) == len(routing.topk_weights) == wide
+    assert not x[rows:].any() and not routing.topk_weights[rows:].any() and routing.topk_ids.dtype == torch.int32
+    assert (forward.shape().in_class, forward.shape().padded) == (fits, wide)
+assert shape_hooks.run_bank(core, None, given(7)).hidden_states.shape == (7, 4) and len(seen[-1][0]) == 7
 forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
 with shape_hooks.running(forward):
-    shape_hooks.run_bank(lambda bank, given: None, None, Box(hidden_states=torch.zeros(8, 4)))
-assert forward.shape().in_class and forward.shape().padded == 8
-with shape_hooks.running(forward):
-    shape_hooks.run_bank(lambda bank, given: None, None, Box(hidden_states=torch.zeros(7, 4)))
+    shape_hooks.run_bank(lambda bank, given: None, None, Given(torch.ones(8, 4), object()))
 assert not forward.shape().in_class
 
 # ---- what the probe knows of a model
@@ -72,6 +97,65 @@ assert kind.describe() == "bfloat16, UnquantizedFusedMoEMethod, 16/64/64/1/4 to 
 assert unknown_layers(known) == []
 print(unknown_layers(model(type("Fp8MoEMethod", (), {})(), num_experts_per_tok=2)))
 print(unknown_layers(model(UnquantizedFusedMoEMethod())))
+
+# ---- a table is settled: SGLang's choice, as far as its configurations share their bits
+import tempfile
+from sglang_margingate.config import MarginGateConfig
+big = Bank(UnquantizedFusedMoEMethod())
+big.w13_weight = torch.nn.Parameter(torch.randn(8, 64, 64).bfloat16(), False)
+big.w2_weight = torch.nn.Parameter(torch.randn(8, 64, 32).bfloat16(), False)
+shape = experts.shape_of(big, 2)
+assert shape == BankShape(8, 32, 64, 2)
+
+def product(row, weight, cut):
+    terms = row.float() * weight.float()
+    return (terms[:, :cut].sum(1) + terms[:, cut:].sum(1)).bfloat16()
+
+tried = []
+def row_by_row(dispatch_output):
+    tried.append(experts._tables[shape].at(1)["BLOCK_SIZE_N"])
+    cut = tried[-1] // 4  # the configuration decides the order of summation
+    x, (weights, chosen, _) = dispatch_output.hidden_states, dispatch_output.topk_output
+    out = torch.empty_like(x)
+    for place in range(len(x)):
+        total = torch.zeros(64)
+        for expert, weight in zip(chosen[place].tolist(), weights[place]):
+            gate, value = product(x[place], big.w13_weight[expert], cut).chunk(2)
+            middle = torch.nn.functional.silu(gate) * value
+            total += product(middle, big.w2_weight[expert], 8).float() * weight
+        out[place] = total.bfloat16()
+    return Box(hidden_states=out)
+
+big.run_moe_core = row_by_row
+def wide(n):
+    return config(16) | {"BLOCK_SIZE_N": n}
+choice = ExpertTable(((2, wide(32)), (256, wide(64) | {"GROUP_SIZE_M": 8}), (300, wide(64)), (9999, wide(128))), "SGLang's own choice")
+experts.sglang_table = lambda module, top_k: choice
+experts.BITS_ROWS = (1, 3)
+with tempfile.TemporaryDirectory() as folder:
+    given = MarginGateConfig(map_dir=folder)
+    found = experts._settled("bank", big, shape, given, {"device": "d"})
+    assert [(most, c["BLOCK_SIZE_N"]) for most, c in found.steps] == [(256, 64), (9999, 128)], found
+    assert sorted(set(tried)) == [32, 64, 128]
+    tried.clear()
+    again = experts._settled("bank", big, shape, given, {"device": "d"})
+    assert again.steps == found.steps and tried == [] and "kept in" in again.source
+
+# ---- a CPU's experts see no fewer than a block of rows
+from sglang.srt.layers.moe import fused_moe_native
+experts.pad_expert_rows()
+rows_seen = []
+weight = torch.randn(5, 4)
+with torch.no_grad():
+    real = torch.nn.functional.linear
+    torch.nn.functional.linear = lambda x, w, b=None: (rows_seen.append(len(x)), real(x, w, b))[1]
+    for rows in (1, 16, 17):
+        x = torch.randn(rows, 4)
+        assert torch.allclose(fused_moe_native.F.linear(x, weight), x @ weight.t(), atol=1e-5)
+    torch.nn.functional.linear = real
+assert rows_seen == [16, 16, 32]
+assert fused_moe_native.F.silu is torch.nn.functional.silu
+
 """
 
 

@@ -20,13 +20,14 @@ they are added shows as well.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from margingate_kernels import row_digest
 
+from sglang_margingate.canonical.layer_probe import DENSE
 from sglang_margingate.canonical.linear_probe import lent_values
 
 PERIOD = 128
@@ -38,8 +39,13 @@ FACTOR_BITS = 6
 SPREAD = 6
 """The lent values lie within as many binary orders of magnitude of 1, so that hardly any sum of their products is exact."""
 
-DENSE = 260
-"""Beyond this many rows only random companions and all places are tried: what happens there is no longer about few rows."""
+PRODUCTS = ("up", "down")
+
+TRIALS = 5
+"""Digests of one number of rows."""
+
+COARSE = 64
+"""Beyond DENSE rows only multiples of this are probed, with fewer trials: prefills are padded to them, and less is compiled."""
 
 Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Rows [M, hidden], weights [M, k] and experts [M, k] of their routing to outputs [M, hidden], as the server computes them."""
@@ -75,6 +81,11 @@ class ExpertKind:
     head: bool = False
 
     @property
+    def coarse(self) -> int:
+        """What numbers of rows beyond DENSE must be a multiple of."""
+        return COARSE
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(output features of an expert's first product, input features)."""
         return self.up.shape[1], self.up.shape[2]
@@ -88,36 +99,67 @@ class ExpertKind:
         """Run the bank at each M; return the digests of the probed row in each of the trials."""
         done, found = self._pass("up", rows, seconds / 2)
         again, more = self._pass("down", done, seconds / 2)
-        return {m: [a * 31 + b for a, b in zip(found[m], more[m])] for m in again}
+        return {m: _joined(found[m], more[m]) for m in again}
+
+    def bits_of(self, settings: Sequence[Callable[[], None]], rows: Sequence[int]) -> list[int | None]:
+        """Run the bank with each of several settings; return what the probed row became, None where not always the same.
+
+        Parameters
+        ----------
+        settings
+            Each is called once before the bank runs with it.
+        rows
+            Values of M.
+        """
+        found: list[list[list[int]]] = []
+        for product in PRODUCTS:
+            with self._trials(product, max(rows)) as run:
+                each = []
+                for settle in settings:
+                    settle()
+                    each.append([digest for m in rows for digest in run(m).tolist()])
+                found.append(each)
+        joined = [set(_joined(*both)) for both in zip(*found)]
+        return [each.pop() if len(each) == 1 else None for each in joined]
 
     def _pass(self, product: str, rows: list[int], seconds: float) -> tuple[list[int], dict[int, list[int]]]:
         """Run the bank at each M with one of its products cancelling; return the M that were run, and the digests."""
         end = time.perf_counter() + seconds
+        done: list[int] = []
+        with self._trials(product, max(rows)) as run:
+            digests = torch.zeros(len(rows), TRIALS, dtype=torch.int64, device=self.up.device)
+            for m in rows:
+                if len(done) >= 2 and time.perf_counter() > end:
+                    break
+                digests[len(done)] = run(m)
+                done.append(m)
+        return done, dict(zip(done, digests.tolist()))
+
+    @contextmanager
+    def _trials(self, product: str, most: int) -> Iterator[Callable[[int], torch.Tensor]]:
+        """Lend the weights; give what runs all trials at one M of up to ``most`` and returns their digests."""
         experts, device = self.up.shape[0], self.up.device
         # A generator of its own: the server's random numbers must not depend on what was probed.
         generator = torch.Generator(device).manual_seed(8)
         with torch.no_grad(), lent_experts(self.up, self.down, product) as probe:
-            most = max(rows)
             companions = torch.randn(most, len(probe), generator=generator, device=device).to(probe.dtype)
             scores = torch.rand(most, experts, generator=generator, device=device)
             own = chosen_experts(self.top_k, device)
             anywhere = scores.topk(self.top_k, dim=1).indices.to(torch.int32)
             scores[:, own.long()] = -1.0  # last, where there are others
             elsewhere = scores.topk(self.top_k, dim=1).indices.to(torch.int32)
-            digests = torch.zeros(len(rows), 5, dtype=torch.int64, device=device)
-            done: list[int] = []
-            for m in rows:
-                if len(done) >= 2 and time.perf_counter() > end:
-                    break
-                found = digests[len(done)]
-                found[0] = self._one(probe, companions, own, anywhere[:m], m - 1)
-                dense = m <= DENSE
-                found[1] = self._one(probe, companions, own, own.expand(m, -1), m // 2) if dense else found[0]
-                found[2] = self._one(probe, companions, own, elsewhere[:m], 0) if dense else found[0]
+
+            def run(m: int) -> torch.Tensor:
+                found = [self._one(probe, companions, own, anywhere[:m], m - 1)]
+                if m <= DENSE:
+                    found.append(self._one(probe, companions, own, own.expand(m, -1), m // 2))
+                    found.append(self._one(probe, companions, own, elsewhere[:m], 0))
+                else:
+                    found += found * 2
                 same = row_digest(self._run(probe.expand(m, -1).contiguous(), own.expand(m, -1).contiguous()))
-                found[3:] = torch.stack([same.min(), same.max()])
-                done.append(m)
-        return done, dict(zip(done, digests.tolist()))
+                return torch.stack([*found, same.min(), same.max()])
+
+            yield run
 
     def _one(
         self, probe: torch.Tensor, companions: torch.Tensor, own: torch.Tensor, routing: torch.Tensor, place: int
@@ -131,6 +173,11 @@ class ExpertKind:
         # Equal weights: the probed row's experts must cancel in pairs.
         weights = torch.full(experts.shape, 1.0 / self.top_k, dtype=torch.float32, device=x.device)
         return self.apply(x, weights, experts)
+
+
+def _joined(up: list[int], down: list[int]) -> list[int]:
+    """Return one number for what both passes gave in each trial."""
+    return [a * 31 + b for a, b in zip(up, down)]
 
 
 def chosen_experts(top_k: int, device: torch.device | str = "cpu") -> torch.Tensor:

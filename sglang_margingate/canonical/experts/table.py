@@ -183,4 +183,4 @@ def _read(path: Path, shape: BankShape, environment: Mapping[str, Any]) -> Exper
     elsewhere = differences(data.get("environment") or {}, dict(environment))
     if elsewhere:
         raise TableError(f"it was tuned elsewhere: {'; '.join(elsewhere)}")
-    return replace(ExpertTable.from_dict(data), source=f"tuned, {path}")
+    return replace(ExpertTable.from_dict(data), source=f"{data['source']}, kept in {path}")

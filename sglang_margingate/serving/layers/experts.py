@@ -9,14 +9,26 @@ bits, the map says so. The router is a linear layer like others, and the choice 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 
+from sglang_margingate.canonical.experts.choose import united
 from sglang_margingate.canonical.experts.probe import ExpertKind
-from sglang_margingate.canonical.experts.table import BankShape, Config, ExpertTable, kept_table, table_of
+from sglang_margingate.canonical.experts.table import (
+    BankShape,
+    Config,
+    ExpertTable,
+    TableError,
+    kept_table,
+    save_table,
+    table_of,
+    table_path,
+)
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.machine import kernel_environment
+from sglang_margingate.runtime.faults import TestKnobs
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +38,12 @@ METHOD = "UnquantizedFusedMoEMethod"
 ROWS = (*range(1, 513), *range(576, 16_385, 64))
 """Numbers of rows that SGLang is asked its choice for."""
 
+BITS_ROWS = (1, 17, 64)
+"""Numbers of rows at which SGLang's configurations are compared; the table that comes out is probed at all of them."""
+
+CPU_ROWS = 16
+"""Rows of each expert on a CPU are filled up to a multiple of this: few rows are what a CPU's library sums otherwise."""
+
 # State of this process (hooks.py lists all of it), set once at start-up.
 _tables: dict[BankShape, ExpertTable] = {}
 _broken_rows = 0
@@ -34,15 +52,53 @@ _broken_rows = 0
 def settle_tables(model: Any, config: MarginGateConfig, device: str) -> None:
     """Settle the configurations of every shape of bank in the model, before anything is probed: a tuned table, else SGLang's."""
     if device == "cpu":
+        if any(is_known(module) for module in model.modules()):
+            pad_expert_rows()
         return
     for name, module in model.named_modules():
         if not is_known(module):
             continue
         shape = shape_of(module, top_k_of(model))
         if shape not in _tables:
-            table = kept_table(config.map_dir, shape, kernel_environment(device)) or sglang_table(module, shape.top_k)
-            _tables[shape] = table
+            table = _tables[shape] = _settled(name, module, shape, config, kernel_environment(device))
             log.info("margingate: %s: %s keep to %s (%s)", name, shape.describe(), table.describe(), table.source)
+
+
+def _settled(
+    name: str, module: Any, shape: BankShape, config: MarginGateConfig, environment: dict[str, str]
+) -> ExpertTable:
+    """Return the table that is kept for a bank, else SGLang's choice as far as it shares its bits, which is kept from now on."""
+    kept = kept_table(config.map_dir, shape, environment)
+    if kept is not None:
+        return kept
+    table = sglang_table(module, shape.top_k)
+    configs = list({words(c): c for _, c in table.steps}.values())
+    kind = bank_kind(name, module, shape.top_k)
+    assert kind is not None
+    bits = kind.bits_of([partial(_try, shape, c) for c in configs], BITS_ROWS)
+    try:
+        table = united(table, dict(zip(map(words, configs), bits)), words)
+    except TableError as error:
+        log.warning("margingate: %s: %s; %s", name, error, "its steps are gated by their margin")
+        return table
+    if config.map_dir is not None and not TestKnobs().active:
+        path = table_path(config.map_dir, shape, environment)
+        try:
+            save_table(path, shape, table, environment)
+        except OSError as error:
+            log.warning(
+                "margingate: the table of experts cannot be kept in %s (%s)", path.parent, error.strerror or error
+            )
+    return table
+
+
+def _try(shape: BankShape, config: Config) -> None:
+    _tables[shape] = ExpertTable(((1, config),))
+
+
+def words(config: Config) -> str:
+    """Return a configuration in a few characters."""
+    return "/".join(str(value) for value in config.values())
 
 
 def break_experts(rows: int) -> None:
@@ -88,7 +144,7 @@ def bank_kind(name: str, module: Any, top_k: int) -> ExpertKind | None:
         return out
 
     table = _tables.get(shape_of(module, top_k))
-    method = f"{METHOD}, {'experts one by one' if table is None else table.describe()}"
+    method = f"{METHOD}, {f'experts one by one, rows in blocks of {CPU_ROWS}' if table is None else table.describe()}"
     return ExpertKind(name, module.w13_weight, module.w2_weight, top_k, apply, method)
 
 
@@ -103,6 +159,27 @@ def sglang_table(module: Any, top_k: int) -> ExpertTable:
         return found
 
     return table_of(choose, ROWS, "SGLang's own choice")
+
+
+class _PaddedLinear:
+    """``torch.nn.functional`` with a ``linear`` whose rows are filled up to a multiple of :data:`CPU_ROWS`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.functional, name)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        more = -len(x) % CPU_ROWS
+        return torch.nn.functional.linear(torch.nn.functional.pad(x, (0, 0, 0, more)), weight, bias)[: len(x)]
+
+
+def pad_expert_rows() -> None:
+    """Let SGLang's experts on a CPU, which are computed one by one, see no fewer than :data:`CPU_ROWS` rows each.
+
+    What that does to a row's bits is probed like everything else.
+    """
+    from sglang.srt.layers.moe import fused_moe_native
+
+    fused_moe_native.F = _PaddedLinear()
 
 
 # ---- hook functions ---------------------------------------------------------------------------------------------------
