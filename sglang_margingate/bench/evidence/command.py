@@ -14,6 +14,7 @@ SCRIPTS = {
     "overhead": "what does observing or gating cost? paired rounds on one server",
     "prefix": "does a prefix hit change the output, and what is left of the hit rate?",
     "record-sample": "record the small run that the dashboard's tests and the README show",
+    "schedulers": "is the answer the same whichever scheduler or server gives it? --dp-size 2, SGLang's router",
     "soak": "does a gated server leak K/V slots? many mixed requests, a third hung up on",
     "truth-sweep": "does a label ever say too much? requests of mixed kinds, then each alone",
 }
