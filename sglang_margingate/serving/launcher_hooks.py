@@ -67,6 +67,12 @@ def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any])
     silent = schedulers.missing(dp_size, tp_size, found)
     if silent:
         raise AttestationError(f"scheduler {', '.join(silent)} of {dp_size} {UNPLUGGED}")
+    other = schedulers.different(found)
+    if other is not None:
+        raise AttestationError(
+            f"scheduler {other} of {dp_size} has chosen other sizes, kernels or thresholds than scheduler 0, so an answer would "
+            "depend on which of them gives it. Use GPUs of one kind, and remove the kept maps (--margingate-map-dir)"
+        )
     return schedulers.Living(found)
 
 

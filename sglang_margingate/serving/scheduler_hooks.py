@@ -41,7 +41,7 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     info["margingate"] = _runtime.status()
     place = _runtime.facts["scheduler"]
     if place["of"] > 1:
-        attest(place["dp_rank"], sgl.tp_rank())
+        attest(place["dp_rank"], sgl.tp_rank(), _runtime.facts["ranks"][0]["decides"])
     return info
 
 

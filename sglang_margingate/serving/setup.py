@@ -115,8 +115,9 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
     ranks = group.ranks()
     decided: dict[str, Any] = {"notes": list(config.notes), "verify rows": config.verify_rows, "chunk": config.chunk}
     if fast is not None:
-        trial = fast.trial
+        trial, classes = fast.trial, fast.classes
         decided |= {
+            "sizes": digest([classes.decode.sizes, classes.prefill.sizes, classes.head.sizes]),
             "decode graphs": list(trial.graphs.sizes), "prefill graphs": list(trial.prefill_graphs.sizes), "decode in class": trial.decode_ok,
             "prefill": trial.prefill, "trial": list(trial.notes), "decode attention": trial.decode_attention,
             "prefill attention": trial.prefill_attention,

@@ -28,26 +28,17 @@ from sglang_margingate.canonical.classes import GPU_LARGEST, Classes
 from sglang_margingate.canonical.invariance import RowSizes, rows_to_probe
 from sglang_margingate.canonical.map_store import map_of
 from sglang_margingate.canonical.ranks import RankError, digest
-from sglang_margingate.canonical.reduce_probe import ReduceProbe, probe_reduce
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.machine import kernel_environment, versions
-from sglang_margingate.runtime.faults import TestKnobs, split_reduce
+from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, sgl
-from sglang_margingate.serving.engines import sums_over_ranks
 from sglang_margingate.serving.layers import experts
 from sglang_margingate.serving.layers.kinds import layer_kinds, unknown_layers
 from sglang_margingate.serving.several import group
+from sglang_margingate.serving.several.sums import probe_sums
 
 log = logging.getLogger(__name__)
-
-GRAPH_DENSE, GRAPH_LARGEST, GRAPH_STEP = 1024, 4096, 64
-"""Numbers of rows at which the sum over ranks is probed in a CUDA graph: all up to the first, as decode graphs may have any
-of them, then those of prefill graphs."""
-
-
-GATHER_ROWS = 64
-"""Without decode graphs: up to which number of rows a sum without one order is made by gathering."""
 
 ATTENDANCE_SECONDS = 120.0
 """Ranks that have loaded their weights wait for each other, so that all are there at about the same time."""
@@ -138,7 +129,7 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
             environment["ranks"] = str(ranks.size)
         found = map_of(layer_kinds(model), rows, environment, config.map_dir, keep=not knobs.active)
         if ranks.size > 1:
-            reduced = _probed_reduce(model_runner, rows, knobs)
+            reduced = probe_sums(model_runner, rows, _wanted_sizes(model_runner), knobs)
             found = replace(found, layers=[*found.layers, reduced.layer(model_runner.dtype)])
         most = max(_wanted_sizes(model_runner) or [config.verify_rows])
         _classes = Classes.of(found, most, config.verify_rows, unknown_layers(model))
@@ -154,32 +145,6 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
 
 
 REMAP = "Remove the kept maps (--margingate-map-dir), or use GPUs of one kind"
-
-
-def _probed_reduce(model_runner: Any, rows: list[int], knobs: TestKnobs) -> ReduceProbe:
-    """Probe the sum over ranks, at the sizes of decode and prefill graphs inside graphs too."""
-    if knobs.split_reduce:
-        group.replace_reduce(lambda reduce: split_reduce(reduce, knobs.split_reduce))
-    wanted = _wanted_sizes(model_runner)
-    in_graphs = [m for m in rows if m <= GRAPH_DENSE or (m <= GRAPH_LARGEST and m % GRAPH_STEP == 0)]
-
-    def probe() -> ReduceProbe:
-        found = probe_reduce(
-            group.GroupReduce(), group.ranks(), model_runner.model_config.hidden_size, model_runner.dtype,
-            model_runner.device, rows, in_graphs if wanted else (), sums_over_ranks(model_runner.model),
-        )  # fmt: skip
-        say = log.info if found.holds else log.warning
-        say("margingate: %s", found.describe())
-        return found
-
-    found, most = probe(), max(wanted or [GATHER_ROWS])
-    if found.holds_to(most):
-        return found
-    log.warning(
-        "margingate: sums of up to %d rows are gathered and added up in the order of ranks: one order, at a cost", most
-    )
-    group.gather_sums(most)
-    return probe()
 
 
 def captured() -> Captured:

@@ -17,7 +17,7 @@ from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.requests import Opened, Requests
-from sglang_margingate.serving.several.schedulers import Living, Scheduler, attest, attested, merged, missing
+from sglang_margingate.serving.several.schedulers import Living, Scheduler, attest, attested, different, merged, missing
 from sglang_margingate.trace import RunFollower, TraceWriter, list_runs, read_run
 from sglang_margingate.trace.compact import compact
 from sglang_margingate.trace.manifest import read_manifest, write_manifest
@@ -40,12 +40,15 @@ def a_request(number: int) -> dict[str, Any]:
 def test_every_process_of_every_scheduler_must_attest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "config.json"))
     assert missing(2, 1, attested()) == ["0", "1"]
-    attest(1, 0)
-    assert attested() == [Scheduler(1, 0, os.getpid())]
+    attest(1, 0, "abc")
+    assert attested() == [Scheduler(1, 0, os.getpid(), "abc")]
     assert missing(2, 1, attested()) == ["0"]
     attest(0, 0)
     assert missing(2, 1, attested()) == []
     assert missing(2, 2, attested()) == ["0.1", "1.1"]
+    assert different(attested()) == 1, "its answers would have other bits"
+    attest(0, 0, "abc")
+    assert different(attested()) is None
 
 
 def test_a_scheduler_that_ended_is_named_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:

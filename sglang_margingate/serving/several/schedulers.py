@@ -34,13 +34,15 @@ class Scheduler(NamedTuple):
     dp_rank: int
     tp_rank: int
     pid: int
+    decides: str = ""
+    """Digest of the sizes, kernels and thresholds that it chose."""
 
 
-def attest(dp_rank: int, tp_rank: int) -> None:
+def attest(dp_rank: int, tp_rank: int, decides: str = "") -> None:
     """Say to the launcher that this process is in order."""
     path = _folder() / f"scheduler-{dp_rank}-{tp_rank}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(Scheduler(dp_rank, tp_rank, os.getpid())), encoding="utf-8")
+    part.write_text(json.dumps(Scheduler(dp_rank, tp_rank, os.getpid(), decides)), encoding="utf-8")
     os.replace(part, path)
 
 
@@ -53,8 +55,12 @@ def missing(dp_size: int, tp_size: int, found: Sequence[Scheduler]) -> list[str]
     """Name the processes that did not attest."""
     there = {scheduler[:2] for scheduler in found}
     wanted = [(dp, tp) for dp in range(dp_size) for tp in range(tp_size)]
-    ranks = [f"{dp}.{tp}" if tp_size > 1 else str(dp) for dp, tp in wanted if (dp, tp) not in there]
-    return ranks
+    return [f"{dp}.{tp}" if tp_size > 1 else str(dp) for dp, tp in wanted if (dp, tp) not in there]
+
+
+def different(found: Sequence[Scheduler]) -> int | None:
+    """Return a scheduler that chose otherwise than the first: its answers would have other bits. None: all are alike."""
+    return next((each.dp_rank for each in found if each.decides != found[0].decides), None)
 
 
 def _folder() -> Path:
@@ -84,7 +90,7 @@ class Living:
             return []
         self._looked = now
         new = []
-        for dp_rank, tp_rank, pid in self.schedulers:
+        for dp_rank, tp_rank, pid, _ in self.schedulers:
             if dp_rank not in self.ended and not _lives(pid):
                 self.ended[dp_rank] = f"scheduler {dp_rank} (rank {tp_rank}, process {pid}) has ended"
                 log.error("margingate: %s: its requests get no answer; new ones go to the others", self.ended[dp_rank])
