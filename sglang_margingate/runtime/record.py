@@ -152,7 +152,7 @@ class Recorder:
                 continue  # overlap ran one step too many
             if state.pending is not None:
                 self._commit(state, state.pending)
-            state.pending = row
+            state.hold(row)
         self._settle_when_due(time.time())
 
     # ---- pending --------------------------------------------------------------------------------------------------
@@ -169,6 +169,7 @@ class Recorder:
 
     def _commit(self, state: RequestState, row: StepRow) -> None:
         """A request's pending step is shown."""
+        state.release(row)
         forward = row.forward
         assert forward is not None
         if state.first_token_time is None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, overload
 
+import msgspec
+
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.policy import triggers
@@ -54,13 +56,12 @@ NO_TOPS = (None, None, None, None)
 """The trace's last four columns of a step without a verify."""
 
 
-@dataclass(init=False, eq=False)
-class StepRow:
+class StepRow(msgspec.Struct, gc=False, eq=False):
     """One request's row of a forward that chooses a token.
 
     Opened before the token is chosen, it is the request's pending step afterwards: its token may never be shown, as
-    overlap may run one step too many. Thousands are made a second, and nearly all leave most fields as they are: those
-    are read from the class.
+    overlap may run one step too many. Thousands are made a second, so the garbage collector does not look at them: a
+    pending row must not name its request (:meth:`RequestState.hold`), and nothing else in it leads back to a row.
     """
 
     index: int
@@ -97,14 +98,6 @@ class StepRow:
     waited_ms: float = 0.0
     waits: bool = False
     """Its margin decides something before the next forward."""
-
-    def __init__(
-        self, index: int, slot: Any, state: RequestState, position: int, step: int, threshold: float = 0.0, **more: Any
-    ) -> None:
-        self.index, self.slot, self.state, self.position, self.step = index, slot, state, position, step
-        self.threshold = threshold
-        if more:
-            self.__dict__.update(more)
 
     @property
     def flipped(self) -> bool:
@@ -178,6 +171,16 @@ class RequestState:
 
     observed: bool = field(init=False)
     """Whether the margins of this request's steps are taken."""
+
+    def hold(self, row: StepRow) -> None:
+        """Make a row the pending one; until it is released it does not name this request."""
+        row.state = None  # type: ignore[assignment]  # no circle: a request may be dropped by SGLang without an end
+        self.pending = row
+
+    def release(self, row: StepRow) -> None:
+        """Give a row that is pending no more its request back."""
+        row.state = self
+        self.pending = None
 
     def __post_init__(self) -> None:
         self.observed = self.plain and self.ledger.params.policy is not Policy.OFF

@@ -171,7 +171,7 @@ class Step:
                 continue
             ledger = state.ledger
             params = ledger.params
-            row = StepRow(index, slot, state, position, position - state.prompt_tokens + 1, params.threshold)
+            row = StepRow(index, slot, state, position, position - state.prompt_tokens + 1, threshold=params.threshold)
             rows.append(row)
             if not state.observed:
                 row.observed = False
@@ -200,7 +200,9 @@ class Step:
             if state is None or not chunk.last:
                 continue  # made before set-up; or a middle chunk: its logits choose nothing
             resumed = len(chunk.generated) > 0
-            row = StepRow(index, slot, state, chunk.end - 1, len(chunk.generated), state.ledger.params.threshold)
+            row = StepRow(
+                index, slot, state, chunk.end - 1, len(chunk.generated), threshold=state.ledger.params.threshold
+            )
             row.resumed, row.observed = resumed, state.observed
             # A prefill is canonical by its own rules, and not verified; what was generated before a retraction is.
             row.waits = resumed and state.ledger.gated

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +61,7 @@ def a_state(policy: Policy = Policy.LOG, number: int = 1) -> RequestState:
 
 
 def a_row(state: RequestState, step: int, **more: Any) -> StepRow:
-    return StepRow(0, 0, state, 10 + step, step, 0.5, **more)
+    return StepRow(0, 0, state, 10 + step, step, threshold=0.5, **more)
 
 
 def numbers(token: int = 7, margin: float = 3.0) -> Numbers:
@@ -248,3 +250,27 @@ def test_the_audits_bound_is_made_of_drawn_steps_alone(
     recorder.finish(state, 2)
     assert (recorder.audit.audited, recorder.audit.missed) == (audited, missed)
     assert recorder.structural_flips == int(structural)
+
+
+@pytest.mark.parametrize("end", ["dropped", "finished"])
+def test_a_request_that_is_dropped_leaves_nothing_though_nobody_collects_rows(end: str) -> None:
+    """SGLang drops a retracted request that is aborted while it waits without a word."""
+    recorder, _ = a_recorder()
+    state = a_state()
+    for step in range(3):
+        choose(recorder, state, step)
+    if end == "finished":
+        recorder.finish(state, 3)
+    recorder.settle()
+    gone = weakref.ref(state)
+    gc.disable()
+    try:
+        del state
+        assert gone() is None, "the last reference was ours: no circle holds it"
+    finally:
+        gc.enable()
+
+
+def test_rows_are_none_of_the_collectors_business() -> None:
+    """Thousands a second: each full collection would look at those that wait for the trace."""
+    assert not gc.is_tracked(a_row(a_state(), 1))
