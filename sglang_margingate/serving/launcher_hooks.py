@@ -15,6 +15,7 @@ from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
 from sglang_margingate.machine import versions
 from sglang_margingate.serving.answers.summary import FIELD, last_of
+from sglang_margingate.serving.hooks import spare_collector
 from sglang_margingate.serving.several import schedulers
 from sglang_margingate.words import Guarantee
 
@@ -50,6 +51,7 @@ def before_http_server(
     if config.policy is not Policy.OFF:
         _living = check_schedulers(server_args.dp_size, server_args.tp_size, scheduler_infos)
     _add_routes(tokenizer_manager, config)
+    spare_collector()
 
 
 def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any]) -> schedulers.Living:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from time import perf_counter
 from typing import Any
@@ -18,6 +17,7 @@ from sglang_margingate.runtime.status import Runtime
 from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import batches, sgl
 from sglang_margingate.serving.answers.summary import FIELD, PerRequest
+from sglang_margingate.serving.hooks import spare_collector
 from sglang_margingate.serving.setup import build_runtime
 from sglang_margingate.serving.several import group
 from sglang_margingate.serving.several.schedulers import attest
@@ -39,10 +39,7 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         who = f"rank {ranks.rank} of {ranks.size}: " if ranks.size > 1 else ""
         print(f"margingate: refusing to serve: {who}{error}", file=sys.stderr, flush=True)
         raise
-    # Half a million objects stand by now, and stand as long as the process: a full collection that looks at each of them
-    # stops the scheduler for some 0.2 s in the midst of serving.
-    gc.collect()
-    gc.freeze()
+    spare_collector()
     info["margingate"] = _runtime.status()
     place = _runtime.facts["scheduler"]
     if place["of"] > 1:

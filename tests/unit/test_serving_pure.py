@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sglang_process import SGLangProcess
@@ -339,3 +342,25 @@ def test_test_knobs_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARGINGATE_TEST_POISON", "x")
     with pytest.raises(ConfigError, match="MARGINGATE_TEST_POISON"):
         TestKnobs()
+
+
+def test_what_stands_at_the_start_is_not_collected_again() -> None:
+    from sglang_margingate.serving.hooks import spare_collector
+
+    standing: list[Any] = [[]]
+    standing[0].append(standing)  # a circle: the collector's business, were it looked at
+    before, gone = gc.get_freeze_count(), weakref.WeakSet()
+    try:
+        spare_collector()
+        assert gc.get_freeze_count() > before
+        assert not any(thing is standing for thing in gc.get_objects())
+
+        class Thing:
+            def __init__(self) -> None:
+                self.itself = self
+
+        gone.add(Thing())
+        gc.collect()
+        assert not gone, "what is made later is collected as before"
+    finally:
+        gc.unfreeze()
