@@ -2,7 +2,7 @@
 
 ``margingate evidence schedulers --prompts 200 --in-flight 33``
 
-One server with two schedulers, then two servers behind SGLang's router (``pip install sglang-router``) under each of its
+One server with two schedulers, then two servers behind SGLang's router (``pip install 'sglang-margingate[router]'``) under each of its
 policies, all on the canonical fast path. Every prompt is run alone first, at one server without a router. Exit status 1 where an
 answer differs, carries another label than ``structural``, or where one scheduler or server answered nothing.
 """
