@@ -38,6 +38,7 @@ import torch
 
 from sglang_margingate.config import ConfigError
 from sglang_margingate.gate.audit import AuditSampler
+from sglang_margingate.runtime.seeded.draws import mislead
 
 _dice = random.Random(7)
 """Seeded: all ranks of a server must corrupt the same steps."""
@@ -109,7 +110,7 @@ def shift_column(kv: Any, slot: torch.Tensor) -> None:
 
 
 def spoil(knobs: TestKnobs, rows: Sequence[Any], logits: torch.Tensor, columns: torch.Tensor | None, kv: Any) -> None:
-    """Let the fast path of some decode rows go wrong: the runner-up is chosen, and its K/V column is another.
+    """Let the fast path of some decode rows go wrong: another token is chosen, and its K/V column is another.
 
     Parameters
     ----------
@@ -122,7 +123,10 @@ def spoil(knobs: TestKnobs, rows: Sequence[Any], logits: torch.Tensor, columns: 
     """
     for row in rows:
         if knobs.corrupts(row.step, len(logits)):
-            swap_best_two(logits[row.index])
+            if row.state.draw is None:
+                swap_best_two(logits[row.index])
+            else:
+                mislead(logits[row.index], row)
             if kv is not None and columns is not None:
                 shift_column(kv, columns[row.index : row.index + 1])
 

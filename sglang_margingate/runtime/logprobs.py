@@ -89,13 +89,14 @@ class Scorer(Protocol):
 
 
 def keep_asking(rows: Sequence[StepRow], scorer: Scorer, decode: bool) -> None:
-    """Keep the log-probabilities of gated rows whose requests ask for them.
+    """Keep the log-probabilities of gated and of seeded rows whose requests ask for them.
 
     Those of other requests are left as SGLang makes them.
     """
     if not scorer.asks:
         return
-    asking = [row for row in rows if scorer.asks[row.index] and row.state.ledger.gated]
+    # SGLang's values of a seeded row are of a token that its own sampler drew.
+    asking = [row for row in rows if scorer.asks[row.index] and (row.state.ledger.gated or row.state.draw is not None)]
     for row in asking:
         # A step outside the class that nothing repaired has the batch's logits.
         row.scored = row.structural or row.repairs or not decode

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from margingate_kernels.seeded import Draw
+
 from sglang_margingate.config import MarginGateConfig, Policy
 from sglang_margingate.gate.claims import Asked
 from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.request import RequestParams, RequestRules
 from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.record import Recorder
+from sglang_margingate.runtime.seeded.draws import reach
 from sglang_margingate.runtime.state import UNLIMITED, RequestState
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,10 @@ class Opened:
     greedy: bool
     temperature: float = 0.0
     seed: int | None = None
+    top_k: int = 0
+    """0: no filter."""
+    top_p: float = 1.0
+    min_p: float = 0.0
     custom_processor: bool = False
     """It brings a custom logit processor."""
     penalised: bool = False
@@ -106,7 +113,10 @@ class Requests:
             self._opened += 1
         ledger = RequestLedger(new.request_id, params, self._config.repair, _why_ungated(new), self._number())
         scoring = new.most_tokens == 0
-        state = RequestState(ledger, hidden=hidden, plain=(new.greedy or scoring) and not new.custom_processor)
+        draw = None if scoring or params.policy is Policy.OFF else _draw(new, params.threshold)
+        chosen = new.greedy or scoring or draw is not None
+        state = RequestState(ledger, hidden=hidden, plain=chosen and not new.custom_processor, draw=draw)
+        state.temperature = 0.0 if new.greedy else new.temperature
         state.penalised = new.penalised
         if new.most_tokens is not None:
             state.most_tokens = new.most_tokens
@@ -149,6 +159,8 @@ class Requests:
             "repair": ledger.repair.value,
             "threshold": ledger.params.threshold,
             "dataset": ledger.params.dataset,
+            "temperature": state.temperature,
+            "seed": None if state.draw is None else state.draw.seed,
             "prompt_tokens": state.prompt_tokens,
             "output_tokens": ended.shown,
             "triggers": c.triggers,
@@ -204,9 +216,15 @@ def digest(tokens: list[int]) -> str:
 
 def _why_ungated(new: Opened) -> str | None:
     """Return why a request's steps cannot be verified, or None where they can."""
-    if not new.greedy and new.most_tokens != 0:
-        seed = "" if new.seed is None else ", and its seed makes no promise yet"
-        return f"sampled at temperature {new.temperature:g}{seed}: only greedy requests (temperature 0) are gated"
     if new.custom_processor:
         return "a custom logit processor may keep state, so its steps are not verified"
+    if not new.greedy and new.most_tokens != 0 and new.seed is None:
+        return f"sampled at temperature {new.temperature:g} without a seed: a sampling_seed (OpenAI: seed) makes it repeatable"
     return None
+
+
+def _draw(new: Opened, threshold: float) -> Draw | None:
+    """Return how a request's tokens are drawn, None where they are not drawn by us."""
+    if new.greedy or new.seed is None or new.custom_processor:
+        return None
+    return Draw(new.seed, new.temperature, new.top_k, new.top_p, new.min_p, reach(threshold))

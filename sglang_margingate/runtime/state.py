@@ -13,6 +13,7 @@ from itertools import repeat
 from typing import Any, overload
 
 import msgspec
+from margingate_kernels.seeded import Draw
 
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.ledger import RequestLedger
@@ -143,13 +144,17 @@ class RequestState:
     hidden: bool = False
     """A health check of SGLang's: in no count and in no trace."""
     plain: bool = True
-    """Its tokens are the argmax of logits that we can compute: neither sampled nor behind a logit processor of its own."""
+    """Its tokens are the argmax of something that we can compute: not sampled without a seed, nor behind a logit processor of its
+    own."""
+    draw: Draw | None = None
+    """How its tokens are drawn, of a seeded request; None: the best logit is chosen."""
     most_tokens: int = UNLIMITED
     """Tokens that it asked for at most: what overlap computes beyond them is never shown."""
     pending: StepRow | None = None
     """The newest step, until it is known whether its token is shown."""
     late: int = 0
     """Steps whose numbers are still on the device."""
+    temperature: float = 0.0
     penalised: bool = False
     """It asks for penalties of the tokens that it has generated."""
     resumed_at: int = 0

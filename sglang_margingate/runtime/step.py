@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from margingate_kernels import Top2, Top2Workspace, top2_margin
+from margingate_kernels.seeded import Drawn
 from margingate_kernels.top2_margin import top2_host
 
 from sglang_margingate.config import Policy
@@ -25,6 +26,7 @@ from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.observe import Landings, Numbers, Packed
 from sglang_margingate.runtime.prefill import Chunk, PrefillRules
 from sglang_margingate.runtime.record import Recorder
+from sglang_margingate.runtime.seeded.draws import Drawer, any_seeded
 from sglang_margingate.runtime.state import Forward, RequestState, StepRow
 from sglang_margingate.runtime.verifier import Verifier, VerifyJob, best_five
 from sglang_margingate.runtime.view import ForwardView, Sampling
@@ -62,6 +64,7 @@ class Step:
         self._sampler, self._knobs, self._metrics, self._note_batch = sampler, knobs, metrics, note_batch
         self._workspace: Top2Workspace | None = None
         self._zeros = torch.empty(0)
+        self._drawer = Drawer()
         self._landings: Landings | None = None
         self._forced: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
 
@@ -117,7 +120,7 @@ class Step:
             return self._observe(view, rows, observed, sampling)
         self.recorder.catch_up()  # steps that are still on their way come before this one
         view.waited = self.recorder.clock.late
-        best, numbers = self._measure(sampling.processed(logits))
+        best, numbers = self._measure(sampling.processed(logits), observed)
         for row in observed:
             row.fast_token, row.second_token, row.margin = (
                 numbers.token[row.index], numbers.second[row.index], numbers.margin[row.index]
@@ -125,7 +128,7 @@ class Step:
         waited_ms = self._verify(observed, sampling, view.decode)
         view.waited |= waited_ms > 0
         keep_asking(observed, sampling, view.decode)
-        tokens = self._argmax(observed, best) if sampling.plain_argmax else sampling.choose()
+        tokens = self._argmax(observed, best) if self._all_ours(observed, sampling) else sampling.choose()
         chosen = self._enforce(observed, tokens, sampling)
         sampling.score(tokens)
         for row in observed:
@@ -218,10 +221,21 @@ class Step:
         state.ledger.ungated = why
         self.recorder.totals.ledger_errors += 1
 
+    @staticmethod
+    def _all_ours(observed: list[StepRow], sampling: Sampling) -> bool:
+        """Return whether every token is known without SGLang's sampler: a greedy batch, or greedy and seeded rows alone."""
+        every = sampling.plain and len(observed) == len(sampling.logits)
+        return sampling.plain_argmax or (every and any_seeded(observed))
+
+    @staticmethod
+    def _is_ours(row: StepRow) -> bool:
+        """Return whether a row's token is the one that was measured or verified, whatever SGLang's sampler makes of it."""
+        return row.state.ledger.gated or row.state.draw is not None
+
     # ---- margin ---------------------------------------------------------------------------------------------------
 
-    def _packed(self, logits: torch.Tensor) -> Packed:
-        """Return token, runner-up and margin of every row, on the device of the logits."""
+    def _packed(self, logits: torch.Tensor, observed: list[StepRow]) -> Packed:
+        """Return token, runner-up and margin of every row, of a seeded row its draw's, on the device of the logits."""
         work, rows = self._workspace, len(logits)
         if work is None or work.max_rows < rows or work.device != logits.device:
             work = self._workspace = Top2Workspace(max(rows, 64), logits.shape[1], logits.device)
@@ -230,16 +244,21 @@ class Step:
         if self._landings is None:
             self._landings = Landings(pinned=logits.is_cuda)
         packed = Packed(self._landings, rows, logits.device)
-        out = Top2(packed.column("token"), packed.column("second"), packed.column("margin"), work.out(rows).trigger)
-        top2_margin(logits, self._zeros[:rows], workspace=work, out=out)
+        found = Drawn(packed.column("token"), packed.column("second"), packed.column("margin"))
+        if any_seeded(observed):
+            self._drawer.into(logits, observed, found)
+        else:
+            top2_margin(logits, self._zeros[:rows], workspace=work, out=Top2(*found, work.out(rows).trigger))
         return packed
 
-    def _measure(self, logits: torch.Tensor) -> tuple[torch.Tensor, Numbers]:
-        """Return the argmax of every row of the logits, and the rows' numbers on the host: waits for them."""
+    def _measure(self, logits: torch.Tensor, observed: list[StepRow]) -> tuple[torch.Tensor, Numbers]:
+        """Return the best token of every row, of a seeded row its draw, and the rows' numbers on the host: waits for them."""
         if not logits.is_cuda:
             best, second, margin = top2_host(logits)
+            if any_seeded(observed):
+                self._drawer.on_host(logits, observed, best, second, margin)
             return best, Numbers(best.tolist(), second, margin, ())
-        packed, clock = self._packed(logits), self.recorder.clock
+        packed, clock = self._packed(logits, observed), self.recorder.clock
         read = packed.send()
         clock.wait(clock.mark())
         return packed.column("token"), read()
@@ -278,16 +297,14 @@ class Step:
         jobs = [VerifyJob(int(r.slot), r.state.ledger.rows(), shadow=r.reason is Reason.AUDIT) for r in chosen]
         result = self.verifier.verify(jobs)
         index = torch.tensor([r.index for r in chosen], device=logits.device)
-        thresholds = torch.zeros(len(chosen), device=logits.device)
         fast = best_five(sampling.processed(logits)[index]) if self.recorder.traces else []
         verified = result.logits
         if sampling.processes:
             mixed = logits.clone()
             mixed[index] = result.logits
             verified = sampling.processed(mixed)[index]
-        top = top2_margin(verified, thresholds)
         for row, job, token, margin, delta in zip(
-            chosen, jobs, top.token.tolist(), top.margin.tolist(), result.kv_delta
+            chosen, jobs, *self._drawer.verified(verified, chosen), result.kv_delta
         ):
             row.verify_token, row.verify_margin = token, margin
             row.window_rows, row.delta = len(job.rows), delta
@@ -303,13 +320,13 @@ class Step:
         return result.seconds * 1e3
 
     def _enforce(self, rows: list[StepRow], tokens: torch.Tensor, sampling: Sampling) -> list[int]:
-        """Return every row's chosen token, making sure that gated rows got the argmax that was measured.
+        """Return every row's chosen token, making sure that gated and seeded rows got the one that was measured.
 
         In a batch with sampling neighbours SGLang picks greedy rows by a top-1 sort, whose order among exact ties is
         not argmax's: the tie rule must not depend on the neighbours.
         """
         if not sampling.all_greedy:
-            fixed = [(r.index, r.verify_token if r.repairs else r.fast_token) for r in rows if r.state.ledger.gated]
+            fixed = [(r.index, r.verify_token if r.repairs else r.fast_token) for r in rows if self._is_ours(r)]
             if fixed:
                 index = torch.tensor([i for i, _ in fixed], device=tokens.device)
                 tokens[index] = torch.tensor([t for _, t in fixed], device=tokens.device, dtype=tokens.dtype)
@@ -325,14 +342,14 @@ class Step:
 
         A wait after each prefill would keep SGLang from preparing the next one meanwhile: 17 ms of every 8,192 tokens.
         """
-        packed = self._packed(sampling.processed(sampling.logits))
+        packed = self._packed(sampling.processed(sampling.logits), observed)
         tokens = packed.column("token")
         keep_asking(observed, sampling, view.decode)
-        if sampling.plain_argmax:
+        if self._all_ours(observed, sampling):
             read = packed.send()  # no verify, so no row differs from what was measured
         else:
             best, tokens = tokens, sampling.choose()
-            gated = [r.index for r in observed if r.state.ledger.gated]
+            gated = [r.index for r in observed if self._is_ours(r)]
             if gated and not sampling.all_greedy:  # as _enforce does, without waiting for the GPU
                 index = self._index(gated, tokens.device)
                 tokens[index] = best[index].to(tokens.dtype)

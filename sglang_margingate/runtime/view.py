@@ -56,6 +56,8 @@ class Sampling(Scorer, Protocol):
     logits: torch.Tensor
     """[B, V] float32; a repair is written into it."""
     all_greedy: bool
+    plain: bool
+    """SGLang's sampler would do nothing but choose tokens: no log-probabilities, logit processors or observers."""
     plain_argmax: bool
     """SGLang's sampler would do nothing but take the argmax of the logits as they are."""
     processes: bool

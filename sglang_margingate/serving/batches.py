@@ -166,12 +166,17 @@ VIEW = "margingate_view"
 """Attribute of a ``ForwardBatch``: its :class:`ForwardView`."""
 
 
+ALL_TOKENS = 1 << 30
+"""SGLang's top-k of a request that has none."""
+
+
 def opened(req: Any) -> Opened:
     """Return what the runtime needs to know of a new request."""
     params = req.sampling_params
     penalised = params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
     return Opened(
         req.rid, params.custom_params, params.top_k <= 1, float(params.temperature), params.sampling_seed,
+        0 if params.top_k >= ALL_TOKENS else params.top_k, float(params.top_p), float(params.min_p),
         req.custom_logit_processor is not None, penalised, params.max_new_tokens,
     )  # fmt: skip
 
@@ -238,17 +243,16 @@ class BatchSampling:
         self.columns: torch.Tensor | None = batch.out_cache_loc
         self.chose_s = 0.0
         """Seconds that SGLang's own sampler took."""
-        self.plain_argmax = (
-            self.all_greedy
-            and not self.processes
-            and not info.has_custom_logit_processor
+        self.plain = (
+            not info.has_custom_logit_processor
             and not batch.return_logprob
             and not any(info.return_sampling_masks or [])
             and batch.ngram_embedding_info is None
             and sgl.only_samples(model_runner, info)
             and type(model_runner.sampler).__module__ == "sglang.srt.layers.sampler"  # no sampler backend of the user's
         )
-        if self.plain_argmax:  # then ModelRunner.sample is not called, which would do so
+        self.plain_argmax = self.plain and self.all_greedy and not self.processes
+        if self.plain:  # then ModelRunner.sample is not called, which would do so
             sgl.forget_observation(logits_output)
 
     def positions(self) -> Sequence[int]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
 from sglang_margingate.serving import attention_hooks, cpu, launcher_hooks, scheduler_hooks, shape_hooks
-from sglang_margingate.serving.answers import scores
+from sglang_margingate.serving.answers import groups, scores
 from sglang_margingate.serving.hooks import LAUNCHER, SCHEDULER, Hook
 from sglang_margingate.serving.layers import experts
 
@@ -150,6 +150,12 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
         "before", launcher_hooks.validate_request, (LAUNCHER,),
         "wrong margingate parameters are answered with HTTP 400 before they reach a batch",
         "SGLang validates custom_params by schema",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request",
+        "before", groups.seed_sample, (LAUNCHER,),
+        "all samples of a group carry one seed, and would be the same answer n times",
+        "SGLang gives each sample of a group a seed of its own",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, create_model
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
+from sglang_margingate.gate.sampling import check_sampling
 from sglang_margingate.machine import versions
 from sglang_margingate.serving.answers.summary import FIELD, last_of
 from sglang_margingate.serving.hooks import spare_collector
@@ -138,6 +139,7 @@ def validate_request(manager: Any, obj: Any, input_ids: Any) -> None:
     if custom is not None and not isinstance(custom, dict):
         raise ConfigError(f"custom_params: {custom!r:.80} is not an object of names and values")
     _rules.parse(custom)
+    check_sampling(merged)
     if config.policy is not Policy.OFF and getattr(obj, "input_ids", None):
         check_tokens(input_ids, manager.model_config.vocab_size)
 

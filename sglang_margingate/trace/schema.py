@@ -28,7 +28,7 @@ __all__ = [
     "Reason",
 ]
 
-SCHEMA_VERSION = "2.2"
+SCHEMA_VERSION = "2.3"
 
 MANIFEST_NAME = "manifest.json"
 
@@ -62,7 +62,13 @@ STEP_COLUMNS: tuple[Column, ...] = (
     Column("token", pa.int32(), "id", "The committed token."),
     Column("fast_token", pa.int32(), "id", "The fast path's argmax (lowest index among exact ties)."),
     Column("second_token", pa.int32(), "id", "The fast path's runner-up."),
-    Column("margin", pa.float32(), "logits", "Top-1 minus top-2 of the fast path's processed logits, in fp32."),
+    Column(
+        "margin",
+        pa.float32(),
+        "logits",
+        "Top-1 minus top-2 of the fast path's processed logits, in fp32; of a seeded request, of logits plus noise, and no more "
+        "than the distance to the border of a filter that could change the token.",
+    ),
     Column(
         "threshold",
         pa.float32(),
@@ -199,6 +205,13 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
         _DICT,
         "",
         "Log-probabilities in the answer: exact (the same bits in any batch) or batch; null when none were asked for.",
+    ),
+    Column("temperature", pa.float32(), "1", "The request's temperature; 0 of a greedy one."),
+    Column(
+        "seed",
+        pa.int64(),
+        "",
+        "The seed that its tokens were drawn with, of a group's sample the derived one; null where none was used.",
     ),
 )
 

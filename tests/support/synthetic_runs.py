@@ -216,7 +216,8 @@ def make_frames(spec: SyntheticSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
         requests.loc[unseen, ["verify_ms", "overhead_ms", "overhead_share"]] = 0.0
         requests["guarantee"] = requests["guarantee"].astype(str)
         requests.loc[unseen, "guarantee"] = "none"
-        requests.loc[unseen, "guarantee_note"] = "sampled at temperature 1: only greedy requests are gated"
+        requests.loc[unseen, "guarantee_note"] = "sampled at temperature 1 without a seed"
+        requests.loc[unseen, "temperature"], requests.loc[unseen, "seed"] = np.float32(1), pd.NA
         requests["guarantee"] = pd.Categorical(requests["guarantee"])
         steps = steps[~np.isin(owner, unseen)].reset_index(drop=True)
     return steps, requests
@@ -313,6 +314,9 @@ def _request_rows(
             "max_tokens": 4096,
             "repeat": np.arange(spec.requests) % max(1, len(spec.mix)),
             "logprobs": pd.Categorical(np.where(np.arange(spec.requests) % 4 == 1, "batch", None)),
+            # Every fifth prompt is asked with a seed, the others greedily.
+            "temperature": np.where(prompt % 5 == 3, 0.8, 0.0).astype(np.float32),
+            "seed": pd.Series(1000 + prompt, dtype="Int64").where(prompt % 5 == 3),
         }
     )
 

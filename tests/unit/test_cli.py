@@ -135,7 +135,7 @@ def test_evidence_lists_its_scripts_and_runs_one(capsys: pytest.CaptureFixture[s
     from sglang_margingate.bench.evidence.command import SCRIPTS
 
     folder = Path(cli.__file__).parent / "bench" / "evidence"
-    files = {f.stem.replace("_", "-") for f in folder.glob("*.py") if "def main(argv: list[str]" in f.read_text()}
+    files = {f.stem.replace("_", "-") for f in folder.rglob("*.py") if "def main(argv: list[str]" in f.read_text()}
     assert files == set(SCRIPTS), "every script is in the list"
     assert main(["evidence"]) == 0
     listed = capsys.readouterr().out

@@ -60,6 +60,7 @@ class FakeSampling:
             self.logits[row, token] = 5.0
             self.logits[row, (token + 1) % VOCAB] = 5.0 - margin
         self.all_greedy = self.plain_argmax = all_greedy
+        self.plain = True
         self.slots: list[Any] = list(range(len(best)))
         self._positions, self._drawn = positions, list(drawn if drawn is not None else best)
 

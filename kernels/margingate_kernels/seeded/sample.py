@@ -61,8 +61,9 @@ class DrawWorkspace:
 
 
 def draw(
-    logits: torch.Tensor, packed: torch.Tensor, filtered: bool = True, workspace: DrawWorkspace | None = None
-) -> Drawn:
+    logits: torch.Tensor, packed: torch.Tensor, filtered: bool = True, workspace: DrawWorkspace | None = None,
+    out: Drawn | None = None,
+) -> Drawn:  # fmt: skip
     """Draw the token of each row with its runner-up and margin, without a host sync.
 
     On a GPU with Triton one pass over the logits, and one program for each row with filters; elsewhere
@@ -79,6 +80,8 @@ def draw(
         Whether some row has a filter; False saves a launch.
     workspace
         Buffers to reuse.
+    out
+        Takes the result; by default the workspace's own.
 
     Returns
     -------
@@ -87,7 +90,12 @@ def draw(
     """
     _check(logits, packed)
     if not use_triton(logits):
-        return draw_reference(logits, packed)
+        found = draw_reference(logits, packed)
+        if out is None:
+            return found
+        for target, source in zip(out, found):
+            target.copy_(source)
+        return out
     rows, vocab = logits.shape
     work = workspace or DrawWorkspace(rows, vocab, logits.device)
     if rows > work.max_rows or vocab != work.vocab or logits.device != work.device:
@@ -95,7 +103,8 @@ def draw(
             f"a workspace for {work.max_rows} rows of {work.vocab} on {work.device} "
             f"does not fit logits {tuple(logits.shape)} on {logits.device}"
         )
-    out = Drawn(*(t[:rows] for t in work.out))
+    if out is None:
+        out = Drawn(*(t[:rows] for t in work.out))
     if rows:
         _launch(logits, packed, filtered, work, out)
     return out

@@ -15,9 +15,13 @@ SCRIPTS = {
     "prefix": "does a prefix hit change the output, and what is left of the hit rate?",
     "record-sample": "record the small run that the dashboard's tests and the README show",
     "schedulers": "is the answer the same whichever scheduler or server gives it? --dp-size 2, SGLang's router",
+    "seeded": "is seeded sampling the same alone and in a batch? mixed parameters, cold and warm",
     "soak": "does a gated server leak K/V slots? many mixed requests, a third hung up on",
     "truth-sweep": "does a label ever say too much? requests of mixed kinds, then each alone",
 }
+
+PLACES = {"seeded": "answers.seeded"}
+"""Scripts that do not lie beside this file."""
 
 
 def listing() -> str:
@@ -36,5 +40,6 @@ def main(argv: Sequence[str]) -> int:
     if name not in SCRIPTS:
         print(f"margingate evidence: error: {name!r} is unknown; use {', '.join(SCRIPTS)}", file=sys.stderr)
         return 2
-    module = import_module(f"sglang_margingate.bench.evidence.{name.replace('-', '_')}")
+    place = PLACES.get(name, name.replace("-", "_"))
+    module = import_module(f"sglang_margingate.bench.evidence.{place}")
     return int(module.main(list(argv[1:])))

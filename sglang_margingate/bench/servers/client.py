@@ -36,12 +36,15 @@ class Prompt:
     """Tokens to generate, whatever the model would end with; None: at most what the command says."""
     asks: tuple[tuple[str, Any], ...] = ()
     """Log-probabilities that it asks for, as fields of ``/generate``: ``(("return_logprob", True), ...)``."""
+    draw: tuple[tuple[str, Any], ...] = ()
+    """How it is sampled, as SGLang's sampling parameters: ``(("temperature", 0.7), ("sampling_seed", 5), ...)``; empty: greedily."""
 
     def sampling(self, max_new_tokens: int) -> dict[str, Any]:
-        """Return the greedy sampling parameters of this prompt, in SGLang's words."""
+        """Return the sampling parameters of this prompt, in SGLang's words."""
+        drawn = {"temperature": 0, **dict(self.draw)}
         if self.max_tokens is None:
-            return {"temperature": 0, "max_new_tokens": max_new_tokens}
-        return {"temperature": 0, "max_new_tokens": self.max_tokens, "ignore_eos": True}
+            return {**drawn, "max_new_tokens": max_new_tokens}
+        return {**drawn, "max_new_tokens": self.max_tokens, "ignore_eos": True}
 
 
 LOGPROBS = (
@@ -225,7 +228,7 @@ class Client:
         custom: dict[str, Any] | None = None,
         rid: str | None = None,
     ) -> Completion:
-        """Complete one prompt at temperature 0 unless ``sampling`` says otherwise.
+        """Complete one prompt as it says, at temperature 0 where it says nothing, unless ``sampling`` says otherwise.
 
         A prompt with a ``max_tokens`` of its own generates that many instead of ``max_new_tokens``.
         """

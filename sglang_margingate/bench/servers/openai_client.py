@@ -64,6 +64,8 @@ class OpenAIClient:
         params = prompt.sampling(max_new_tokens)
         body = {"model": self.model, "prompt": list(prompt.ids) or prompt.text, **params}
         body["max_tokens"] = body.pop("max_new_tokens")  # OpenAI's word; ignore_eos is SGLang's and vLLM's
+        if "sampling_seed" in body:
+            body["seed"] = body.pop("sampling_seed")
         start = time.perf_counter()
         code, out = self._post({**body, **(sampling or {}), **self._extra})
         if code in (400, 422) and self._extra:

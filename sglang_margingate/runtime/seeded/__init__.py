@@ -1,0 +1,1 @@
+"""Seeded sampling: which rows of a forward are drawn, and their draw."""
