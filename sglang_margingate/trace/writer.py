@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 LIMIT_SECONDS = 3600.0
 """How often the traces folder is held to its limits."""
 
-_PIECE_ROWS = 128  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
+_PIECE_ROWS = 256  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
 _POLL_SECONDS = 0.5  # seldom: each awakening finds cold caches and takes the GIL from the scheduler
 _BAD_ROW = (ValueError, TypeError, AttributeError, OverflowError, pa.ArrowException)
 
