@@ -366,8 +366,8 @@ def _serve_handed_over(config: MarginGateConfig, flags: list[str], cpu: bool) ->
         server_args = prepare_server_args(flags)
         args = sgl.resolve(server_args)
         support.check_server_args(args, config)
-        if config.policy.verifies:
-            launch.prepare(server_args, args)
+        if config.policy is not Policy.OFF:
+            launch.prepare(server_args, args, config.policy.verifies)
         _warn_profile(config, args.model_path, args.device)
         if config.trace and config.policy is not Policy.OFF:
             _check_trace_dir(config.trace_dir)

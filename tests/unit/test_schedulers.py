@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from sglang_margingate.config import CONFIG_ENV, MarginGateConfig, Policy
+from sglang_margingate.config import CONFIG_ENV, ConfigError, MarginGateConfig, Policy
 from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.requests import Opened, Requests
+from sglang_margingate.serving.several import launch
 from sglang_margingate.serving.several.schedulers import Living, Scheduler, attest, attested, different, merged, missing
+from sglang_margingate.settings import several
 from sglang_margingate.trace import RunFollower, TraceWriter, list_runs, read_run
 from sglang_margingate.trace.compact import compact
 from sglang_margingate.trace.manifest import read_manifest, write_manifest
@@ -217,3 +219,26 @@ def test_files_of_all_writers_are_merged(tmp_path: Path) -> None:
     assert (before, after) == (6, 2)
     for writer in writers:
         writer.close()
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_what_several_gpus_need_is_set_before_the_schedulers_start(
+    monkeypatch: pytest.MonkeyPatch, verifies: bool
+) -> None:
+    model = SimpleNamespace(num_attention_heads=32, get_total_num_kv_heads=lambda: 8, hidden_size=4096)
+    monkeypatch.setattr(launch.sgl, "model_config", lambda _args: model)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 8)
+    for name in (launch.RUN_ENV, several.PULL, *several.FIXED):
+        monkeypatch.setenv(name, "kept")  # so that the test leaves nothing behind
+        monkeypatch.delenv(name)
+    args = SimpleNamespace(tp_size=4, dp_size=2, device="cuda", chunked_prefill_size=8192, max_prefill_tokens=16384)
+    launch.prepare(args, args, verifies)
+    assert os.environ[launch.RUN_ENV].endswith(f"/{os.getpid()}")
+    assert (os.environ.get(several.PULL) == "65536") is verifies, "a server that only looks on stays SGLang's own"
+    args.dp_size = 1
+    launch.prepare(args, args, verifies)
+    assert launch.RUN_ENV not in os.environ
+    args.tp_size = 5
+    if verifies:
+        with pytest.raises(ConfigError, match="--tp-size 5"):
+            launch.prepare(args, args, verifies)
