@@ -212,6 +212,7 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     except RankError as error:
         print(f"margingate: refusing to serve: {error}", file=sys.stderr, flush=True)  # a traceback follows
         raise
+    experts.break_experts(TestKnobs().broken_experts)
     wanted = _wanted_sizes(model_runner)
     most = model_runner.req_to_token_pool.size
     targets = {classes.decode.target(size) for size in wanted}
@@ -279,19 +280,16 @@ def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
     forward = _running
     if forward is None:
         return original(bank, dispatch_output)
-    hidden, routing = dispatch_output.hidden_states, dispatch_output.topk_output
-    if not hasattr(routing, "topk_ids"):  # routed by the bank itself
+    have = len(dispatch_output.hidden_states)
+    if not hasattr(dispatch_output.topk_output, "topk_ids"):  # routed by the bank itself
         forward.escape()
         return original(bank, dispatch_output)
-    rows = forward.sizes.target(len(hidden)) or len(hidden)
+    rows = forward.sizes.target(have) or have
     forward.ran(rows)
-    more = (0, 0, 0, rows - len(hidden))
-    if rows == len(hidden):
+    if rows == have:
         return original(bank, dispatch_output)
-    wide = torch.nn.functional.pad
-    routing = routing._replace(topk_ids=wide(routing.topk_ids, more), topk_weights=wide(routing.topk_weights, more))
-    out = original(bank, dispatch_output._replace(hidden_states=wide(hidden, more), topk_output=routing))
-    return out._replace(hidden_states=out.hidden_states[: len(hidden)])
+    out = original(bank, experts.widened(dispatch_output, rows))
+    return out._replace(hidden_states=out.hidden_states[:have])
 
 
 def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

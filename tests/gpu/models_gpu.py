@@ -3,7 +3,7 @@
     python3 tests/gpu/models_gpu.py --out DIR [--models moe,fp8-channel,fp8-block] [--budget 280]      needs .gpu/ like truth.py
 
 For each model stock (its own defaults) and ours share the GPU; whoever is not asked is idle. First the decode step and a mixed
-load, in turns, then identity: 24 sequences alone against batches of each size on a cold, half warm and warm prefix cache, which
+load, in turns, and identity: 24 sequences alone against batches of each size on a cold and a warm prefix cache, which
 ours must pass at ``structural`` with no step verified, and stock must fail. Last a server whose experts run with another
 configuration than the one that was probed: found by the trial and left to the gate. Weights are random (random_model.py,
 random_fp8.py), so that one bit ends in other tokens. DIR gets results.json and logs; exit status 1 where something does not hold.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent / "support")]
 
 from tensor_parallel import GPU, Run  # noqa: E402
 from truth import prepare  # noqa: E402
@@ -44,7 +44,7 @@ class Model:
 
 
 MODELS = {
-    "moe": Model("qwen3-30b-a3b-24l", change=(("num_hidden_layers", 12),), slowest_step=1.10),
+    "moe": Model("qwen3-30b-a3b-24l", change=(("num_hidden_layers", 8),), slowest_step=1.10),
     "fp8-channel": Model("llama-3.1-8b", flags=("--quantization", "fp8")),
     "fp8-block": Model("qwen3-8b", "random_fp8.py"),
 }
@@ -54,13 +54,21 @@ class Models(Run):
     """The tests of several GPUs with one of them, for models of other kinds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        args.tp, args.gpus, args.stock_gpus, args.device = 1, "", "", "cuda"
+        args.tp, args.gpus, args.stock_gpus, args.quick = 1, "", "", False
         super().__init__(args)
-        share = GPU.flags.replace("--mem-fraction-static 0.9", "--mem-fraction-static 0.42")
-        self.scale = replace(GPU, flags=share, stock_sizes=(2, 8, 20, 33, 64) if args.all_sizes else (8, 33))
+        self.flags: tuple[str, ...] = ()
+        if self.cpu:
+            return
+        # Two servers that load at once see each other's weights come: a share that leaves room for both, and a pool of a set size.
+        share = GPU.flags.replace("--mem-fraction-static 0.9", "--mem-fraction-static 0.6")
+        self.scale = replace(GPU, flags=share, stock_sizes=GPU.sizes if args.all_sizes else (2, 8, 33))
 
     def weights(self, model: str) -> Path:
         """Return a model's folder; random weights are made where there are none."""
+        if self.cpu:
+            import tiny_moe
+
+            return tiny_moe.write(self.out / model)
         wanted = MODELS[model]
         folder, shape = Path("/dev/shm", f"margingate-{model}"), Path("/tmp", f"shape-{model}")
         if not (folder / "model.safetensors.index.json").exists():
@@ -75,30 +83,42 @@ class Models(Run):
     def start(self, stack: ExitStack, name: str, model: Path, ours: bool, more: tuple[str, ...] = (),
               env: dict[str, str] | None = None, gpus: str = "") -> Server:  # fmt: skip
         """Start a server with the model's own flags."""
-        flags = MODELS[model.name.removeprefix("margingate-")].flags
-        return super().start(stack, name, model, ours, (*more, *flags), env, gpus)
+        return super().start(stack, name, model, ours, (*more, *self.flags), env, gpus)
 
     def run(self) -> None:
-        """Run everything that fits: stock starts alone, since two servers that load at once take each other's memory."""
+        """Run everything that fits, the most telling first."""
         for name in self.args.models.split(","):
-            if self.left() < 80:
+            if self.left() < 100:
                 self.say(f"{name} is left out: {self.left():.0f} s left")
                 continue
+            self.flags, self.slowest = MODELS[name].flags, MODELS[name].slowest_step
             path = self.weights(name)
             with ExitStack() as stack:
-                servers = {}
-                for who in ("stock", "ours"):
-                    try:
-                        servers[who] = self.start(stack, f"{name}-{who}", path, who == "ours")
-                    except Exception as error:
-                        self.check(f"{name}-{who}: starts", [f"{type(error).__name__}: {error}"[:400]])
-                if "ours" in servers:
-                    self.found.setdefault("map", {})[name] = servers["ours"].client.status()["invariance"]
-                    self.model(name, path, servers, timed=True)
-                    self.identities(name, path, servers)
-            if name == "moe" and "faults" in self.args.parts and self.left() > 60:
+                self.ask(name, path, self.ready(name, self.pair(stack, name, path)))
+            if name == "moe" and not self.cpu and "faults" in self.args.parts and self.left() > 90:
                 self.broken_experts(path)
             self.save()
+
+    def ask(self, name: str, path: Path, servers: dict[str, Server]) -> None:
+        """Ask one model's servers, one after another."""
+        if "ours" in servers:
+            self.found.setdefault("map", {})[name] = servers["ours"].client.status()["invariance"]
+            self.save()
+            self.same(
+                f"{name}-ours", self.target(servers["ours"], path), servers["ours"], self.scale.sizes, ("cold", "warm")
+            )
+        if len(servers) == 2 and self.left() > 30:
+            self.steps(name, {who: self.target(server, path) for who, server in servers.items()})
+        if "stock" in servers and self.left() > 20:
+            self.same(
+                f"{name}-stock",
+                self.target(servers["stock"], path),
+                servers["stock"],
+                self.scale.stock_sizes,
+                ("cold",),
+            )
+        if len(servers) == 2 and self.left() > 140:
+            self.mixed(name, servers, self.target(servers["ours"], path).vocab)
 
     def broken_experts(self, path: Path) -> None:
         """Experts that run with another configuration than the one that was probed: the trial finds it, nothing is claimed."""
@@ -120,12 +140,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True)
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: the same logic with a tiny mixture, without a GPU",
+    )
     add("--models", default=",".join(MODELS))
     add("--parts", default="faults", help="faults: a server with broken experts, too")
     add("--all-sizes", action="store_true", help="ask stock at every size as well")
     add("--budget", type=float, default=280, help="seconds (%(default)s)")
     args = parser.parse_args(words)
-    prepare(words, Path(__file__))
+    if args.device == "cuda":
+        prepare(words, Path(__file__))
     args.out.mkdir(parents=True, exist_ok=True)
     run = Models(args)
     signal.signal(signal.SIGTERM, lambda *_: run.give_up())

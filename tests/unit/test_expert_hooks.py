@@ -66,6 +66,7 @@ for rows, wide, fits in ((8, 8, True), (7, 8, True), (9, 9, False)):
     x, routing = seen[-1]
     assert len(x) == len(routing.topk_ids) == len(routing.topk_weights) == wide
     assert not x[rows:].any() and not routing.topk_weights[rows:].any() and routing.topk_ids.dtype == torch.int32
+    assert routing.topk_ids[rows:].tolist() == [[0, 1]] * (wide - rows)
     assert (forward.shape().in_class, forward.shape().padded) == (fits, wide)
 assert shape_hooks.run_bank(core, None, given(7)).hidden_states.shape == (7, 4) and len(seen[-1][0]) == 7
 forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
@@ -132,6 +133,7 @@ def wide(n):
 choice = ExpertTable(((2, wide(32)), (256, wide(64) | {"GROUP_SIZE_M": 8}), (300, wide(64)), (9999, wide(128))), "SGLang's own choice")
 experts.sglang_table = lambda module, top_k: choice
 experts.BITS_ROWS = (1, 3)
+experts.sgl = Box(tp_rank=lambda: 0)
 with tempfile.TemporaryDirectory() as folder:
     given = MarginGateConfig(map_dir=folder)
     found = experts._settled("bank", big, shape, given, {"device": "d"})

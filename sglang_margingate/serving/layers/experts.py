@@ -29,6 +29,7 @@ from sglang_margingate.canonical.experts.table import (
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.machine import kernel_environment
 from sglang_margingate.runtime.faults import TestKnobs
+from sglang_margingate.serving import sgl
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def _settled(
     except TableError as error:
         log.warning("margingate: %s: %s; %s", name, error, "its steps are gated by their margin")
         return table
-    if config.map_dir is not None and not TestKnobs().active:
+    if config.map_dir is not None and not TestKnobs().active and sgl.tp_rank() == 0:
         path = table_path(config.map_dir, shape, environment)
         try:
             save_table(path, shape, table, environment)
@@ -205,3 +206,14 @@ def prepare(
 def sum_by_kernel(_rows: int) -> bool:
     """Say that a compiled function never adds up the outputs of experts: one kernel does, whatever the number of rows."""
     return False
+
+
+def widened(given: Any, rows: int) -> Any:
+    """Return what a bank is given, filled up to ``rows`` rows: those go to the first experts, each once, with no weight."""
+    routing, wide = given.topk_output, torch.nn.functional.pad
+    ids, more = routing.topk_ids, rows - len(given.hidden_states)
+    first = torch.arange(ids.shape[1], dtype=ids.dtype, device=ids.device).expand(more, -1)
+    routing = routing._replace(
+        topk_ids=torch.cat([ids, first]), topk_weights=wide(routing.topk_weights, (0, 0, 0, more))
+    )
+    return given._replace(hidden_states=wide(given.hidden_states, (0, 0, 0, more)), topk_output=routing)
