@@ -3,7 +3,7 @@
 An eager prefill of an 8B model is 33 layers of Python, a hook on each linear layer and Triton launches for each attention;
 meanwhile the GPU waits. Our attention needs no plan on the host and a prefill is padded to a size of its class anyway, so
 the transformer layers can be captured as they are. What a graph reads lies in buffers of fixed size: tokens, positions and
-K/V slots of the padded size; new tokens, context length and table row of the most requests. K/V slots of contexts are read
+K/V slots of the padded size; new tokens, context length and table row of the most requests at that size. K/V slots of contexts are read
 from SGLang's own ``req_to_token`` table, so no index is built. The grid of the attention is that of the padded size with the
 most requests, and programs without a tile zero the padding's rows. The layer that makes logits runs after the graph, as in
 an eager forward, so that log-probabilities of prompts work as they do there.
@@ -44,8 +44,9 @@ log = logging.getLogger(__name__)
 MOST_TOKENS = 4096
 """Larger prefills keep the GPU busy for longer than the host needs to launch them."""
 
-MOST_REQUESTS = 128
-"""Requests of a prefill that a graph holds; more run eagerly."""
+MOST_REQUESTS, FEW_REQUESTS, TOKENS_A_REQUEST = 128, 8, 32
+"""Requests of a prefill that a graph holds: of all sizes, of the smallest, and one more for each so many tokens. Each costs
+an attention program for every K/V head and layer, though it be of no request; more run at a larger size, or eagerly."""
 
 Run = Callable[[], None]
 Record = Callable[[Run], Run]
@@ -75,6 +76,10 @@ class Inputs:
         """Token, position and the slot to write, of each token. Padding writes slot 0, which SGLang reserves for that."""
         self.requests = torch.zeros(3, requests, dtype=torch.int64, device=device)
         """New tokens, length of the context with them, and row of the table, of each request."""
+
+    def requests_at(self, size: int) -> torch.Tensor:
+        """Return what a graph of ``size`` tokens reads of :attr:`requests`."""
+        return self.requests[:, : max(FEW_REQUESTS, size // TOKENS_A_REQUEST)]
 
     def fill(self, batch: Any, size: int) -> None:
         """Copy a batch of SGLang's into the buffers, and pad it to ``size`` tokens and the most requests."""
@@ -106,7 +111,7 @@ class GraphAttention:
 
     def plan(self, size: int) -> None:
         """Cut the requests into tiles, for all layers of a forward of ``size`` rows."""
-        new, length, row = self._inputs.requests
+        new, length, row = self._inputs.requests_at(size)
         begins = row * self._wide
         queries = torch.nn.functional.pad(new.cumsum(0), (1, 0)).int()
         self._attend.plan(queries, begins.int(), size, (begins + length).int())
@@ -121,6 +126,8 @@ class Graph:
     """One captured size: what its layers were seen to run at while it was captured, and what replays it."""
 
     shape: ForwardShape
+    requests: int
+    """Most that it holds."""
     replay: Run
 
 
@@ -210,7 +217,7 @@ class PrefillGraphs:
             raise RuntimeError(
                 f"its layers ran at {shape.padded} rows, {'in' if shape.in_class else 'outside'} the class"
             )
-        self._graphs[size] = Graph(shape, replay)
+        self._graphs[size] = Graph(shape, self._inputs.requests_at(size).shape[1], replay)
 
     def drop(self, size: int) -> None:
         """Use the graph of this size no more."""
@@ -227,7 +234,7 @@ class PrefillGraphs:
 
     def size_for(self, batch: Any) -> int | None:
         """Return the size that this batch is to be replayed at, None where it must run eagerly."""
-        if not self._on or batch.forward_mode.name != "EXTEND" or batch.batch_size > self._inputs.requests.shape[1]:
+        if not self._on or batch.forward_mode.name != "EXTEND":
             return None
         carried = (getattr(batch, name, None) for name in NONE_OF)
         if any(value is not None and value is not False for value in carried):
@@ -240,7 +247,9 @@ class PrefillGraphs:
         rows = len(batch.input_ids)
         if not rows or rows != batch.extend_num_tokens:
             return None
-        return min((size for size in self._graphs if size >= rows), default=None)
+        requests = batch.batch_size
+        fits = (size for size, graph in self._graphs.items() if size >= rows and graph.requests >= requests)
+        return min(fits, default=None)
 
     def run(self, batch: Any, size: int, forward: Running) -> Any:
         """Replay the layers for ``batch`` and make its logits; note in ``forward`` what the layers ran at."""
@@ -278,7 +287,7 @@ class RunnerSide:
         """Return the batch whose tensors are the buffers."""
         from sglang_margingate.serving.batches import graph_batch
 
-        return graph_batch(self._runner, inputs.tokens[:, :size], inputs.requests)
+        return graph_batch(self._runner, inputs.tokens[:, :size], inputs.requests_at(size))
 
     def timed(self) -> AbstractContextManager[Any]:
         """Return SGLang's timer of prefills, if it has one."""

@@ -44,10 +44,10 @@ class World:
         )
         self.q = wide[:, :q_heads]
 
-    def batch(self, tokens: int) -> Any:
-        """Return a batch of ``tokens`` tokens: few or many requests, fresh, behind long prefixes, or of one token."""
-        n = int(torch.randint(1, min(tokens, REQUESTS) + 1, (1,), generator=self.draw)) if tokens > 1 else 1
-        n = min(n, [1, 4, 16, REQUESTS][int(torch.randint(0, 4, (1,), generator=self.draw))])
+    def batch(self, tokens: int, most: int) -> Any:
+        """Return a batch of ``tokens`` tokens: few or ``most`` requests, fresh, behind long prefixes, or of one token."""
+        n = int(torch.randint(1, min(tokens, most) + 1, (1,), generator=self.draw)) if tokens > 1 else 1
+        n = min(n, [1, 4, 16, most][int(torch.randint(0, 4, (1,), generator=self.draw))])
         cuts = torch.randperm(tokens - 1, generator=self.draw)[: n - 1].sort().values + 1
         new = torch.diff(torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])]))
         cached = torch.randint(0, WIDE - 4200, (n,), generator=self.draw) * torch.randint(
@@ -92,7 +92,7 @@ def test_captured_attention_has_the_bits_of_eager_attention(shape: tuple[int, in
     lengths = [size, size - 1, size // 2 + 1, 1]
     for turn in range(40):
         tokens = lengths[turn] if turn < len(lengths) else int(torch.randint(1, size + 1, (1,), generator=world.draw))
-        batch = world.batch(tokens)
+        batch = world.batch(tokens, inputs.requests_at(size).shape[1])
         inputs.fill(batch, size)
         out.fill_(math.nan)
         graph.replay()

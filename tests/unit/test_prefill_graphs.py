@@ -246,6 +246,28 @@ def test_what_does_not_fit_or_is_off_runs_eagerly(server: Server) -> None:
     assert server.graphs.size_for(fits) == 24
 
 
+def test_a_small_graph_holds_few_requests_and_more_go_to_a_larger_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request that a graph has room for costs an attention program in every layer, though nobody came."""
+    monkeypatch.setattr("sglang_margingate.serving.prefill_graphs.FEW_REQUESTS", 2)
+    monkeypatch.setattr("sglang_margingate.serving.prefill_graphs.TOKENS_A_REQUEST", 6)
+    server.graphs.capture(16)
+    server.graphs.capture(24)
+    table = server.pool.table
+    two, three = ([(r, 0, 3) for r in range(n)] for n in (2, 3))
+    assert server.graphs.size_for(batch_of(two, table)) == 16
+    assert server.graphs.size_for(batch_of(three, table)) == 24
+    shape_hooks.replay_prefills(server.graphs)
+    wanted = None
+    for graphs in (server.graphs, None):
+        shape_hooks.replay_prefills(graphs)
+        found = server.run(batch_of(three, table))
+        wanted = found if wanted is None else wanted
+        assert torch.equal(found, wanted)
+    assert server.graphs.replays == 1
+
+
 def test_a_size_outside_the_class_is_refused(server: Server) -> None:
     with pytest.raises(RuntimeError, match="its layers ran at 24 rows"):
         server.graphs.capture(20)  # the hook on linear layers pads it, which a graph must not need
