@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from sglang_process import SGLangProcess
 
@@ -24,6 +25,10 @@ GROUPS = {
 Groups stand in the order in which they are begun: the longest first.
 """
 LAST = len(GROUPS) + 1
+
+
+# For `make mutants`, where each mutant runs the tests that reach it: the same examples each time, and few of them.
+hypothesis.settings.register_profile("mutants", max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 def pytest_configure() -> None:

@@ -87,3 +87,35 @@ def test_counter() -> None:
     assert "exceeded" in c.describe(0.001)
     assert c.verdict(0.005) == "undecided"
     assert c.describe().startswith("missed flips 1/501")
+
+
+def test_counters_add_up() -> None:
+    c, other = AuditCounter(), AuditCounter(5, 2, 7, 11)
+    c.add_triggered()
+    c.add_triggered()
+    for _ in range(2):
+        c.add_untriggered(audited=True, flipped=True)
+    c.add_untriggered(audited=True)
+    assert c == AuditCounter(3, 2, 3, 2)
+    c.add(other)
+    c.add(other)
+    assert c == AuditCounter(13, 6, 17, 24)
+
+
+def test_a_verdict_at_its_border() -> None:
+    c = AuditCounter(100, 10, 100, 0)
+    assert c.verdict(c.bound()) == "within"
+    assert c.verdict(0.1) == "undecided", "the observed rate is not above"
+    assert c.verdict(0.0999) == "exceeded"
+
+
+def test_what_an_undecided_audit_says() -> None:
+    nothing_found, found = AuditCounter(100, 0, 300, 0), AuditCounter(100, 1, 300, 0)
+    assert nothing_found.describe(0.01, 0.9).endswith("230 audited steps without a flip would show 0.01")
+    assert nothing_found.describe(0.01).endswith("299 audited steps without a flip would show 0.01")
+    assert nothing_found.describe(0.0).endswith("300 untriggered; undecided (largest acceptable 0)")
+    assert found.describe(0.02).endswith("undecided (largest acceptable 0.02)"), "no more steps without a flip can come"
+    assert found.describe(0.5).endswith("within (largest acceptable 0.5)")
+    # Whether it is within depends on the confidence that was asked for.
+    assert nothing_found.describe(0.025, 0.9).endswith("within (largest acceptable 0.025)")
+    assert "would show 0.025" in nothing_found.describe(0.025, 0.95)

@@ -151,3 +151,68 @@ def test_transfer_matrix() -> None:
     assert cell.loc[("calm", "calm"), "triggered"] == 0
     fixed = transfer_matrix({"easy": easy}, {"profile": 0.25})
     assert fixed.loc[0, ["calibrated_on", "threshold"]].tolist() == ["profile", 0.25]
+
+
+@pytest.mark.parametrize(
+    ("steps", "target", "confidence", "says"),
+    [
+        (20_000, 0.0, 0.95, "threshold 0.25 triggers 1,224/20,000 steps (6.12%) and misses 0 of 141 flips; miss rate at most 0.015% "
+         "of steps at 95%. The tail of 65 flips fits (exponential, p = 0.65) and puts a repeat without a miss at 95% at 0.3421."),
+        (20_000, 1e-3, 0.95, "threshold 0.125 triggers 624/20,000 steps (3.12%) and misses 7 of 141 flips; miss rate at most 0.098% "
+         "of steps at 95%. The tail of 65 flips fits (exponential, p = 0.65) and puts a miss rate of 0.001 at 0.08253."),
+        (1_000, 1e-3, 0.9, "threshold 0.15625 triggers 33/1,000 steps (3.30%) and misses 0 of 7 flips; miss rate at most 0.23% of steps "
+         "at 90%. Too few flips for a tail fit: rely on the bound. Not shown: target 0.001 needs at least 2,302 steps."),
+    ],
+)  # fmt: skip
+def test_a_statement_word_by_word(steps: int, target: float, confidence: float, says: str) -> None:
+    found = threshold_for(*simulate(np.random.default_rng(4), steps, 0.03125), target, confidence)
+    assert found.statement() == says
+
+
+def test_bounds_in_a_statement_are_rounded_up() -> None:
+    calm = threshold_for([1.0] * 305, [0] * 305).statement()
+    assert calm.startswith("no flip in 305 steps: at most 0.98% of steps flip at 95%"), "0.9774%"
+    one = threshold_for([1.0] * 305, [1] + [0] * 304, tail=False).statement()
+    assert "miss rate at most 0.98% of steps at 95%" in one
+
+
+def test_a_target_at_its_border() -> None:
+    """59 steps without a flip show 5% at 95%, 93 with one; at 90%, 45 and 77."""
+    flips = np.linspace(1, 2, 93), np.ones(93)
+    for steps, confidence, met, missed in ((58, 0.95, False, 0), (59, 0.95, True, 0), (92, 0.95, True, 0), (93, 0.95, True, 1),
+                                           (44, 0.9, False, 0), (45, 0.9, True, 0), (77, 0.9, True, 1)):  # fmt: skip
+        found = threshold_for(flips[0][:steps], flips[1][:steps], 0.05, confidence, tail=False)
+        assert (found.met, found.missed.numerator) == (met, missed), steps
+    at = threshold_for(np.ones(59), np.zeros(59)).miss_upper
+    assert threshold_for(np.ones(59), np.zeros(59), at).met, "a bound equal to the target shows it"
+    with pytest.raises(CalibrationError, match="confidence 0 is not in"):
+        threshold_for([1.0], [True], confidence=0.0)
+
+
+def test_every_column_of_a_trade_off() -> None:
+    table = trade_off([0.0, 0.5, 1.0, 3.0], [1, 1, 0, 0], [0, 1], 0.9)
+    assert list(table) == [
+        "threshold",
+        "steps",
+        "triggered",
+        "trigger_rate",
+        "flips",
+        "missed",
+        "miss_rate",
+        "miss_upper",
+    ]
+    assert table["threshold"].dtype == np.float64
+    assert table["trigger_rate"].tolist() == [0.25, 0.75]
+    assert table["flips"].tolist() == [2, 2]
+    assert table["miss_upper"].iloc[1] == pytest.approx(1 - 0.1**0.25)
+
+
+def test_a_transfer_matrix_has_its_own_rows_and_confidence() -> None:
+    sample = [0.0, 0.5, 1.0, 3.0], [1, 1, 0, 0]
+    table = transfer_matrix({"a": sample, "b": sample}, target_miss=0.6, confidence=0.5)
+    assert list(table)[:3] == ["calibrated_on", "applied_to", "threshold"]
+    assert table.index.tolist() == [0, 1, 2, 3]
+    assert table["applied_to"].tolist() == ["a", "b", "a", "b"]
+    assert set(table["threshold"]) == {threshold_for(*sample, 0.6, 0.5).threshold}
+    assert table["miss_upper"].tolist() == trade_off(*sample, table["threshold"][:1], 0.5)["miss_upper"].tolist() * 4
+    assert len(transfer_matrix({})) == 0

@@ -197,3 +197,65 @@ def test_log_probabilities_of_a_scoring_request_stand_on_its_prefill() -> None:
     assert logprobs(scored(a_ledger(), 1), claims, Guarantee.GATED, 0, "prompt", scoring=True) == "exact"
     assert logprobs(scored(a_ledger(), 0), claims, Guarantee.GATED, 0, "prompt", scoring=True) == "batch"
     assert logprobs(scored(a_ledger(), 1), claims, Guarantee.NONE, 0, "prompt", scoring=True) == "batch"
+
+
+def test_every_sentence_reads_as_it_should() -> None:
+    one = count(a_ledger(), Reason.NONE)
+    said = {label(one, claims, 1)[1] for claims in (CANONICAL, BATCHED)}
+    assert said == {"one token: it stands on its prefill alone, which ran inside the probed class"}
+    alone = "one token: its prefill ran alone on the canonical grid, and there was no step to verify"
+    assert label(one, PLAIN, 1) == (Guarantee.GATED, alone)
+    assert (
+        label(decoded(1, True), CANONICAL, 2)[1] == "the prefill and all of 1 decode step ran inside the probed class"
+    )
+    assert (
+        label(decoded(2, False, Reason.ALWAYS), PLAIN, 3)[1]
+        == "all of 2 decode steps were verified, on canonical columns"
+    )
+    plain = "of 3 decode steps 0 were verified, the others had a margin above the threshold"
+    assert label(decoded(3, False), PLAIN, 4) == (Guarantee.GATED, plain)
+    mixed = decoded(2, True)
+    count(mixed, Reason.NONE, structural=mixed.read(12, 5, False))
+    assert label(mixed, CANONICAL, 4)[1] == (
+        "of 3 decode steps 0 were verified, 2 ran inside the probed class, the others had a margin above the threshold"
+    )
+    stale = count(a_ledger(repair=Repair.COLUMN), Reason.NONE)
+    for position in (10, 11):
+        stale.read(position, 5)
+    stale.repaired()
+    count(stale, Reason.NONE, Reason.MARGIN)
+    assert label(stale, PLAIN, 3)[1] == (
+        "of 2 decode steps 1 were verified, the others had a margin above the threshold; "
+        "repair `column` left earlier columns batch-shaped"
+    )
+
+
+def test_a_class_whose_decode_was_not_tried_answers_for_no_step() -> None:
+    assert label(decoded(4, True), Claims(prefill="batched"), 5)[0] is Guarantee.GATED
+
+
+@pytest.mark.parametrize(
+    ("book", "why"),
+    [
+        (a_ledger(Policy.OFF), "its policy is off: stock decoding, nothing was observed"),
+        (a_ledger(Policy.LOG), "its policy is log: margins are recorded, nothing is verified"),
+        (a_ledger(ungated="it was given up"), "it was given up"),
+    ],
+)
+def test_the_requests_own_reason_comes_before_the_servers(book: RequestLedger, why: str) -> None:
+    assert label(book, Claims(("one", "two", "one")), 1) == (Guarantee.NONE, f"{why}; one; two")
+
+
+def test_what_was_not_seen_is_said_in_full() -> None:
+    assert label(decoded(2, True), CANONICAL, 3, aborted=True)[1] == "the answer was cut off (aborted)"
+    assert label(a_ledger(), CANONICAL, 0)[1] == "no token was chosen, so there is no step to claim anything for"
+    unseen = RequestLedger("r", RequestParams(Policy.GATE, 0.5, "", False), Repair.WINDOW)
+    assert label(unseen, CANONICAL, 1)[1] == "no prefill forward of this request was seen to end"
+
+
+def test_a_scoring_request_stands_on_its_prefill() -> None:
+    inside = "no token was asked for: it stands on its prefill alone, which ran inside the probed class"
+    assert label(a_ledger(), CANONICAL, 0, scoring=True) == (Guarantee.STRUCTURAL, inside)
+    alone = "no token was asked for: its prefill ran alone on the canonical grid"
+    assert label(a_ledger(), PLAIN, 0, scoring=True) == (Guarantee.GATED, alone)
+    assert label(a_ledger(), Claims(prefill="grid", gated_note="too little"), 0, scoring=True)[1] == "too little"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_margingate.config import Policy, Repair
-from sglang_margingate.gate.ledger import LedgerError, RequestLedger
+from sglang_margingate.gate.ledger import Counters, LedgerError, RequestLedger
 from sglang_margingate.gate.policy import decide, missed, triggers
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.words import Reason
@@ -162,3 +162,24 @@ def test_column_repair_of_a_resumed_request_starts_at_its_newest_token() -> None
     book = ledger(repair=Repair.COLUMN)
     book.start(10, [5, 6])
     assert book.rows() == [(11, 6)]
+
+
+def test_what_a_decision_assumes_where_nothing_is_said() -> None:
+    assert decide(Policy.GATE, 9.0, 0.5) is Reason.NONE
+    assert decide(Policy.GATE, 0.1, 0.5) is Reason.MARGIN, "not structural"
+
+
+def test_counters_add_up() -> None:
+    c = Counters()
+    c.add(Reason.NONE, False, False)
+    assert c == Counters(steps=1), "nothing is counted that was not said"
+    for _ in range(2):
+        c.add(Reason.AUDIT, False, True, 1.5, True, True)
+    assert (c.steps, c.audited, c.structural, c.scored, c.verify_ms) == (3, 2, 2, 2, 3.0)
+
+
+def test_every_prefill_is_counted_and_a_reason_noted_once() -> None:
+    book = ledger()
+    for why in (None, "left the grid", "left the grid"):
+        book.note_prefill(why)
+    assert (book.prefills, book.notes) == (3, ["left the grid"])

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from sglang_margingate.gate.stats import (
+    MIN_TAIL,
     Rate,
+    _distance,
+    _pareto,
     _quantile,
+    _quantum,
+    _spread,
     _survival,
     binomial_lower,
     binomial_upper,
@@ -115,3 +122,55 @@ def test_tail_fit_needs_a_tail() -> None:
     assert fit_tail(np.zeros(500), 1000) == (), "exact ties are no tail"
     assert fit_tail(np.array([0.1] * 5 + [np.inf] * 50), 1000) == ()
     assert fit_tail(np.repeat([0.0625, 0.125], 300), 1000) == (), "two grid points fit anything"
+
+
+@pytest.mark.parametrize(
+    ("quantum", "target", "fits"),
+    [
+        (0.0, 0.0, (("exponential", 0.0, 0.18224411, 0.16054113, 30, 0.15517285, 0.23880597, 1.32168993),
+                    ("generalized Pareto", -0.51632815, 0.27634188, 0.16054113, 30, 0.11887971, 0.25373134, 0.67580316))),
+        (0.0625, 0.01, (("exponential", 0.0, 0.171875, 0.1875, 28, 0.12628464, 0.19402985, 0.36446584),
+                        ("generalized Pareto", -0.49797242, 0.25746401, 0.1875, 28, 0.1190109, 0.04975124, 0.3948976))),
+    ],
+)  # fmt: skip
+def test_one_sample_always_gives_one_report(quantum: float, target: float, fits: tuple[tuple[Any, ...], ...]) -> None:
+    """Numbers as they came out once, of code that the tests above hold to what it should be."""
+    x = np.random.default_rng(5).exponential(0.25, 60)
+    for found, wanted in zip(
+        fit_tail(np.ceil(x / quantum) * quantum if quantum else x, 1000, target), fits, strict=True
+    ):
+        family, *numbers = astuple(found)
+        assert family == wanted[0]
+        assert numbers == pytest.approx(wanted[1:], rel=1e-4)
+
+
+def test_the_upper_half_is_fitted_where_there_are_enough() -> None:
+    assert {fit.start for fit in fit_tail(np.linspace(0.1, 1, 39), 1000)} == {0.0}
+    assert {round(fit.start, 6) for fit in fit_tail(np.linspace(0.1, 1, 40), 1000)} == {0.538462}, "a value of the data"
+    assert len(fit_tail(np.linspace(0.1, 1, MIN_TAIL), 1000)) == 2
+    assert fit_tail(np.linspace(0.1, 1, MIN_TAIL - 1), 1000) == ()
+    assert len(fit_tail(np.repeat([0.1, 0.2, 0.4], 5), 1000)) == 2
+    assert len(fit_tail(np.append(np.linspace(0.1, 1, 39), [0.0, np.inf, np.nan]), 1000)) == 2
+    assert {fit.start for fit in fit_tail(np.append(np.linspace(0.1, 1, 39), [0.0, np.inf, np.nan]), 1000)} == {0.0}
+
+
+def test_a_target_that_more_flips_may_miss_needs_no_tail() -> None:
+    assert {fit.threshold for fit in fit_tail(np.linspace(0.1, 1, 20), 1000, 0.02)} == {0.0}, "all 20 may be missed"
+    assert min(fit.threshold for fit in fit_tail(np.linspace(0.1, 1, 20), 1000, 0.019)) > 0
+
+
+def test_parts_of_a_fit() -> None:
+    assert _quantum(np.array([0.0625, 0.0625, 0.125, 0.25])) == 0.0625
+    assert _quantum(np.array([0.5, 0.5, 0.5, 1.0])) == 0.5
+    assert _quantum(np.array([0.1, 0.2, 0.3, 0.4, 0.4])) == pytest.approx(0.1), "4 of 5 distinct are a grid"
+    assert _quantum(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])) == 0.0
+    assert _pareto(np.arange(1, 6.0)) == pytest.approx((-1.06122449, 6.18367347))
+    assert _spread(np.array([1.0, 1, 2]), 0.5).tolist() == [0.625, 0.875, 1.75]
+    assert _distance(np.array([1.0, 1, 2]), 0.0, 1.0, 0.5) == pytest.approx(math.exp(-2))
+    assert _distance(np.array([0.5, 1, 2]), 0.0, 1.0, 0.0) == pytest.approx(1 - math.exp(-0.5))
+
+
+def test_defaults_and_roundings_of_a_rate() -> None:
+    assert Rate(3, 100).lower() == Rate(3, 100).lower(0.95) != Rate(3, 100).lower(0.9)
+    assert str(Rate(1, 301)) == "1/301 (0.33%, at most 1.57% at 95%)", "1.5662%, rounded up"
+    assert binomial_lower(3, 100) == binomial_lower(np.int8(3), np.float32(100))
