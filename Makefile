@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-warn-conflicts
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: help install demo serve dashboard test test-unit test-versions test-gpu overlays lint clean
+.PHONY: help install demo serve dashboard test test-unit test-versions test-gpu mutants overlays lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -66,8 +66,11 @@ endif
 WORKERS ?= 2
 SPREAD = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
+# Rooms that need no server are measured line by line while their tests run; pyproject.toml names them and the least share.
+COVER = --cov --cov-report=term:skip-covered
+
 test: install lint $(TRITON_STAMP)  ## everything that needs no GPU; of other SGLang versions the contract
-	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest $(SPREAD) -m 'not versions'
+	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest $(SPREAD) $(COVER) -m 'not versions'
 
 test-unit: install  ## the fast tests alone
 	@$(BIN)/python -m pytest $(SPREAD) -m 'not server and not browser and not gpu and not versions'
@@ -78,8 +81,15 @@ overlays: install  ## SGLang 0.5.20 and 0.5.23 beside the installed one, in .com
 test-versions: overlays  ## serve every tested SGLang on the CPU (10 minutes a version)
 	@$(BIN)/python -m pytest -m versions -rP tests/versions
 
+# Hours on one core: ROOMS=gate takes a part. tests/MUTANTS.md has the last numbers and says why survivors may live.
+ROOMS ?= gate trace runtime
+mutants: install  ## break the code of pure rooms on purpose, line by line, and count what no test notices
+	@mkdir -p mutants
+	@env PYTHONPATH=$(CURDIR)/mutants:$(CURDIR)/mutants/kernels $(BIN)/mutmut run --max-children 1 $(ROOMS:%='sglang_margingate.%.*')
+	@$(BIN)/python tests/support/mutants.py
+
 test-gpu:  ## the GPU suite, on a machine with one
 	@$(PYTHON) -m pytest tests/gpu -m gpu
 
 clean:  ## remove what the tests and builds leave (keeps .venv and traces)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache out
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage out mutants
