@@ -12,9 +12,10 @@ import os
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from margingate_kernels import HostAttention, Part
+if TYPE_CHECKING:
+    from margingate_kernels import HostAttention
 
 
 def is_cpu_host() -> bool:
@@ -127,6 +128,8 @@ def decode_attention(model_runner: Any) -> str:
 
 def plan_attention(_result: Any, backend: Any, batch: Any, *_: Any, **__: Any) -> None:
     """Lay out our attention for the forward that begins."""
+    from margingate_kernels import HostAttention, Part
+
     setattr(backend, ATTENTION, None)
     mode = batch.forward_mode
     if not getattr(backend, FITS, False) or not (mode.is_decode() or mode.is_extend()):
