@@ -48,7 +48,9 @@ def show(file: Path) -> None:
             continue
         mutant = name.rpartition(".")[2]
         original = texts.get(mutant.rpartition("__mutmut_")[0] + "__mutmut_orig", "")
-        changed = difflib.unified_diff(original.splitlines()[1:], texts.get(mutant, "").splitlines()[1:], lineterm="", n=0)
+        changed = difflib.unified_diff(
+            original.splitlines()[1:], texts.get(mutant, "").splitlines()[1:], lineterm="", n=0
+        )
         print(f"\n{file.parent.name}/{file.name.removesuffix('.py.meta')} {mutant} ({verdict})")
         print("\n".join(f"    {line}" for line in changed if line[:1] in "+-" and line[:3] not in ("+++", "---")))
 
