@@ -121,7 +121,7 @@ def set_up_attention(_result: Any, backend: Any, model_runner: Any, *_: Any, **_
     setattr(backend, ATTENTION, None)
 
 
-def decode_attention(model_runner: Any) -> str:
+def attention_kind(model_runner: Any) -> str:
     """Return what attends on this CPU, in the words of the manifest."""
     return "margingate" if getattr(model_runner.attn_backend, FITS, False) else "sglang"
 

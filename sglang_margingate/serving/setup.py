@@ -179,17 +179,18 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
         split_attention(model_runner.attn_backend, rows)
     engine = TrialEngine(verifier, model_runner)
     prefill_sizes, notes = _prefill_graphs(config, model_runner, classes, engine)
-    attends = cpu.decode_attention(model_runner) if model_runner.device == "cpu" else captured.decode_attention
+    attends, prefills = captured.decode_attention, attention_hooks.prefill_kind(model_runner)
+    if model_runner.device == "cpu":
+        attends = prefills = cpu.attention_kind(model_runner)
     trial = try_fast_path(classes, engine, config.chunk, graphs, attends, (*captured.notes, *notes))
-    attention = attention_hooks.prefill_kind(model_runner)
-    fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes, prefill_attention=attention))
+    fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes, prefill_attention=prefills))
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
         scheduler.tree_cache.chunk = 1  # any prompt column is canonical, so hits need no floor
     for note in trial.notes:
         log.warning("margingate: fast path: %s", note)
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s, attended to by %s", trial.seconds,
              "in class" if trial.decode_ok else "GATED", "batched" if trial.prefill == "batched" else "one at a time",
-             attention)  # fmt: skip
+             prefills)  # fmt: skip
     inside = fast.graphs_inside()
     if trial.decode_ok and inside:
         first, last = inside[0], inside[-1]

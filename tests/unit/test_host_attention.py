@@ -160,8 +160,8 @@ def test_sglang_attends_where_ours_does_not_fit_and_in_idle_forwards(pool: Pool,
     assert args == (backend, 1, 2, 3, 4, 5)
     assert kwargs == {"scaling": 0.5, "causal": True}
     runner = SimpleNamespace(attn_backend=backend)
-    assert cpu.decode_attention(runner) == "margingate"
+    assert cpu.attention_kind(runner) == "margingate"
     cpu.set_up_attention(None, backend, "a model with a window")
     cpu.plan_attention(None, backend, forward("decode", [9, 40]))
     assert cpu.attend(asked, backend, 1, 2, 3, 4)[0] == "sglang"
-    assert cpu.decode_attention(runner) == "sglang"
+    assert cpu.attention_kind(runner) == "sglang"
