@@ -170,10 +170,28 @@ def test_a_statement_word_by_word(steps: int, target: float, confidence: float, 
 
 
 def test_bounds_in_a_statement_are_rounded_up() -> None:
-    calm = threshold_for([1.0] * 305, [0] * 305).statement()
-    assert calm.startswith("no flip in 305 steps: at most 0.98% of steps flip at 95%"), "0.9774%"
-    one = threshold_for([1.0] * 305, [1] + [0] * 304, tail=False).statement()
-    assert "miss rate at most 0.98% of steps at 95%" in one
+    calm = threshold_for([1.0] * 100, [0] * 100).statement()
+    assert calm.startswith("no flip in 100 steps: at most 2.96% of steps flip at 95%"), "2.9513%"
+    one = threshold_for([1.0] * 100, [1] + [0] * 99, tail=False).statement()
+    assert "miss rate at most 2.96% of steps at 95%" in one
+
+
+def test_what_a_sample_that_cannot_be_used_is_told() -> None:
+    with pytest.raises(CalibrationError, match=r"^margin -2 is negative; a margin is top-1 minus top-2$"):
+        threshold_for([0.0, 0.5, -2.0], [0, 0, 0])
+    with pytest.raises(
+        CalibrationError, match=r"^no verified steps; run prompts under a policy that verifies every step$"
+    ):
+        threshold_for([], [])
+    assert threshold_for([0, 3, 1], [0, 0, 1]).threshold == 1.0, "whole numbers will do"
+
+
+def test_a_tail_is_fitted_where_it_is_asked_for_and_at_the_confidence() -> None:
+    sample = simulate(np.random.default_rng(4), 20_000)
+    assert threshold_for(*sample, tail=False).tail == ()
+    low, high = (threshold_for(*sample, confidence=c).tail[0].threshold for c in (0.5, 0.99))
+    assert low < high
+    assert threshold_for([0.0, 1.0], [1, 0]).largest_flip == 0.0
 
 
 def test_a_target_at_its_border() -> None:

@@ -183,3 +183,10 @@ def test_every_prefill_is_counted_and_a_reason_noted_once() -> None:
     for why in (None, "left the grid", "left the grid"):
         book.note_prefill(why)
     assert (book.prefills, book.notes) == (3, ["left the grid"])
+
+
+def test_decisions_are_what_ranks_must_agree_on() -> None:
+    found = Counters(steps=3, verify_ms=1.5).decisions()
+    assert found["steps"] == 3
+    assert "verify_ms" not in found, "every rank has its own time"
+    assert len(found) == len(vars(Counters())) - 1

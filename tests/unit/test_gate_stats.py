@@ -172,5 +172,5 @@ def test_parts_of_a_fit() -> None:
 
 def test_defaults_and_roundings_of_a_rate() -> None:
     assert Rate(3, 100).lower() == Rate(3, 100).lower(0.95) != Rate(3, 100).lower(0.9)
-    assert str(Rate(1, 301)) == "1/301 (0.33%, at most 1.57% at 95%)", "1.5662%, rounded up"
+    assert str(Rate(0, 100)) == "0/100 (0%, at most 2.96% at 95%)", "2.9513%, rounded up"
     assert binomial_lower(3, 100) == binomial_lower(np.int8(3), np.float32(100))
