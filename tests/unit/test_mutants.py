@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mutants
 import pytest
+
+import mutants
 
 CODE = """
 def x_f__mutmut_orig(a):
