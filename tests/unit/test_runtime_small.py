@@ -1,75 +1,17 @@
-"""Clocks, name spaces of the radix cache, and the faults that tests put in."""
+"""Name spaces of the radix cache, and the faults that tests put in."""
 
 from __future__ import annotations
 
 import hashlib
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
-from sglang_margingate.runtime import clock, faults
+from sglang_margingate.runtime import faults
 from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.namespaces import namespace, opened_gated, uses_backend
-
-# ---- clocks -------------------------------------------------------------------------------------------------------------
-
-
-class Event:
-    """A moment of a device; it passes when somebody waits for it, or ``passed`` says so."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-        self.at, self.passed = 0.0, False
-
-    def record(self) -> None:
-        self.at = Event.now
-
-    def query(self) -> bool:
-        return self.passed
-
-    def synchronize(self) -> None:
-        self.passed = True
-
-    def elapsed_time(self, later: Event) -> float:
-        return (later.at - self.at) * 1e3
-
-
-def test_a_moment_of_the_device_is_placed_by_what_the_device_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = [1000.0]
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(time, "time", lambda: host[0])
-    Event.now = 50.0
-    device = clock.clock_of("cuda")
-    assert device.late
-    Event.now = 52.0
-    mark = device.mark()
-    mark.passed, host[0] = True, 1009.0
-    assert device.wall(mark) == 1002.0, "looked at late, and placed two seconds behind the event before"
-    Event.now = 55.0
-    next_mark = device.mark()
-    device.wait(next_mark)
-    host[0] = 1004.0
-    assert device.wall(next_mark) == 1004.0, "never later than now"
-    Event.now = 70.0
-    waited = device.mark()
-    assert device.wall(waited) == 1004.0, "the host waited, so it is now"
-    assert device.span_ms(mark, next_mark) == 3000.0
-
-
-def test_a_host_needs_no_device() -> None:
-    host = clock.clock_of(torch.device("cpu"))
-    assert not host.late
-    begin = host.mark()
-    host.wait(begin)
-    assert abs(begin - time.time()) < 60
-    assert host.wall(12.5) == 12.5
-    assert host.span_ms(1.0, 1.5) == 500.0
-
 
 # ---- name spaces --------------------------------------------------------------------------------------------------------
 
