@@ -81,9 +81,8 @@ def test_what_is_known_of_a_new_request() -> None:
     [
         (Opened("r", None, True), True, None),
         (Opened("r", None, False, 0.7), False,
-         "sampled at temperature 0.7: only greedy requests (temperature 0) are gated"),
-        (Opened("r", None, False, 1.0, seed=3), False,
-         "sampled at temperature 1, and its seed makes no promise yet: only greedy requests (temperature 0) are gated"),
+         "sampled at temperature 0.7 without a seed: a sampling_seed (OpenAI: seed) makes it repeatable"),
+        (Opened("r", None, False, 1.0, seed=3), True, None),
         (Opened("r", None, True, custom_processor=True), False,
          "a custom logit processor may keep state, so its steps are not verified"),
         (Opened("r", None, False, 1.0, most_tokens=0), True, None),
@@ -124,7 +123,7 @@ def test_a_request_that_ends_tells_client_and_trace_the_same() -> None:
     shared = {
         "request": 1, "policy": "gate", "repair": "window", "threshold": 0.25, "dataset": "", "triggers": 0,
         "structural": 0, "verified": 0, "audited": 2, "flips": 0, "missed": 0, "cached_tokens": 2, "floored_tokens": 1,
-        "prefill_chunks": 5, "retractions": 2, "max_batch_rows": 6, "guarantee": "structural",
+        "prefill_chunks": 5, "retractions": 2, "max_batch_rows": 6, "temperature": 0.0, "seed": None, "guarantee": "structural",
         "guarantee_note": "the prefill and 0 of 4 decode steps ran inside the probed class, and so did the verify of the rest",
         "logprobs": "batch",
     }  # fmt: skip

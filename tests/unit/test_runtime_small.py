@@ -81,7 +81,8 @@ class Pool:
 def test_a_spoilt_row_chooses_its_runner_up_and_writes_another_column() -> None:
     logits, pool = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 0.0]]), Pool()
     before = [column.clone() for column in pool.columns]
-    rows = [SimpleNamespace(index=0, step=3), SimpleNamespace(index=1, step=4)]
+    greedy = SimpleNamespace(draw=None)
+    rows = [SimpleNamespace(index=k, step=3 + k, state=greedy) for k in range(2)]
     faults.spoil(TestKnobs(poison_every=3), rows, logits, torch.tensor([2, 0]), pool)
     assert logits.argmax(-1).tolist() == [2, 0]
     assert 0 < logits[0, 2] - logits[0, 1] < 1e-6
