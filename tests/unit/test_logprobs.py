@@ -145,7 +145,7 @@ class Kept:
 
 
 def a_state(gated: bool = True, most_tokens: int = 9) -> Any:
-    return Some(ledger=Some(gated=gated, counters=Some(scored=0)), most_tokens=most_tokens)
+    return Some(ledger=Some(gated=gated, counters=Some(scored=0)), most_tokens=most_tokens, draw=None)
 
 
 def a_row(index: int, state: Any, **more: Any) -> StepRow:
