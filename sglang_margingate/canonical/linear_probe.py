@@ -10,7 +10,8 @@ appears once with each sign, in random order. The exact sums are 0, and what com
 shows any change of order, tile or split. The kernel that is chosen depends on shapes, not on values.
 
 Weights of 8 bits are lent numbers of 8 bits, scales of 1, and a row whose groups of inputs all have one scale: its values are
-quantised to what they were, and the products still cancel.
+quantised to what they were, and the products still cancel. Such a row cannot show that activations are *quantised* otherwise at
+another M, so an ordinary one is run as well.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ BASE_ROWS = 256
 
 GROUP = 128
 """Inputs that share a scale where activations are quantised in groups; the whole row is such a group otherwise."""
+
+LARGER = 8
+"""How many times larger, or smaller, the companions of an ordinary row are where scales are taken from what comes in."""
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
@@ -77,17 +81,29 @@ class LinearKind:
             everywhere = probe.expand(len(companions), -1).contiguous()
             bias = None if self.bias is None else torch.zeros_like(self.bias)
             digests = torch.zeros(len(rows), 4, dtype=torch.int64, device=probe.device)
+            plain = torch.zeros(len(rows), 2, dtype=torch.int64, device=probe.device)
+            ordinary = torch.randn(len(probe), generator=generator, device=probe.device).to(probe.dtype)
             done: list[int] = []
             for m in rows:
                 if len(done) >= 2 and time.perf_counter() > end:
                     break
-                x = companions[:m].clone()
-                x[0] = x[m - 1] = probe
-                digests[len(done), :2] = row_digest(self.apply(x, bias)[[0, m - 1]])
+                at = len(done)
+                digests[at, :2] = self._ends(companions[:m].clone(), probe, bias)
                 found = row_digest(self.apply(everywhere[:m], bias))
-                digests[len(done), 2:] = torch.stack([found.min(), found.max()])
+                digests[at, 2:] = torch.stack([found.min(), found.max()])
+                if self.scales:  # among larger companions and among smaller ones: a scale that they share would show
+                    plain[at, 0] = self._ends(companions[:m] * LARGER, ordinary, bias)[0]
+                    plain[at, 1] = self._ends(companions[:m] / LARGER, ordinary, bias)[1]
                 done.append(m)
-        return dict(zip(done, digests.tolist()))
+        return {
+            m: [a * 31 + b for a, b in zip(found, ends * 2)]
+            for m, found, ends in zip(done, digests.tolist(), plain.tolist())
+        }
+
+    def _ends(self, x: torch.Tensor, row: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Run the layer with a row first and last among its companions; return both digests."""
+        x[0] = x[-1] = row
+        return row_digest(self.apply(x, bias)[[0, len(x) - 1]])
 
 
 @contextmanager

@@ -126,8 +126,11 @@ def test_a_spot_check_stops_when_its_time_is_up_and_still_compares(monkeypatch: 
     assert calls == [1, 1, 64, 64]
 
 
-def small(cut: int | None, inputs_first: bool) -> LinearKind:
-    """Return a layer of 8-bit weights, one scale per output, that quantises each row and sums in two parts up to ``cut`` rows."""
+def small(cut: int | None, inputs_first: bool, rounds_up: int | None = None, batch_scale: bool = False) -> LinearKind:
+    """Return a layer of 8-bit weights, one scale per output, that quantises each row and sums in two parts up to ``cut`` rows.
+
+    Up to ``rounds_up`` rows it quantises in another way; or it takes one scale for the whole batch.
+    """
     weight = torch.nn.Parameter(torch.randn(64, 256).to(FP8), requires_grad=False)
     if inputs_first:
         weight = torch.nn.Parameter(weight.data.t(), requires_grad=False)
@@ -137,7 +140,13 @@ def small(cut: int | None, inputs_first: bool) -> LinearKind:
         held = weight.float().t() if inputs_first else weight.float()
         groups = x.float().unflatten(1, (-1, 128))
         unit = groups.abs().amax(2, keepdim=True) / 448
-        rows = ((groups / unit).to(FP8).float() * unit).flatten(1)
+        if batch_scale:
+            unit = unit.amax((0, 1), keepdim=True).expand_as(unit)
+        exact = groups / unit
+        held_exact = exact.to(FP8).float() == exact
+        if rounds_up is not None and len(x) <= rounds_up:  # another rounding, of what has to be rounded at all
+            exact = torch.where(held_exact, exact, exact * 1.03)
+        rows = (exact.to(FP8).float() * unit).flatten(1)
         # A tensor core's sums of 8-bit products hold fewer bits than fp32.
         terms = (rows[:, None] * held[None]).half()
         parts = (100, 156) if cut is not None and len(x) <= cut else (256,)
@@ -159,6 +168,17 @@ def test_weights_of_8_bits_cancel_too_and_their_scales_come_back(inputs_first: b
     assert set(labels(small(None, inputs_first), [1, 2, 3, 8]).values()) == {0}
 
 
+def test_activations_that_are_quantised_otherwise_at_few_rows_show() -> None:
+    assert labels(small(None, False, rounds_up=2), [1, 2, 3, 4]) == {1: 0, 2: 0, 3: 1, 4: 1}
+
+
+def test_one_scale_for_the_whole_batch_has_no_class() -> None:
+    """A row's bits depend on the largest of its companions."""
+    found = labels(small(None, False, batch_scale=True), [1, 3, 8])
+    assert found[1] is not None
+    assert (found[3], found[8]) == (None, None)
+
+
 def test_a_lent_row_of_8_bits_is_quantised_to_what_it_was() -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     one = small(None, False)
@@ -168,7 +188,7 @@ def test_a_lent_row_of_8_bits_is_quantised_to_what_it_was() -> None:
         return one.apply(x, bias)
 
     labels(replace(one, apply=watched), [1])
-    row, sums = seen[-1]
+    row, sums = seen[0]
     groups = row.unflatten(0, (-1, 128))
     assert torch.equal(groups.abs().amax(1), torch.full((2,), 448 * 2.0**-8))
     assert torch.equal((row / 2.0**-8).to(FP8).float() * 2.0**-8, row)
