@@ -174,7 +174,7 @@ def in_browser(trace_dir: Path, chromium: str, run: str) -> dict[str, Any]:
         for key in ("switch", "again"):
             for name in (*PAGES[1:], PAGES[0]):
                 watch = Watch()
-                page.locator("[data-testid=stSidebarNavLink]", has_text=name.title()).click()
+                page.locator("[data-testid=stSidebar] [data-testid=stPageLink-NavLink]", has_text=name.title()).click()
                 wait_drawn(page, name.title())
                 found[key][name] = watch.stop()
         found["memory"] = memory_mb(pid)

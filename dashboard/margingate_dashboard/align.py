@@ -8,20 +8,27 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from margingate_dashboard.facts.policies import observed
+
 STEP_COLUMNS = ("request", "step", "token", "margin", "batch_rows")
-REQUEST_COLUMNS = ("request", "request_id", "dataset", "prompt_tokens", "time", "finish_reason")
+REQUEST_COLUMNS = (
+    "request", "request_id", "dataset", "prompt_tokens", "time", "finish_reason", "policy", "prompt_digest", "e2e_ms",
+    "ttft_ms", "tpot_ms", "max_batch_rows", "steps",
+)  # fmt: skip
 
 
-PAIR_COLUMNS = ["a", "b", "id_a", "id_b", "dataset"]
+PAIR_COLUMNS = ["a", "b", "id_a", "id_b", "dataset", "policy_a", "policy_b"]
 
 
 class Pairs(NamedTuple):
     """Requests of two runs that had the same prompt."""
 
     table: pd.DataFrame
-    """Columns a and b (numbers of the requests), id_a and id_b (their ids) and dataset."""
+    """Columns a and b (numbers of the requests), id_a and id_b (their ids), dataset, and the policies of both."""
     how: str
     """How they were matched, as a sentence for the reader."""
+    unobserved: tuple[int, int] = (0, 0)
+    """Requests of each run without a recorded step (sampled ones, for the most part), which cannot be compared."""
 
 
 def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
@@ -30,14 +37,29 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     Request ids that occur in both; else equal prompt texts; else the n-th request of a dataset with the same number of
     prompt tokens. Repeats of an id or a prompt are matched in order of arrival.
     """
-    a = a.drop_duplicates("request")
-    b = b.drop_duplicates("request")
+    a, unseen_a = _observed(a.drop_duplicates("request"))
+    b, unseen_b = _observed(b.drop_duplicates("request"))
+    found = _paired(a, b)
+    return found._replace(unobserved=(unseen_a, unseen_b))
+
+
+def _observed(requests: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Return the requests with recorded steps, and how many have none: their tokens are not known."""
+    keep = observed(requests)
+    return requests[keep], int((~keep).sum())
+
+
+def _paired(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     if a.empty or b.empty:
         return Pairs(pd.DataFrame(columns=PAIR_COLUMNS), "One of the runs has no finished request.")
     if 2 * int(a["request_id"].isin(b["request_id"]).sum()) >= min(len(a), len(b)):
         return Pairs(_by(a, b, ["request_id"]), "Matched by request id.")
+    if all("prompt_digest" in r and bool(r["prompt_digest"].notna().all()) for r in (a, b)):
+        how = "Matched by the digest of the prompt's tokens, repeats under the same policy first, then in order of arrival."
+        return Pairs(_by_policy(a, b, ["prompt_digest"]), how)
     if _has_text(a) and _has_text(b):
-        return Pairs(_by(a, b, ["prompt_text"]), "Matched by prompt text, repeats in order of arrival.")
+        how = "Matched by prompt text, repeats under the same policy first, then in order of arrival."
+        return Pairs(_by_policy(a, b, ["prompt_text"]), how)
     table = _by(a, b, ["dataset", "prompt_tokens"])
     return Pairs(
         table,
@@ -50,6 +72,13 @@ def _has_text(requests: pd.DataFrame) -> bool:
     return "prompt_text" in requests and bool(requests["prompt_text"].notna().all())
 
 
+def _by_policy(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Match within each policy first; what has no partner there is matched across policies."""
+    same = _by(a, b, [*keys, "policy"])
+    rest = _by(a[~a["request"].isin(same["a"])], b[~b["request"].isin(same["b"])], keys)
+    return pd.concat([same, rest], ignore_index=True)
+
+
 def _by(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     def numbered(requests: pd.DataFrame) -> pd.DataFrame:
         ordered = requests.sort_values("time", kind="stable")
@@ -57,9 +86,10 @@ def _by(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         return ordered.assign(repeat=ordered.groupby(keys, sort=False).cumcount())
 
     names = {"request": "a", "id": "id_a"}
-    left = numbered(a).assign(id=a["request_id"])[["request", "id", "repeat", *dict.fromkeys([*keys, "dataset"])]]
-    right = numbered(b).assign(id=b["request_id"])[["request", "id", "repeat", *keys]]
-    right = right.rename(columns={"request": "b", "id": "id_b"})
+    left = numbered(a).assign(id=a["request_id"], policy_a=a["policy"].astype(str))
+    left = left[["request", "id", "policy_a", "repeat", *dict.fromkeys([*keys, "dataset"])]]
+    right = numbered(b).assign(id=b["request_id"], policy_b=b["policy"].astype(str))
+    right = right[["request", "id", "policy_b", "repeat", *keys]].rename(columns={"request": "b", "id": "id_b"})
     return left.rename(columns=names).merge(right, on=[*keys, "repeat"])[PAIR_COLUMNS]
 
 
@@ -111,13 +141,13 @@ def divergences(pairs: pd.DataFrame, steps_a: pd.DataFrame, steps_b: pd.DataFram
     Returns
     -------
     DataFrame
-        dataset, a, b, id_a, id_b, tokens_a, tokens_b, identical, first (step of the first difference, null where there is none),
+        dataset, policy_a, policy_b, a, b, id_a, id_b, tokens_a, tokens_b, identical, first (step of the first difference, null where there is none),
         and the margins and batch rows of both at that step.
     """
     left, right = _Sequences(steps_a), _Sequences(steps_b)
     nothing = slice(0, 0)
     rows = []
-    for a, b, id_a, id_b, dataset in pairs[PAIR_COLUMNS].itertuples(index=False):
+    for a, b, id_a, id_b, dataset, policy_a, policy_b in pairs[PAIR_COLUMNS].itertuples(index=False):
         x, y = left.span.get(a, nothing), right.span.get(b, nothing)
         first = first_difference(left.token[x], right.token[y])
 
@@ -125,11 +155,13 @@ def divergences(pairs: pd.DataFrame, steps_a: pd.DataFrame, steps_b: pd.DataFram
             return float(values[span][where]) if where is not None and where < span.stop - span.start else np.nan
 
         rows.append(
-            (dataset, a, b, id_a, id_b, x.stop - x.start, y.stop - y.start, first is None, first, at(left.margin, x),
+            (dataset, policy_a, policy_b, a, b, id_a, id_b, x.stop - x.start, y.stop - y.start, first is None, first, at(left.margin, x),
              at(right.margin, y), at(left.rows, x), at(right.rows, y))
         )  # fmt: skip
     names = [
         "dataset",
+        "policy_a",
+        "policy_b",
         "a",
         "b",
         "id_a",

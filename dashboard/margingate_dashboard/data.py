@@ -21,9 +21,12 @@ import streamlit as st
 from pandas.api.types import union_categoricals
 
 from margingate_dashboard import states, tokens
-from sglang_margingate.trace import RunFollower, RunInfo, TraceError, list_runs, read_run
+from margingate_dashboard.facts import policies, runlist
+from sglang_margingate.trace import RunFollower, RunInfo, TraceError, read_run
 from sglang_margingate.trace.files import KINDS
 from sglang_margingate.trace.frames import conform, read_table, to_frame
+from sglang_margingate.trace.manifest import is_live, read_manifest
+from sglang_margingate.trace.reader import newest_first, run_info
 from sglang_margingate.trace.rows import settled
 from sglang_margingate.trace.schema import REQUEST_SCHEMA, STEP_SCHEMA
 
@@ -37,18 +40,72 @@ T = TypeVar("T")
 Signature = tuple[tuple[str, int, int], ...]
 
 
-@st.cache_data(ttl=2.0, max_entries=8, show_spinner=False)
-def _list_runs(trace_dir: str) -> list[RunInfo]:
-    return list_runs(trace_dir)
+@st.cache_resource(show_spinner=False)
+def _infos() -> runlist.Kept[RunInfo]:
+    return runlist.Kept()
+
+
+@st.cache_resource(show_spinner=False)
+def _counts() -> runlist.Kept[dict[str, object]]:
+    return runlist.Kept()
 
 
 def runs(trace_dir: Path) -> list[RunInfo]:
-    """List the runs in the trace folder, newest first; at most two seconds old.
+    """List the runs in the trace folder, newest first; a run whose folder has not changed is not read again.
 
     A folder that a symbolic link puts there from elsewhere is left out: nothing outside the trace folder is read.
     """
-    inside = trace_dir.resolve()
-    return [info for info in _list_runs(str(trace_dir)) if info.path.resolve().is_relative_to(inside)]
+    kept, found = _infos(), []
+    stamped = runlist.stamps(trace_dir)
+    for name, stamp in stamped.items():
+        path = trace_dir / name
+        info = kept.get(path, stamp)
+        if info is None or info.is_live:
+            info = run_info(path)
+            if info is None:
+                continue
+            kept.put(path, stamp, info)
+        found.append(info)
+    kept.only(trace_dir / name for name in stamped)
+    return newest_first(found)
+
+
+def counted(infos: list[RunInfo], seconds: float) -> dict[Path, dict[str, object] | str]:
+    """Return the counts of runs: those known, and as many others as can be read in that time.
+
+    A run that cannot be read has the reason in their place; one that was not read yet is absent.
+    """
+    kept, found, unread = _counts(), dict[Path, dict[str, object] | str](), []
+    stamped = {info.path: runlist.stamp(info.path) for info in infos}
+    for info in infos:
+        known = kept.get(info.path, stamped[info.path])
+        if known is None:
+            unread.append(info.path)
+        else:
+            found[info.path] = known
+
+    def read(path: Path) -> dict[str, object] | str:
+        try:
+            return runlist.count(
+                policies.with_policy(read_run(path, step_columns=[], request_columns=runlist.COLUMNS).requests)
+            )
+        except TraceError as error:
+            return str(error).split(": ", 1)[-1][:90]
+
+    for path, counts in runlist.within(seconds, unread, read).items():
+        found[path] = counts
+        if isinstance(counts, dict):
+            kept.put(path, stamped[path], counts)
+    kept.only(stamped)
+    return found
+
+
+def still_live(path: Path) -> bool:
+    """Tell whether a run's writer lives, by its manifest as it is now."""
+    try:
+        return is_live(read_manifest(path))
+    except TraceError:
+        return False
 
 
 def signature(path: Path) -> Signature:
@@ -150,8 +207,12 @@ _DERIVED: dict[str, tuple[Callable[[pd.DataFrame], np.ndarray], tuple[str, ...]]
     "triggered": (states.triggered, ("triggered",)),
     "verified": (states.verified, ("reason",)),
     "examined": (states.examined, ("reason", "triggered")),
+    "above": (states.above, ("reason", "triggered", "flipped")),
 }
 """Columns made here from columns on disk, or freed of nulls: how, and from which."""
+
+OF_REQUEST = ("policy", "guarantee")
+"""Columns of a step that its request's row holds."""
 
 
 class RunData:
@@ -171,7 +232,7 @@ class RunData:
         self.path = path
         self._steps = _Columns(path, "steps")
         self._requests = _Columns(path, "requests")
-        self._derived: dict[str, tuple[Signature, np.ndarray]] = {}
+        self._derived: dict[str, tuple[Signature, np.ndarray | pd.Categorical]] = {}
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._kept_of: Signature = ()
         self._lock = threading.RLock()
@@ -186,22 +247,33 @@ class RunData:
         """
         with self._lock:
             now = signature(self.path)
-            real = [n for n in names if n not in _DERIVED]
-            wanted = [n for n in names if n in _DERIVED]
+            real = [n for n in names if n not in _DERIVED and n not in OF_REQUEST]
+            wanted = [n for n in names if n not in real]
             stale = [n for n in wanted if self._derived.get(n, (None,))[0] != now]
-            needs = [c for n in stale for c in _DERIVED[n][1]]
+            needs = [c for n in stale for c in (_DERIVED[n][1] if n in _DERIVED else ("request",))]
             frame = self._steps.frame(list(dict.fromkeys([*real, *needs])) or ["step"], now)
             for name in stale:
-                self._derived[name] = (now, _DERIVED[name][0](frame))
+                made = _DERIVED[name][0](frame) if name in _DERIVED else self._of_request(name, frame["request"])
+                self._derived[name] = (now, made)
             for name in wanted:
                 frame[name] = self._derived[name][1]
             return frame[list(names)]
 
     def requests(self, *names: str) -> pd.DataFrame:
-        """Return request rows with these columns (all except the prompt text by default)."""
+        """Return request rows with these columns (all except the prompt text by default).
+
+        ``policy`` is the policy as shown (:func:`margingate_dashboard.facts.policies.shown_policy`).
+        """
         with self._lock:
             wanted = names or tuple(n for n in REQUEST_SCHEMA.names if n != "prompt_text")
-            return self._requests.frame(wanted, signature(self.path))[list(wanted)]
+            needs = [*wanted, *(policies.COLUMNS if "policy" in wanted else ())]
+            frame = self._requests.frame(list(dict.fromkeys(needs)), signature(self.path))
+            if "policy" in wanted:
+                frame = policies.with_policy(frame)
+            return frame[list(wanted)]
+
+    def _of_request(self, name: str, numbers: pd.Series) -> pd.Categorical:
+        return policies.of_request(numbers, self.requests("request", name), name)
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return ``make()``, kept until the run grows: counts of a million steps are made once, not at every click.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,11 +14,12 @@ import pandas as pd
 from margingate_dashboard import states
 from margingate_dashboard.summary import has_tag, tag
 from sglang_margingate.config import DEFAULT_THRESHOLD
+from sglang_margingate.gate.calibration import Calibration
 from sglang_margingate.gate.profile import DatasetThreshold, Profile, enough_evidence, too_small
 
 Samples = dict[str, tuple[np.ndarray, np.ndarray]]
 
-STEP_COLUMNS = ("request", "dataset", "margin", "flipped", "prefill", "structural", "verified")
+STEP_COLUMNS = ("request", "dataset", "margin", "flipped", "prefill", "structural", "verified", "policy")
 
 
 def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
@@ -46,6 +48,39 @@ def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
     return samples, int(usable.sum()), int(decode.sum())
 
 
+@dataclass(frozen=True)
+class KnownFlips:
+    """Confirmed flips of a dataset outside the sample: what a gate or an audit saw. No sample, but counterexamples."""
+
+    margins: np.ndarray
+    """Rising, in logits."""
+
+    def above(self, threshold: float) -> int:
+        """Return how many a threshold would miss."""
+        return int((self.margins > threshold).sum())
+
+
+def known_flips(steps: pd.DataFrame) -> dict[str, KnownFlips]:
+    """Return the confirmed flips of all decode steps that a threshold decides about, by dataset tag as shown."""
+    flips = steps[
+        ~states.as_bool(steps["prefill"]) & ~states.as_bool(steps["structural"]) & states.as_bool(steps["flipped"])
+    ]
+    tagged = flips["dataset"].map(tag)
+    margin = np.nan_to_num(flips["margin"].to_numpy(dtype=np.float64), nan=0.0)
+    return {name: KnownFlips(np.sort(margin[(tagged == name).to_numpy()])) for name in sorted(tagged.unique())}
+
+
+def honest(calibration: Calibration, row: pd.Series) -> float:
+    """Return the bound that goes with a threshold: the calibration's, as the sample itself chose it.
+
+    A larger threshold misses no more. A smaller one, set by hand, has the plain bound of what it misses in the sample, which is
+    exact for a threshold fixed beforehand; never less than the calibration's.
+    """
+    if float(row["threshold"]) >= calibration.threshold:
+        return calibration.miss_upper
+    return max(calibration.miss_upper, float(row["miss_upper"]))
+
+
 def left_out(chosen: Mapping[str, pd.Series]) -> dict[str, str]:
     """Say of each dataset, by its tag as shown, why the server would take no threshold from it."""
     why = {}
@@ -68,7 +103,8 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
     repair
         ``column`` or ``window``.
     chosen
-        By dataset tag as shown: a row of :func:`sglang_margingate.gate.calibration.trade_off`.
+        By dataset tag as shown: a row of :func:`sglang_margingate.gate.calibration.trade_off`, with the honest bound
+        (:func:`honest`) as its ``miss_upper``.
 
     Notes
     -----

@@ -1,12 +1,12 @@
-"""What became of each step: stable, triggered, flipped, repaired or missed."""
+"""What became of each step: stable, would trigger, triggered, flipped, repaired or missed."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STABLE, STATES, TRIGGERED
-from sglang_margingate.gate.columns import examined_rows, missed_rows
+from margingate_dashboard.theme import STATES
+from sglang_margingate.gate.columns import examined_rows, missed_rows, outcome_rows, verified_rows
 
 CODE = {state.name: code for code, state in enumerate(STATES)}
 
@@ -28,12 +28,7 @@ def triggered(steps: pd.DataFrame) -> np.ndarray:
 
 def verified(steps: pd.DataFrame) -> np.ndarray:
     """Tell which steps were verified, for any reason."""
-    reason = steps["reason"]
-    if isinstance(reason.dtype, pd.CategoricalDtype):
-        categories = np.asarray(reason.cat.categories.astype(str))
-        is_none = np.append(np.isin(categories, ("none", "")), True)  # code -1 (null) reads the last entry
-        return ~is_none[reason.cat.codes.to_numpy()]
-    return ~reason.fillna("none").isin(("none", "")).to_numpy()
+    return verified_rows(steps["reason"])
 
 
 def examined(steps: pd.DataFrame) -> np.ndarray:
@@ -41,22 +36,14 @@ def examined(steps: pd.DataFrame) -> np.ndarray:
     return examined_rows(steps["reason"], triggered(steps))
 
 
+def above(steps: pd.DataFrame) -> np.ndarray:
+    """Tell which steps are flips above the threshold: an audit or the policy `always` saw them, the margin would not have."""
+    return missed_rows(steps["reason"], triggered(steps), as_bool(steps["flipped"]))
+
+
 def classify(steps: pd.DataFrame) -> np.ndarray:
     """Return a state code for each step row (index in :data:`margingate_dashboard.theme.STATES`).
 
-    ::
-
-        missed (flipped, and only an audit or the policy `always` looked)  -> missed
-        flipped and repaired                                               -> repaired
-        flipped                                                            -> flipped
-        triggered                                                          -> triggered
-        otherwise                                                          -> stable
+    The definition is the server's: :func:`sglang_margingate.gate.policy.outcome`.
     """
-    low = triggered(steps)
-    flip = as_bool(steps["flipped"])
-    code = np.where(low, CODE[TRIGGERED.name], CODE[STABLE.name]).astype(np.int8)
-    code[flip] = CODE[FLIPPED.name]
-    code[flip & as_bool(steps["repaired"])] = CODE[REPAIRED.name]
-    # `always` repairs above the threshold too; the gate would have missed it, which is what this state says.
-    code[missed_rows(steps["reason"], low, flip)] = CODE[MISSED.name]
-    return code
+    return outcome_rows(steps["reason"], triggered(steps), as_bool(steps["flipped"]), as_bool(steps["repaired"]))

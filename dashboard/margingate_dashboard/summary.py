@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from margingate_dashboard.facts.policies import NOT_OBSERVED, VERIFYING
 from margingate_dashboard.rates import of, upper_95
 from margingate_dashboard.states import CODE, as_bool
 
-STEP_COLUMNS = ("prefill", "state", "triggered", "verified", "examined")
+STEP_COLUMNS = ("prefill", "state", "triggered", "verified", "examined", "above", "structural")
 REQUEST_COLUMNS = (
     "policy", "dataset", "max_batch_rows", "output_tokens", "triggers", "verified", "audited", "flips", "missed",
-    "overhead_ms", "e2e_ms", "guarantee",
+    "overhead_ms", "e2e_ms", "guarantee", "steps", "retractions", "structural",
 )  # fmt: skip
 
 
@@ -23,23 +25,36 @@ class Headline:
 
     steps: int
     triggered: int
+    """Steps with a low margin that were verified for it."""
+    would: int
+    """Steps with a low margin that nothing verified (policy log)."""
     verified: int
     examined: int
-    """Untriggered steps that were verified (audit or `always`): the sample behind the missed-flip bound."""
+    """Untriggered steps that were verified (audit or `always`): the sample behind the bound of missed flips."""
     untriggered: int
     flips: int
     repaired: int
+    above: int
+    """Flips above the threshold, among the examined steps."""
     missed: int
+    """Those of them that were not repaired: the audit saw them, the answer kept them."""
+    structural: int = 0
+    """Steps whose shape answers for them."""
 
     @property
     def miss_upper(self) -> float:
-        """Upper bound at 95% of the missed-flip rate among untriggered steps; 1.0 where none was examined."""
-        return upper_95(self.missed, self.examined)
+        """Upper bound at 95% of the rate of flips above the threshold among untriggered steps; 1.0 where none was examined."""
+        return upper_95(self.above, self.examined)
 
     @property
     def miss_known(self) -> bool:
-        """Whether every untriggered step was examined, so that the count of missed flips is exact."""
+        """Whether every untriggered step was examined, so that the count of flips above the threshold is exact."""
         return self.examined == self.untriggered
+
+    @property
+    def low(self) -> int:
+        """Steps with a low margin, verified or not."""
+        return self.triggered + self.would
 
 
 def headline(steps: pd.DataFrame) -> Headline:
@@ -49,40 +64,53 @@ def headline(steps: pd.DataFrame) -> Headline:
     low = steps["triggered"].to_numpy()[decode]
     seen = steps["verified"].to_numpy()[decode]
     by_state = np.bincount(state, minlength=len(CODE))
-    flips = int(by_state[[CODE["flipped"], CODE["repaired"], CODE["missed"]]].sum())
     return Headline(
         steps=int(decode.sum()),
-        triggered=int(low.sum()),
+        triggered=int((low & seen).sum()),
+        would=int((low & ~seen).sum()),
         verified=int(seen.sum()),
         examined=int(steps["examined"].to_numpy()[decode].sum()),
         untriggered=int((~low).sum()),
-        flips=flips,
+        flips=int(by_state[[CODE["flipped"], CODE["repaired"], CODE["missed"]]].sum()),
         repaired=int(by_state[CODE["repaired"]]),
+        above=int(steps["above"].to_numpy()[decode].sum()),
         missed=int(by_state[CODE["missed"]]),
+        structural=int(as_bool(steps["structural"])[decode].sum()),
     )
 
 
 def from_requests(requests: pd.DataFrame) -> Headline:
     """Count finished requests' decode steps from their own totals (needs :data:`REQUEST_COLUMNS`).
 
-    The first token of a request comes from its prefill, so it has ``output_tokens - 1`` decode steps. A request without
-    any recorded step (one that was sampled, not decoded greedily) has a largest batch of 0 and does not count.
+    The first token of a request comes from its prefill, and so does the next one after a retraction. Requests without an
+    observed step (policy ``not observed``) do not count.
     """
-    requests = requests[requests["max_batch_rows"].fillna(1) > 0]
-    steps = int((requests["output_tokens"].fillna(0) - 1).clip(lower=0).sum())
-    total = {c: int(requests[c].fillna(0).sum()) for c in ("triggers", "verified", "audited", "flips", "missed")}
-    always = requests["policy"].astype(str) == "always"
+    requests = requests[requests["policy"].astype(str) != NOT_OBSERVED]
+    known = requests["steps"].fillna(requests["output_tokens"]).fillna(0).astype(int)
+    prefills = 1 + requests["retractions"].fillna(0).where(requests["steps"].notna(), 0).astype(int)
+    steps = (known - prefills).clip(lower=0)
+    policy = requests["policy"].astype(str)
+    always, verifies = policy == "always", policy.isin(VERIFYING)
+    total = {
+        c: int(requests[c].fillna(0).sum())
+        for c in ("triggers", "verified", "audited", "flips", "missed", "structural")
+    }
+    triggers = requests["triggers"].fillna(0)
     # Under `always` every untriggered step is examined; under `gate` only the audited ones.
-    beyond = int((requests["output_tokens"].fillna(0) - 1 - requests["triggers"].fillna(0))[always].clip(lower=0).sum())
+    beyond = int((steps - triggers)[always].clip(lower=0).sum())
+    missed = int(requests["missed"].fillna(0)[~always].sum())
     return Headline(
-        steps=steps,
-        triggered=total["triggers"],
+        steps=int(steps.sum()),
+        triggered=int(triggers[verifies].sum()),
+        would=int(triggers[~verifies].sum()),
         verified=total["verified"],
         examined=total["audited"] + beyond,
-        untriggered=max(0, steps - total["triggers"]),
+        untriggered=max(0, int(steps.sum()) - total["triggers"]),
         flips=total["flips"],
-        repaired=total["flips"] - total["missed"],
-        missed=total["missed"],
+        repaired=total["flips"] - missed,
+        above=total["missed"],
+        missed=missed,
+        structural=total["structural"],
     )
 
 
@@ -93,11 +121,19 @@ def overhead(requests: pd.DataFrame) -> tuple[float, float]:
 
 def guarantee_notes(requests: pd.DataFrame, most: int = 6) -> list[str]:
     """Return what the responses' guarantees stand on, or why there is none, the commonest first."""
-    noted = requests[requests["guarantee_note"].notna()]
-    counts = noted.groupby([noted["guarantee"].astype(str), noted["guarantee_note"].astype(str)]).size()
+    # Before schema 2.1 some rows gave no reason.
+    reason = (
+        requests["guarantee_note"].astype(object).where(requests["guarantee_note"].notna(), "no reason was recorded")
+    )
+    # Sentences that differ in their numbers alone are one.
+    words = reason.astype(str).map(lambda text: re.sub(r"\d[\d,.]*", "n", text))
+    counts = (
+        words.groupby([requests["guarantee"].astype(str), words]).size().sort_values(ascending=False, kind="stable")
+    )
+    first = reason.astype(str).groupby(words).agg(["first", "nunique"])
     return [
-        f"{of(times, len(requests))} requests are {label}: {note}"
-        for (label, note), times in counts.sort_values(ascending=False, kind="stable").head(most).items()
+        f"{of(times, len(requests))} requests are {label}: {first.loc[note, 'first'] if first.loc[note, 'nunique'] == 1 else note}"
+        for (label, note), times in counts.head(most).items()
     ]
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from margingate_dashboard import tokens
+from margingate_dashboard.facts.policies import VERIFYING, present, ranked
 from margingate_dashboard.rates import of
 from margingate_dashboard.states import CODE
-from margingate_dashboard.summary import has_tag, headline, tags
+from margingate_dashboard.summary import has_tag, headline, overhead, tags
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES
 
 FLIP_CODES = [CODE[s.name] for s in (FLIPPED, REPAIRED, MISSED)]
@@ -29,6 +30,8 @@ FLIP_COLUMNS = (
     "batch_rows",
     "state",
     "token_text",
+    "policy",
+    "above",
 )
 """Step columns that :func:`flip_list` reads."""
 
@@ -51,6 +54,7 @@ def flip_list(steps: pd.DataFrame, known: dict[int, str] | None = None) -> pd.Da
             "number": found["request"].to_numpy(),
             "request": found["request_id"].astype(str).to_numpy(),
             "dataset": found["dataset"].astype(str).to_numpy(),
+            "policy": found["policy"].astype(str).to_numpy(),
             "step": found["step"].to_numpy(),
             "state": [STATES[s].name for s in found["state"]],
             "committed": [tokens.plain(t, i) for t, i in zip(found["token_text"], found["token"])],
@@ -58,36 +62,58 @@ def flip_list(steps: pd.DataFrame, known: dict[int, str] | None = None) -> pd.Da
             "verify token": [tokens.plain(known.get(int(i)), i) if pd.notna(i) else "–" for i in found["verify_token"]],
             "margin": found["margin"].to_numpy(),
             "threshold": found["threshold"].to_numpy(),
+            "above tau": found["above"].to_numpy(),
             "batch rows": found["batch_rows"].to_numpy(),
             "position": found["position"].to_numpy(),
         }
     )
 
 
+def _counts(steps: pd.DataFrame, requests: pd.DataFrame, policy: str) -> dict[str, object]:
+    """Return the counts of some steps and requests of one policy, each rate with the counts that it is of."""
+    total = headline(steps)
+    added, whole = overhead(requests)
+    verifies = policy in VERIFYING
+    audited = policy == "gate" and total.examined
+    return {
+        "requests": len(requests),
+        "output tokens": int(requests["output_tokens"].fillna(0).sum()),
+        "decode steps": total.steps,
+        "low margins": total.low,
+        "trigger rate": 100 * total.low / total.steps if total.steps else None,
+        "verified": total.verified,
+        "flips": total.flips if verifies else None,
+        "flips per 1,000 steps": 1000 * total.flips / total.steps if total.steps and verifies else None,
+        "repaired": total.repaired if verifies else None,
+        "above tau": total.above if verifies else None,
+        "missed": total.missed if verifies else None,
+        "audited": of(total.examined, total.untriggered) if policy == "gate" else None,
+        "missed at most (95%)": 100 * total.miss_upper if audited else None,
+        "overhead": 100 * added / whole if whole else None,
+        "median TTFT": requests["ttft_ms"].median(),
+        "median TPOT": requests["tpot_ms"].median(),
+    }
+
+
+def by_policy(steps: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
+    """Return one row of counts per policy; a bound of gate traffic is made of its own audited steps, of nothing else."""
+    rows = []
+    for policy in ranked([*present(steps["policy"]), *present(requests["policy"])]):
+        mine = requests[requests["policy"].astype(str) == policy]
+        rows.append({"policy": policy, **_counts(steps[(steps["policy"] == policy).to_numpy()], mine, policy)})
+    return pd.DataFrame(rows)
+
+
 def by_dataset(steps: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
-    """Return one row of counts per dataset tag."""
+    """Return one row of counts per dataset tag and policy."""
     rows = []
     names = tags(pd.Series([*steps["dataset"].unique(), *requests["dataset"].unique()], dtype=object))
     for name in names:
-        total = headline(steps[has_tag(steps["dataset"], {name})])
-        mine = requests[has_tag(requests["dataset"], {name})]
-        rows.append(
-            {
-                "dataset": name,
-                "requests": len(mine),
-                "decode steps": total.steps,
-                "triggered": total.triggered,
-                "trigger rate": 100 * total.triggered / total.steps if total.steps else None,
-                "flips": total.flips,
-                "flips per 1,000 steps": 1000 * total.flips / total.steps if total.steps else None,
-                "repaired": total.repaired,
-                "missed": total.missed,
-                "untriggered verified": of(total.examined, total.untriggered),
-                "median TTFT": mine["ttft_ms"].median(),
-                "median TPOT": mine["tpot_ms"].median(),
-            }
-        )
-    return pd.DataFrame(rows)
+        inside, asked = steps[has_tag(steps["dataset"], {name})], requests[has_tag(requests["dataset"], {name})]
+        table = by_policy(inside, asked)
+        table.insert(0, "dataset", name)
+        rows.append(table)
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def map_table(found: object) -> pd.DataFrame:

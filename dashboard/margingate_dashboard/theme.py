@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 
@@ -16,22 +17,57 @@ class State(NamedTuple):
     """Sign before the name in HTML legends."""
     doc: str
 
+    @property
+    def css(self) -> str:
+        """Its class in a style sheet."""
+        return self.name.replace(" ", "-")
+
 
 # Okabe-Ito colours (distinct under the common colour-vision deficiencies, visible on white and on near-black).
 STABLE = State("stable", "#8C96A3", "circle", "●", "margin above the threshold, no flip seen")
 TRIGGERED = State(
     "triggered", "#56B4E9", "triangle-up", "▲", "margin at or below the threshold: verified, token confirmed"
 )
+WOULD = State(
+    "would trigger",
+    "#7F9DB9",
+    "triangle-up-open",
+    "△",
+    "margin at or below the threshold under a policy that verifies nothing (log): no flip can be seen",
+)
 FLIPPED = State("flipped", "#E69F00", "x", "✕", "the verify chose another token; not put in place (shadow verify)")
 REPAIRED = State("repaired", "#009E73", "diamond", "◆", "flipped, and the verify's token and K/V put in place")
-MISSED = State("missed", "#D55E00", "square", "■", "flipped above the threshold: the gate alone would not have seen it")
+MISSED = State("missed", "#D55E00", "square", "■", "flipped above the threshold: seen by the audit, not put in place")
 
-STATES: tuple[State, ...] = (STABLE, TRIGGERED, FLIPPED, REPAIRED, MISSED)
+STATES: tuple[State, ...] = (STABLE, WOULD, TRIGGERED, FLIPPED, REPAIRED, MISSED)
 """Index in this tuple is the state code of :func:`margingate_dashboard.states.classify`."""
 
 # For datasets, policies and runs, which are not states: IBM's colour-blind-safe set, told apart by dash as well.
 SERIES_COLOURS = ("#648FFF", "#FFB000", "#785EF0", "#22A7A0", "#DC267F", "#FE6100")
 SERIES_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+# A policy has one colour in every figure of every run.
+POLICY_COLOURS = {
+    "gate": "#648FFF",
+    "always": "#785EF0",
+    "log": "#FFB000",
+    "off": "#FE6100",
+    "not observed": "#8C96A3",
+    "running": "#B9C0CA",
+}
+POLICY_DASHES = {"gate": "solid", "always": "dash", "log": "dot", "off": "dashdot"}
+
+
+def policy_colour(name: str) -> str:
+    """Return a policy's colour."""
+    return POLICY_COLOURS.get(name, "#8C96A3")
+
+
+def dataset_look(name: str) -> tuple[str, str]:
+    """Return colour and dash of a dataset: the same on every page and in every run, whatever else is shown."""
+    code = zlib.crc32(name.encode())
+    return SERIES_COLOURS[code % len(SERIES_COLOURS)], SERIES_DASHES[code // 7 % len(SERIES_DASHES)]
+
 
 # Latency parts, in the order in which they happen.
 PART_COLOURS = {"queue": "#B9C0CA", "prefill": "#785EF0", "decode": "#648FFF", "verify": "#56B4E9", "hold": "#FFB000"}
@@ -77,13 +113,14 @@ CSS = """
   line-height:2.05; padding:.8rem 1rem 1rem 1rem; border-radius:.7rem; overflow-wrap:anywhere; position:relative;
   border:1px solid color-mix(in srgb, currentColor 14%, transparent);
   background:color-mix(in srgb, currentColor 2.5%, transparent); }
-.mg-strip .t { padding:.14rem .07rem; border-radius:.22rem; border-bottom:2px solid transparent; cursor:help;
+.mg-strip .t { padding:.14rem .07rem; border-radius:.22rem; border-bottom:2px solid transparent; cursor:pointer;
   white-space:pre-wrap; text-decoration:none; color:inherit; }
 .mg-strip .t:hover, .mg-strip .t:focus-visible { outline:2px solid currentColor; outline-offset:1px; }
 .mg-strip .w { opacity:.34; }
 .mg-strip .id { opacity:.75; font-size:.78rem; padding:0 .22rem; margin:0 .06rem;
   border:1px solid color-mix(in srgb, currentColor 20%, transparent); border-radius:.25rem; }
 .mg-strip .triggered { background:color-mix(in srgb, #56B4E9 26%, transparent); border-bottom-color:#56B4E9; }
+.mg-strip .would-trigger { background:color-mix(in srgb, #7F9DB9 22%, transparent); border-bottom:2px dotted #7F9DB9; }
 .mg-strip .flipped { background:color-mix(in srgb, #E69F00 34%, transparent); border-bottom:2px dashed #E69F00;
   font-weight:600; }
 .mg-strip .repaired { background:color-mix(in srgb, #009E73 38%, transparent); border-bottom:3px double #009E73;
@@ -92,7 +129,11 @@ CSS = """
   font-weight:700; }
 .mg-strip .diverged { background:color-mix(in srgb, #D55E00 42%, transparent); border-bottom:3px solid #D55E00;
   font-weight:700; }
-.mg-strip .after { background:color-mix(in srgb, #D55E00 12%, transparent); }
+.mg-strip .only, .mg-key.only { background:color-mix(in srgb, #D55E00 14%, transparent); }
+.mg-strip .again, .mg-key.again { border-bottom:2px dotted color-mix(in srgb, #009E73 80%, transparent); }
+.mg-key { font-weight:500; padding:.05rem .3rem; border-radius:.2rem; }
+.mg-key.diverged { background:color-mix(in srgb, #D55E00 42%, transparent); }
+.mg-result { font-size:1.5rem; font-weight:650; letter-spacing:-.01em; margin:.1rem 0 .3rem 0; font-variant-numeric:tabular-nums; }
 .mg-strip .same { }
 .mg-strip .sel { outline:2px solid #CC79A7; outline-offset:1px; }
 .mg-strip .t::after { display:none; content:attr(data-tip); position:absolute; z-index:50; white-space:pre;
@@ -107,7 +148,7 @@ CSS = """
   .mg-strip .t::after { position:fixed; left:auto; bottom:auto; position-anchor:--mg-token;
     position-area:bottom span-right; margin:.35rem 0; position-try-fallbacks:flip-inline, flip-block, flip-block flip-inline; }
 }
-.mg-two { display:grid; grid-template-columns:repeat(auto-fit, minmax(420px, 1fr)); gap:1rem; }
+.mg-two { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap:1rem; }
 .mg-two h4 { margin:.1rem 0 .35rem 0; padding:0; font-size:.92rem; font-weight:600; opacity:.85; }
 </style>
 """

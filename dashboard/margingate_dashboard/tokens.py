@@ -80,7 +80,7 @@ def visible_html(text: object, token: object) -> str:
     return "".join(parts)
 
 
-def _number(value: object, digits: int = 4) -> str:
+def _number(value: object, digits: int = 6) -> str:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -151,10 +151,10 @@ def strip(
     known = vocabulary(steps["token"], steps["token_text"]) if known is None else known
     spans = []
     for row in steps[list(TIP_COLUMNS)].astype(object).to_dict("records"):
-        css = style(row) if style else STATES[int(row["state"])].name
+        css = style(row) if style else STATES[int(row["state"])].css
         chosen = " sel" if selected is not None and row["step"] == selected else ""
         tip = html.escape(describe(row, known), quote=True)
-        special = bool(css) and css not in ("stable", "same", "after")
+        special = bool(css) and css not in ("stable", "same", "only", "again")
         # Plain tokens stay out of the tab order: a keyboard user steps through what matters.
         focus = f' tabindex="0" aria-label="{tip}"' if special or chosen else ""
         # Visible spaces are not spaces to a browser: say where a line may break.

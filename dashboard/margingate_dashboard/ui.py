@@ -16,10 +16,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from margingate_dashboard import data, links
+from margingate_dashboard import choose, data, links
 from margingate_dashboard.cards import Card, cards_html
+from margingate_dashboard.choose import FOLLOW_SECONDS, markdown_safe
+from margingate_dashboard.facts.filters import Filters
 from margingate_dashboard.figures.common import safe
-from margingate_dashboard.summary import tags
 from margingate_dashboard.theme import CSS
 from sglang_margingate.trace import RunInfo, TraceError
 from sglang_margingate.trace.export import harmless
@@ -27,6 +28,7 @@ from sglang_margingate.trace.export import harmless
 PAGES = {
     "runs": "runs.py",
     "overview": "overview.py",
+    "requests": "requests.py",
     "request": "request.py",
     "margins": "margins.py",
     "flips": "flips.py",
@@ -35,9 +37,6 @@ PAGES = {
     "compare": "compare.py",
 }
 """Page scripts by URL path, relative to pages/app.py."""
-
-FOLLOW_SECONDS = 3.0
-"""How often a live run is looked at for newly closed files."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -103,8 +102,8 @@ class Page:
 
     info: RunInfo
     data: data.RunData
-    datasets: set[str] | None
-    """Dataset tags to show (as shown); None for all."""
+    filters: Filters
+    """What of the run is shown."""
     exports: Exports
     export_place: Any
 
@@ -114,22 +113,30 @@ class Page:
         return self.info.name
 
     def memo(self, name: str, make: Callable[[], T], *more: Hashable) -> T:
-        """Return ``make()``, kept for this run, this dataset filter and ``more`` (see :meth:`RunData.memo`)."""
-        chosen = None if self.datasets is None else frozenset(self.datasets)
-        return self.data.memo((name, chosen, *more), make)
+        """Return ``make()``, kept for this run, these filters and ``more`` (see :meth:`RunData.memo`)."""
+        return self.data.memo((name, self.filters.key, *more), make)
+
+    def steps(self, *names: str) -> pd.DataFrame:
+        """Return the step rows that are shown, with these columns (see :meth:`RunData.steps`)."""
+        return self._kept(self.data.steps, names)
+
+    def requests(self, *names: str) -> pd.DataFrame:
+        """Return the request rows that are shown, with these columns (see :meth:`RunData.requests`)."""
+        return self._kept(self.data.requests, names)
+
+    def _kept(self, load: Callable[..., pd.DataFrame], names: tuple[str, ...]) -> pd.DataFrame:
+        wanted = self.filters.columns
+        if not wanted:
+            return load(*names)
+        rows = load(*dict.fromkeys([*names, *wanted]))
+        return rows.loc[self.filters.keep(rows), list(names)].reset_index(drop=True)
 
     @property
     def subtitle(self) -> str:
         """What figures say below their title: run, model, and the filter in force."""
         parts = [self.run, str(self.info.manifest.get("model") or "")]
-        if self.datasets is not None:
-            parts.append("datasets: " + ", ".join(sorted(self.datasets)))
+        parts += self.filters.words()
         return safe(" · ".join(p for p in parts if p))
-
-
-def markdown_safe(text: object) -> str:
-    r"""Return untrusted text for Streamlit's Markdown (labels, captions, errors): every special sign is escaped."""
-    return "".join("\\" + c if c in r"\`*_{}[]()#+-.!|~$:<>&" else c for c in str(text))
 
 
 def guarded(render: Callable[[], None]) -> None:
@@ -217,86 +224,45 @@ def no_runs() -> None:
     )
 
 
-def _remember_run() -> None:
-    st.session_state["run"] = st.session_state["run_box"]
-    for name in ("request", "number", "step"):
-        st.query_params.pop(name, None)
-    st.query_params["run"] = st.session_state["run_box"]
-
-
-def choose_run(infos: list[RunInfo]) -> RunInfo:
-    """Show the sidebar's choice of run; a link's ``run`` parameter decides if it names a listed run."""
-    by_name = {info.name: info for info in infos}
-    asked = st.query_params.get("run")
-    linked = links.known_run(asked, by_name)
-    if asked is not None and linked is None:
-        st.warning(
-            f"There is no run named “{markdown_safe(asked[:80])}” in this trace folder.", icon=":material/link_off:"
-        )
-    name = linked or links.known_run(st.session_state.get("run"), by_name) or infos[0].name
-    st.session_state["run"] = st.session_state["run_box"] = name
-    if asked != name:
-        st.query_params["run"] = name
-    with st.sidebar:
-        st.selectbox("Run", list(by_name), key="run_box", on_change=_remember_run, help="Newest first.")
-    return by_name[name]
-
-
-def choose_datasets(run: data.RunData) -> set[str] | None:
-    """Show the sidebar's dataset filter and return the chosen tags, or None for all."""
-    every = tags(run.requests("dataset")["dataset"])
-    if len(every) < 2:
-        return None
-    kept = [name for name in st.session_state.get("datasets", []) if name in every]
-    st.session_state["datasets_box"] = kept
-
-    def remember() -> None:
-        st.session_state["datasets"] = st.session_state["datasets_box"]
-
-    with st.sidebar:
-        chosen = st.multiselect("Datasets", every, key="datasets_box", on_change=remember, placeholder="All datasets")
-    return set(chosen) if chosen else None
-
-
-def follow(info: RunInfo) -> None:
-    """Look at a live run now and then, and show the page again once the writer has closed another file."""
-    with st.sidebar:
-        if not st.toggle("Follow the live run", value=True, key="follow"):
-            return
-    seen = data.signature(info.path)
-
-    @st.fragment(run_every=FOLLOW_SECONDS)
-    def watch() -> None:
-        if data.signature(info.path) != seen:
-            st.rerun(scope="app")
-
-    with st.sidebar:
-        watch()
-
-
-def open_page(title: str, lead: str, *, filter_datasets: bool = True) -> Page | None:
+def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
     """Show a page's header for the chosen run; None (and a reason on the page) where there is nothing to show."""
     styles()
     infos = data.runs(links.trace_dir())
     if not infos:
         header(title, lead)
         no_runs()
+        choose.await_first_run()
         return None
-    info = choose_run(infos)
+    info = choose.choose_run(infos)
+    if info is None:
+        header(title, lead)
+        choose.missing("run", st.query_params.get("run"), infos, PAGES[title.lower()])
+        return None
+    st.set_page_config(page_title=f"{title} · {info.name} · MarginGate")
     place = header(title, lead, run_chips(info))
     run = data.run_data(info.path)
-    datasets = choose_datasets(run) if filter_datasets else None
+    filters = choose.choose_filters(run) if filtered else Filters()
     if info.is_live:
-        follow(info)
+        choose.follow(info)
+    choose.copy_link(info.name)
     for warning in dict.fromkeys([*info.warnings, *run.warnings]):
-        st.caption(f":material/warning: {markdown_safe(warning)}")
+        st.caption(f":material/warning: {markdown_safe(brief(warning, info))}")
     exports = Exports(f"{info.name}-{title.lower()}")
-    return Page(info, run, datasets, exports, place)
+    return Page(info, run, filters, exports, place)
+
+
+def brief(warning: str, info: RunInfo) -> str:
+    """Return a warning without the folder's path on the server: the page names the run."""
+    return warning.replace(f"{info.path}: ", "").replace(f"{info.path}/", "").replace(str(info.path.parent) + "/", "")
 
 
 def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:
     """Show a figure and put it into the page's export menu."""
     exports.figures[name] = fig
+    # Streamlit's own grey of axis texts is 3.7:1 on white.
+    ink = "#A9AFBA" if st.context.theme.type == "dark" else "#555B66"
+    axes = [n for n in fig.layout.to_plotly_json() if n.startswith(("xaxis", "yaxis"))]
+    fig.update_layout({n: {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}} for n in axes})
     if _CHART_HAS_ALT:
         more["alt"] = (fig.layout.meta or {}).get("title", name)
     config = {
@@ -314,6 +280,12 @@ def pairs(figures: dict[str, go.Figure], exports: Exports) -> None:
         for place, name in zip(st.columns(2), names[start : start + 2]):
             with place:
                 chart(figures[name], name, exports)
+
+
+__all__ = [
+    "FOLLOW_SECONDS", "PAGES", "Exports", "Page", "brief", "cards", "chart", "empty_state", "fragment", "guarded", "header",
+    "markdown_safe", "no_runs", "open_page", "pairs", "run_chips", "safe", "styles", "table",
+]  # fmt: skip
 
 
 def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:

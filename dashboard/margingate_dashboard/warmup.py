@@ -17,6 +17,9 @@ def rows(schema: pa.Schema, count: int = ROWS) -> pd.DataFrame:
     for field in schema:
         plain = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         values = ["x"] * count if pa.types.is_string(plain) else np.arange(count) % 2
+        if pa.types.is_list(plain):
+            columns.append(pa.nulls(count, plain))
+            continue
         if pa.types.is_timestamp(plain):
             values = pa.array(np.arange(count) * 1_000_000).cast(pa.int64())
         columns.append(pa.array(values).cast(plain).cast(field.type))

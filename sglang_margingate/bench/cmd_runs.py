@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 def add_runs(p: argparse.ArgumentParser) -> None:
     """Add the options of ``runs``."""
-    p.add_argument("trace_dir", nargs="?", default="traces", metavar="DIR", help="folder of runs (%(default)s)")
     p.add_argument(
-        "--compact", action="store_true", help="first merge the small files of runs that nobody writes any more"
+        "words",
+        nargs="*",
+        metavar="[compact | import FILE] [DIR]",
+        help="folder of runs to list (traces); `compact` first merges the small files of runs that nobody writes any more; "
+        "`import FILE` makes a run of another engine's answers, one JSON object a line (docs/guide.md)",
     )
+    p.add_argument("--compact", action="store_true", help="as the word compact")
+    p.add_argument("--model", help="with import: the model's name, where the file does not say")
 
 
 def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
@@ -26,6 +31,20 @@ def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     from sglang_margingate.bench import tables
     from sglang_margingate.trace import list_runs
 
+    words = list(args.words)
+    action = words.pop(0) if words and words[0] in ("compact", "import") and not Path(words[0]).is_dir() else ""
+    file = words.pop(0) if action == "import" and words else None
+    if action == "import" and file is None:
+        raise UsageError("runs import: name the file of answers, one JSON object a line")
+    if len(words) > 1:
+        raise UsageError(f"runs: {words[1]!r} is one word too many; give one folder of runs")
+    args.trace_dir, args.compact = (words[0] if words else "traces"), args.compact or action == "compact"
+    if file is not None:
+        from sglang_margingate.bench.foreign import import_run
+
+        path, count = import_run(Path(file), Path(args.trace_dir), args.model)
+        print(f"{path}: {count:,} requests")
+        return 0
     if not Path(args.trace_dir).is_dir():
         raise UsageError(f"{args.trace_dir}: no such folder; a server writes runs where --margingate-trace-dir says")
     infos = list_runs(args.trace_dir)
@@ -78,16 +97,16 @@ def _shown(text: object) -> str:
 
 def add_report(p: argparse.ArgumentParser) -> None:
     """Add the options of ``report``."""
-    p.add_argument("run", type=Path, metavar="RUN", help="folder of one run, traces/<run>")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of one run, traces/<run>; or of runs, with -o FOLDER")
+    p.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="a second run, to compare with the first")
     p.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
 
 
 def report(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
-    """Write one run as one HTML file."""
+    """Write one run, or two compared, as one HTML file; or a folder of runs as a folder of them."""
     from sglang_margingate.report import write_report
 
-    write_report(args.run, args.out)
-    print(args.out)
+    print(write_report(args.run, args.out, args.other))
     return 0
 
 

@@ -62,6 +62,8 @@ class Calibration:
     """Largest margin of any flip, in logits; NaN without flips."""
     tail: tuple[TailFit, ...]
     """Fits of the tail, simplest first; empty with too few flips."""
+    allowed: int = 0
+    """Misses that the target allowed in a sample of this size, whatever it holds; the bound is that of this number."""
 
     @property
     def best_tail(self) -> TailFit | None:
@@ -80,10 +82,13 @@ class Calibration:
                 + self._tail_reason(at)
             )
         else:
-            text = (
-                f"no flip in {n:,} steps: at most {percent(self.miss_upper, up=True)} of steps flip at {at} (rule of "
-                f"three); threshold {self.threshold:g} verifies exact ties only, {self.triggered.numerator:,} here."
+            verb = "are missed" if self.allowed else "flip"
+            rule = (
+                "rule of three"
+                if not self.allowed
+                else f"the bound of the {self.allowed:,} misses that the target allows"
             )
+            text = f"no flip in {n:,} steps: at most {percent(self.miss_upper, up=True)} of steps {verb} at {at} ({rule}); threshold {self.threshold:g} verifies exact ties only, {self.triggered.numerator:,} here."
         if not self.met:
             need = trials_needed(self.target_miss, self.confidence)
             text += f" Not shown: target {self.target_miss:g} needs at least {need:,} steps."
@@ -175,6 +180,7 @@ def threshold_for(
         miss_upper=float(binomial_upper(allowed, n, confidence)),
         largest_flip=float(at_flips[-1]) if at_flips.size and at_flips[-1] >= 0 else math.nan,
         tail=fit_tail(at_flips, n, target_miss, confidence) if tail else (),
+        allowed=allowed,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_margingate.gate.policy import missed
+from sglang_margingate.gate.policy import OUTCOMES, missed
 from sglang_margingate.words import Reason
 
 
@@ -24,15 +24,37 @@ def missed_rows(reason: Any, triggered: np.ndarray, flipped: np.ndarray) -> np.n
     return flipped & ~triggered & _missable(reason)
 
 
+def outcome_rows(reason: Any, triggered: np.ndarray, flipped: np.ndarray, repaired: np.ndarray) -> np.ndarray:
+    """Return what became of each step, as an index into :data:`~sglang_margingate.gate.policy.OUTCOMES`.
+
+    :func:`sglang_margingate.gate.policy.outcome` for columns.
+    """
+    index = {name: code for code, name in enumerate(OUTCOMES)}
+    code = np.where(triggered, index["triggered"], index["stable"]).astype(np.int8)
+    code[triggered & ~verified_rows(reason)] = index["would trigger"]
+    code[flipped] = index["flipped"]
+    code[missed_rows(reason, triggered, flipped)] = index["missed"]
+    code[flipped & repaired] = index["repaired"]
+    return code
+
+
+def verified_rows(reason: Any) -> np.ndarray:
+    """Return which steps were verified, for any reason; a null counts as ``none``."""
+    import pandas as pd
+
+    words = pd.Categorical(reason)
+    # The last entry is for nulls, whose code is -1.
+    named = [str(word) not in ("none", "") for word in words.categories] + [False]
+    found: np.ndarray = np.array(named)[words.codes]
+    return found
+
+
 def examined_rows(reason: Any, triggered: np.ndarray) -> np.ndarray:
     """Return which steps could show a missed flip: not triggered, and verified by the audit or the policy ``always``.
 
     Steps that are verified whatever their margin (``resume``, ``limit``) are no sample of those that are not.
     """
-    import pandas as pd
-
-    known = ~pd.Series(np.asarray(reason, dtype=object)).isin(("none", "", None)).to_numpy()
-    return known & ~triggered & _missable(reason)
+    return verified_rows(reason) & ~triggered & _missable(reason)
 
 
 def _missable(reason: Any) -> np.ndarray:

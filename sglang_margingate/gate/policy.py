@@ -9,6 +9,10 @@ NEVER_MISSED = (Reason.RESUME, Reason.LIMIT)
 """Reasons that verify a step whatever its margin and put the answer in place: no flip of it can be missed."""
 
 
+OUTCOMES = ("stable", "would trigger", "triggered", "flipped", "repaired", "missed")
+"""What became of a step. `would trigger`: its margin was low and its policy verifies nothing (``log``)."""
+
+
 def triggers(margin: float, threshold: float) -> bool:
     """Return whether a step's margin is low: ``margin <= threshold``, so exact ties always trigger.
 
@@ -25,6 +29,21 @@ def missed(reason: Reason, triggered: bool, flipped: bool) -> bool:
     server, dashboard and report share it.
     """
     return flipped and not triggered and reason not in NEVER_MISSED
+
+
+def outcome(reason: Reason, triggered: bool, flipped: bool, repaired: bool) -> str:
+    """Return what became of a step, in one word of :data:`OUTCOMES`; server, dashboard and report share it.
+
+    Whether a flip was repaired and whether it lay above the threshold are two facts: under `always` both hold of some, and
+    no flip is missed. Missed here means: seen by the audit alone, so that the answer kept the fast path's token.
+    """
+    if flipped:
+        if repaired:
+            return "repaired"
+        return "missed" if missed(reason, triggered, flipped) else "flipped"
+    if triggered:
+        return "would trigger" if reason is Reason.NONE else "triggered"
+    return "stable"
 
 
 def decide(

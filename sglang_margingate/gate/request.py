@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from array import array
 from dataclasses import dataclass
 
 from sglang_margingate.config import DEFAULT_THRESHOLD, ConfigError, MarginGateConfig, Policy, check_threshold
@@ -107,3 +110,11 @@ class RequestRules:
                 f"or always; this one runs {self.config.policy.value}"
             )
         return policy
+
+
+def digest(tokens: list[int]) -> str:
+    """Return a digest of a token sequence: the first 16 hexadecimal digits of SHA-256 of its int32, little-endian."""
+    packed = array("i", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return hashlib.sha256(packed.tobytes()).hexdigest()[:16]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import sys
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +13,7 @@ from margingate_kernels.seeded import Draw
 from sglang_margingate.config import MarginGateConfig, Policy
 from sglang_margingate.gate.claims import Asked
 from sglang_margingate.gate.ledger import RequestLedger
-from sglang_margingate.gate.request import RequestParams, RequestRules
+from sglang_margingate.gate.request import RequestParams, RequestRules, digest
 from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.seeded.draws import reach
@@ -184,6 +181,7 @@ class Requests:
             "request_id": state.ledger.request_id,
             "prompt_digest": digest(ended.prompt()),
             "output_digest": digest(ended.output()),
+            "greedy": state.plain,
             "steps": state.ledger.counters.steps,
             "max_tokens": None if state.most_tokens == UNLIMITED else state.most_tokens,
             "repeat": state.ledger.params.repeat,
@@ -204,14 +202,6 @@ class Requests:
             "overhead_ms": verify_ms,
             "overhead_share": verify_ms / e2e_ms if e2e_ms else 0.0,
         }
-
-
-def digest(tokens: list[int]) -> str:
-    """Return a digest of a token sequence: the first 16 hexadecimal digits of SHA-256 of its int32, little-endian."""
-    packed = array("i", tokens)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return hashlib.sha256(packed.tobytes()).hexdigest()[:16]
 
 
 def _why_ungated(new: Opened) -> str | None:

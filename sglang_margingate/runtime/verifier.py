@@ -59,9 +59,16 @@ class VerifyResult:
 
 
 def best_five(logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
-    """Return the best five tokens of each row of logits, [B, V], and their log-probabilities: why a token flipped."""
-    best = torch.topk(torch.log_softmax(logits.float(), -1), min(5, logits.shape[-1]), dim=-1)
-    return list(zip(best.indices.tolist(), best.values.tolist()))
+    """Return the best five tokens of each row of logits, [B, V], and their log-probabilities: why a token flipped.
+
+    Lowest index first among exact ties, as argmax has it (bf16 logits tie often; `topk` takes any).
+    """
+    best = torch.topk(torch.log_softmax(logits.float(), -1), min(16, logits.shape[-1]), dim=-1)
+    found = []
+    for tokens, values in zip(best.indices.tolist(), best.values.tolist()):
+        order = sorted(range(len(tokens)), key=lambda i: (-values[i], tokens[i]))[:5]
+        found.append(([tokens[i] for i in order], [values[i] for i in order]))
+    return found
 
 
 @dataclass

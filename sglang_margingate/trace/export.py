@@ -122,6 +122,7 @@ def chrome_events(run: Run, request_ids: Collection[str] | None = None) -> Itera
     micros = _micros(steps["time"])
     # The first slice of the run begins at zero: Perfetto shows absolute microseconds badly.
     origin = float((micros - steps["step_ms"].fillna(0).to_numpy() * 1000.0).min())
+    origin = min([origin, *(arrival[n] for n in steps["request"].unique().tolist() if n in arrival)])
     steps = steps.assign(_us=micros - origin).sort_values("step", kind="stable")
     for column in ("step_ms", "verify_ms", "hold_ms"):
         steps[column] = steps[column].fillna(0.0)
@@ -151,7 +152,9 @@ def _request_events(rows: Any, tid: int) -> Iterator[dict[str, Any]]:
         yield _slice("prefill" if columns["prefill"][i] is True else "decode", tid, start, split, args)
         if verify > 0:
             args = {**args, "flipped": flipped, "repaired": columns["repaired"][i] is True}
-            yield _slice("verify", tid, split, done, args)
+            # A step waits for the verifies of its companions, too: that is no verify of its own.
+            own = columns["reason"][i] not in ("none", "", None)
+            yield _slice("verify" if own else "wait for others' verify", tid, split, done, args)
         if flipped:
             yield _mark("flip", tid, done, args)
         if hold > 0:

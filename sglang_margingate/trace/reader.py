@@ -126,7 +126,17 @@ def list_runs(trace_dir: str | os.PathLike[str]) -> list[RunInfo]:
         folders = [p for p in Path(trace_dir).iterdir() if p.is_dir()]
     except OSError:
         return []
-    infos = [info for p in folders if (info := run_info(p)) is not None]
+    return newest_first([info for p in folders if (info := run_info(p)) is not None])
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder holds a run's manifest or rows."""
+    folder = Path(path)
+    return os.path.lexists(folder / MANIFEST_NAME) or any(list_files(folder, kind).files for kind in KINDS)
+
+
+def newest_first(infos: list[RunInfo]) -> list[RunInfo]:
+    """Return runs in the order in which lists show them."""
     return sorted(infos, key=lambda i: (i.created.timestamp() if i.created else 0.0, i.name), reverse=True)
 
 

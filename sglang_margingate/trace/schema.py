@@ -190,6 +190,12 @@ REQUEST_COLUMNS: tuple[Column, ...] = (
         "Equal for equal prompts, in any run: first 16 hex digits of SHA-256 of its tokens (int32, little-endian).",
     ),
     Column("output_digest", pa.string(), "", "The same of the answer's tokens: tells whether two are identical."),
+    Column(
+        "greedy",
+        pa.bool_(),
+        "",
+        "Its tokens were to be the best ones (temperature 0), so that answers can be compared.",
+    ),
     Column("steps", pa.int32(), "steps", "Steps that were observed, its rows in the table of steps; 0 where none was."),
     Column(
         "max_tokens", pa.int32(), "tokens", "Tokens that the request asked for at most; null where it set no limit."

@@ -159,7 +159,7 @@ def test_a_deep_link_opens_run_request_and_step(tab: Any, address: str) -> None:
 
 def test_switching_pages_keeps_the_run(tab: Any, address: str) -> None:
     visit(tab, address, "overview", "?run=stock")
-    tab.locator("[data-testid=stSidebarNavLink]", has_text="Margins").click()
+    tab.locator("[data-testid=stSidebar] [data-testid=stPageLink-NavLink]", has_text="Margins").click()
     wait_drawn(tab, "Margins")
     assert "run=stock" in tab.url
 

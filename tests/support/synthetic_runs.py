@@ -310,6 +310,7 @@ def _request_rows(
             "prompt_text": prompts if spec.text else [None] * spec.requests,
             "prompt_digest": [_digest(p) for p in prompts],
             "output_digest": outputs.to_numpy(),
+            "greedy": np.arange(spec.requests) < spec.requests - spec.sampled,
             "steps": lengths,
             "max_tokens": 4096,
             "repeat": np.arange(spec.requests) % max(1, len(spec.mix)),

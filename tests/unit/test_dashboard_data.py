@@ -16,21 +16,24 @@ pytest.importorskip("margingate_dashboard", reason="the package is not installed
 from margingate_dashboard import align, bins, links, profiles, rates, states, summary, tables, tokens, whatif
 from margingate_dashboard.context import flip_text
 from margingate_dashboard.data import RunData, request_steps
+from margingate_dashboard.facts.policies import with_policy
 from margingate_dashboard.figures.flips import by_bucket, ranges
 from margingate_dashboard.figures.latency import quantiles
 from margingate_dashboard.figures.request import latency_parts
 from margingate_dashboard.summary import STEP_COLUMNS, headline
+from margingate_dashboard.theme import STATES
 from synthetic_runs import SyntheticSpec, make_frames, make_manifest, write_run
 
 from sglang_margingate.config import DEFAULT_THRESHOLD
-from sglang_margingate.gate.columns import missed_rows
-from sglang_margingate.gate.policy import missed
+from sglang_margingate.gate.columns import missed_rows, outcome_rows
+from sglang_margingate.gate.policy import OUTCOMES, missed, outcome
 from sglang_margingate.gate.profile import parse_profile
 from sglang_margingate.trace import RunFollower, TraceError, TraceWriter
 from sglang_margingate.words import Reason
 
 SPEC = SyntheticSpec(requests=12, tokens=80)
 ALWAYS = SyntheticSpec(requests=12, tokens=80, policy="always")
+MIXED = SyntheticSpec(requests=24, tokens=80, mix=("log", "gate", "always", "gate"), sampled=2)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +42,14 @@ def gated() -> pd.DataFrame:
     return with_derived(steps)
 
 
-def with_derived(steps: pd.DataFrame) -> pd.DataFrame:
+def with_derived(steps: pd.DataFrame, policy: str = "gate") -> pd.DataFrame:
     return steps.assign(
         state=states.classify(steps),
         triggered=states.triggered(steps),
         verified=states.verified(steps),
         examined=states.examined(steps),
+        above=states.above(steps),
+        policy=pd.Categorical([policy] * len(steps)),
     )
 
 
@@ -65,7 +70,8 @@ def one_step(**changes: object) -> pd.DataFrame:
         ({"triggered": True, "reason": "margin", "flipped": True, "repaired": True}, "repaired"),
         ({"triggered": True, "reason": "margin", "flipped": True}, "flipped"),
         ({"reason": "audit", "flipped": True}, "missed"),
-        ({"reason": "always", "flipped": True, "repaired": True}, "missed"),
+        ({"reason": "always", "flipped": True, "repaired": True}, "repaired"),
+        ({"triggered": True, "reason": "none"}, "would trigger"),
         ({"triggered": True, "reason": "always", "flipped": True, "repaired": True}, "repaired"),
         ({"reason": "resume", "flipped": True, "repaired": True}, "repaired"),
         ({"triggered": None, "flipped": None, "repaired": None}, "stable"),
@@ -73,6 +79,16 @@ def one_step(**changes: object) -> pd.DataFrame:
 )
 def test_each_step_has_the_state_that_the_legend_says(changes: dict[str, object], name: str) -> None:
     assert states.classify(one_step(**changes))[0] == states.CODE[name]
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+def test_what_became_of_a_step_is_one_definition(categorical: bool) -> None:
+    cases = list(product(Reason, *[(False, True)] * 3))
+    words = pd.Series([reason.value for reason, *_ in cases], dtype="category" if categorical else object)
+    low, flip, repaired = (np.array([case[i] for case in cases]) for i in (1, 2, 3))
+    found = [OUTCOMES[code] for code in outcome_rows(words, low, flip, repaired)]
+    assert found == [outcome(*case) for case in cases]
+    assert tuple(s.name for s in STATES) == OUTCOMES
 
 
 @pytest.mark.parametrize("categorical", [True, False])
@@ -184,19 +200,23 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
 # counts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [SPEC, ALWAYS, SyntheticSpec(requests=12, tokens=80, policy="off")])
+@pytest.mark.parametrize(
+    "spec", [SPEC, ALWAYS, *(SyntheticSpec(requests=12, tokens=80, policy=p) for p in ("off", "log")), MIXED]
+)
 def test_steps_and_requests_tell_the_same(spec: SyntheticSpec) -> None:
     steps, requests = make_frames(spec)
-    from_steps, from_requests = summary.headline(with_derived(steps)), summary.from_requests(requests)
-    for name in ("steps", "triggered", "verified", "examined", "untriggered", "flips", "missed"):
+    from_steps, from_requests = summary.headline(with_derived(steps)), summary.from_requests(with_policy(requests))
+    for name in (
+        "steps", "triggered", "would", "verified", "examined", "untriggered", "flips", "repaired", "above", "missed", "structural",
+    ):  # fmt: skip
         assert getattr(from_steps, name) == getattr(from_requests, name), name
 
 
 def test_the_missed_bound_is_the_rule_of_three() -> None:
-    found = summary.Headline(1000, 0, 300, 300, 1000, 0, 0, 0)
+    found = summary.Headline(1000, 0, 0, 300, 300, 1000, 0, 0, 0, 0)
     assert found.miss_upper == pytest.approx(3 / 300, rel=0.01)
     assert not found.miss_known
-    assert summary.Headline(10, 10, 10, 0, 0, 0, 0, 0).miss_upper == 1.0
+    assert summary.Headline(10, 10, 0, 10, 0, 0, 0, 0, 0, 0).miss_upper == 1.0
 
 
 def test_datasets_are_named_even_without_a_tag() -> None:
@@ -208,7 +228,7 @@ def test_datasets_are_named_even_without_a_tag() -> None:
 
 def test_counts_by_dataset_add_up(gated: pd.DataFrame) -> None:
     _, requests = make_frames(SPEC)
-    table, total = tables.by_dataset(gated, requests), summary.headline(gated)
+    table, total = tables.by_dataset(gated, with_policy(requests)), summary.headline(gated)
     assert table["decode steps"].sum() == total.steps
     assert table["flips"].sum() == total.flips
     assert table["requests"].sum() == SPEC.requests
@@ -391,6 +411,8 @@ def test_runs_are_matched_by_the_strongest_evidence() -> None:
     _, requests = make_frames(SPEC)
     renamed = requests.assign(request_id=[f"x{i}" for i in range(len(requests))])
     assert "request id" in align.pair(requests, requests).how
+    assert "digest" in align.pair(requests, renamed).how
+    requests, renamed = (r.assign(prompt_digest=None) for r in (requests, renamed))
     by_text = align.pair(requests, renamed)
     assert "prompt text" in by_text.how
     assert len(by_text.table) == len(requests)

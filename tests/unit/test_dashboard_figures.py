@@ -17,6 +17,7 @@ from margingate_dashboard.figures.common import safe
 from synthetic_runs import SyntheticSpec, make_frames
 
 from sglang_margingate.gate.calibration import trade_off, transfer_matrix
+from sglang_margingate.gate.policy import OUTCOMES
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def says(fig: go.Figure) -> str:
 
 
 def test_states_are_distinct_without_colour() -> None:
-    assert len({s.symbol for s in theme.STATES}) == len({s.mark for s in theme.STATES}) == len(theme.STATES) == 5
-    assert [s.name for s in theme.STATES] == ["stable", "triggered", "flipped", "repaired", "missed"]
+    assert len({s.symbol for s in theme.STATES}) == len({s.mark for s in theme.STATES}) == len(theme.STATES) == 6
+    assert [s.name for s in theme.STATES] == list(OUTCOMES), "the words of the gate itself"
 
 
 def test_over_time_counts_every_decode_step_once(steps: pd.DataFrame) -> None:
@@ -136,7 +137,7 @@ def test_runs_show_price(steps: pd.DataFrame) -> None:
     table = pd.DataFrame(
         {
             "run": ["a", "b"],
-            "policy": ["gate", "off"],
+            "rates of": ["gate", "off"],
             "decode steps": [10, 10],
             "verified": [2, 0],
             "overhead": [1.5, None],

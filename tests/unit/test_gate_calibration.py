@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sglang_margingate.gate.calibration import CalibrationError, threshold_for, trade_off, transfer_matrix
+from sglang_margingate.gate.stats import binomial_upper
 
 SCALE, FLIP, WIDTH = 4.0, 0.5, 0.05
 """Margins are exponential(SCALE); a step of margin m flips with probability FLIP * exp(-m / WIDTH)."""
@@ -74,6 +75,15 @@ def test_target_that_the_sample_cannot_show() -> None:
     assert not c.met
     assert c.missed.numerator == 0
     assert "needs at least 29,956 steps" in c.statement()
+
+
+def test_the_sentence_names_the_bound_that_it_gives() -> None:
+    """A target allows misses whatever the sample holds: then the bound is theirs, not the rule of three."""
+    found = threshold_for(np.linspace(0.1, 5, 1538), np.zeros(1538, bool), target_miss=0.01, tail=False)
+    assert found.allowed > 0
+    assert found.miss_upper == pytest.approx(float(binomial_upper(found.allowed, 1538)))
+    assert "rule of three" not in found.statement()
+    assert f"the bound of the {found.allowed} misses" in found.statement()
 
 
 def test_dataset_that_never_flips() -> None:

@@ -7,11 +7,12 @@ import struct
 from typing import Any
 
 from sglang_margingate.config import MarginGateConfig, Policy
+from sglang_margingate.gate.request import digest
 from sglang_margingate.runtime.clock import HostClock
 from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.record import Recorder
-from sglang_margingate.runtime.requests import Ended, Opened, Requests, digest
+from sglang_margingate.runtime.requests import Ended, Opened, Requests
 
 
 class Sink:
@@ -36,7 +37,7 @@ def test_equal_answers_have_equal_digests() -> None:
     a, b, c = rows_of([5, 6, 7], [5, 6, 7], [5, 6, 8])
     assert a["output_digest"] == b["output_digest"] != c["output_digest"]
     assert a["prompt_digest"] == c["prompt_digest"] == digest([1, 2]) != digest([12])
-    assert (a["repeat"], a["steps"], a["max_tokens"]) == (4, 0, None)
+    assert (a["repeat"], a["steps"], a["max_tokens"], a["greedy"]) == (4, 0, None, True)
     assert rows_of([1], most_tokens=64)[0]["max_tokens"] == 64
 
 

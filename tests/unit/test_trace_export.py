@@ -69,15 +69,23 @@ def test_chrome_trace(run: Run, tmp_path: Path) -> None:
     assert set(names) == {"a", "a (held)", "b", "b (held)"}
     track = [e for e in events if e["ph"] == "X" and e["tid"] == names["a"]]
     assert [(e["name"], e["ts"], e["dur"]) for e in track] == [
-        ("prefill", 0.0, 10_000.0),
-        ("decode", 10_000.0, 4000.0),
-        ("decode", 15_000.0, 3000.0),
-        ("verify", 18_000.0, 2000.0),
+        ("prefill", 5_000.0, 10_000.0),
+        ("decode", 15_000.0, 4000.0),
+        ("decode", 20_000.0, 3000.0),
+        ("verify", 23_000.0, 2000.0),
     ]
+    assert next(e["ts"] for e in events if e["name"] == "arrived") == 0.0, "before its first slice, at its own time"
     assert track[3]["args"]["flipped"] is True
     assert [e["dur"] for e in events if e["ph"] == "X" and e["tid"] == names["a (held)"]] == [1000.0]
     assert sum(e["name"] == "flip" for e in events) == 2
     assert all(e["ts"] >= 0 for e in events if "ts" in e)
+
+
+def test_waiting_for_a_companions_verify_is_no_verify(run: Run, tmp_path: Path) -> None:
+    run.steps["reason"] = "none"
+    events = json.loads(export_chrome_trace(run, tmp_path / "t.json").read_text())["traceEvents"]
+    assert not any(e["name"] == "verify" for e in events)
+    assert any(e["name"] == "wait for others' verify" for e in events)
 
 
 def test_chosen_requests_and_an_empty_run(run: Run, tmp_path: Path) -> None:

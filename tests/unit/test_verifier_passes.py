@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_margingate.runtime.verifier import KvAccess, Verifier, VerifyJob
+from sglang_margingate.runtime.verifier import KvAccess, Verifier, VerifyJob, best_five
 
 LAYERS, TABLE = 2, 20
 VOCAB = 64
@@ -97,3 +97,14 @@ def test_what_audits_stage_is_bounded() -> None:
     assert sum(staged) == 5 * 3
     assert result.logits.argmax(1).tolist() == [3] * requests
     assert result.rows == requests * 3
+
+
+def test_the_best_five_stand_in_the_order_of_argmax() -> None:
+    logits = torch.zeros(2, 40)
+    logits[0, [7, 3, 30]] = 2.0
+    logits[1] = torch.arange(40.0)
+    tied, rising = best_five(logits)
+    assert tied[0][:3] == [3, 7, 30]
+    assert tied[0][0] == int(logits[0].argmax())
+    assert rising[0] == [39, 38, 37, 36, 35]
+    assert rising[1][0] - rising[1][4] == pytest.approx(4.0, abs=1e-4)

@@ -56,7 +56,7 @@ def finish(
     x, y
         Further settings of the axes (of all of a kind, where there are several).
     """
-    small = f'<br><span style="font-size:12px;font-weight:400;color:#858B96">{subtitle}</span>' if subtitle else ""
+    small = f'<br><span style="font-size:12px;font-weight:400">{subtitle}</span>' if subtitle else ""
     head = {
         "text": f"{title}{small}",
         "font": {"size": 15},
@@ -77,19 +77,21 @@ def finish(
         title_text = {"text": given.pop("title")} if "title" in given else {}
         settings[name] = {**plain, "title": {"standoff": 8 if name[0] == "x" else 16, **title_text}, **given}
     below = 20 * (legend_rows(fig, width) - 1) if legend else 0
+    top, bottom = 60 if subtitle else 44, 82 + below if legend else 54
     # One update with nested names: update_xaxes and names_with_underscores take Plotly several times as long.
     fig.update_layout(
         settings,
         title=head,
         height=height + below,
         meta={"title": title},
-        margin={"l": 62, "r": 20, "t": 60 if subtitle else 44, "b": 82 + below if legend else 54},
+        margin={"l": 62, "r": 20, "t": top, "b": bottom},
         showlegend=legend,
         legend={
             "orientation": "h",
-            "yref": "container",
-            "y": 0.005,
-            "yanchor": "bottom",
+            # Below the axis title and growing downwards: on a phone it takes more lines than here, and pushes the plot up.
+            "yref": "paper",
+            "y": -46.0 / max(height + below - top - bottom, 60),
+            "yanchor": "top",
             "xref": "paper",
             "x": 0,
             "traceorder": "normal",

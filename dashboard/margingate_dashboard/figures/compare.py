@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from margingate_dashboard.figures.common import WHOLE, empty, extra, finish
-from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES
+from margingate_dashboard.theme import dataset_look
 
 
 def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
@@ -23,7 +23,8 @@ def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
         return empty(title, "No matched requests.")
     fig = go.Figure()
     longest = int(table[["tokens_a", "tokens_b"]].max(axis=None))
-    for index, (name, rows) in enumerate(table.groupby("dataset", sort=True, observed=True)):
+    for name, rows in table.groupby("dataset", sort=True, observed=True):
+        colour, dash = dataset_look(str(name))
         first = np.sort(rows["first"].dropna().to_numpy(dtype=np.int64))
         x = np.concatenate([[0], first, [longest]])
         y = np.concatenate([[len(rows)], len(rows) - 1 - np.arange(first.size), [len(rows) - first.size]])
@@ -37,8 +38,8 @@ def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 line={
                     "shape": "hv",
                     "width": 2,
-                    "color": SERIES_COLOURS[index % len(SERIES_COLOURS)],
-                    "dash": SERIES_DASHES[index % len(SERIES_DASHES)],
+                    "color": colour,
+                    "dash": dash,
                 },
                 hovertemplate="step %{x}: %{customdata[0]} / %{customdata[1]} identical" + extra(name),
             )

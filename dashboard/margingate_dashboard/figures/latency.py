@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from margingate_dashboard.figures.common import empty, extra, finish, translucent
-from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES, TRIGGERED
+from margingate_dashboard.theme import TRIGGERED, policy_colour
 
 
 def quantiles(groups: np.ndarray, values: np.ndarray) -> pd.DataFrame:
@@ -37,8 +37,8 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
     if not tables:
         return empty(title, f"No {what} has been recorded.")
     fig = go.Figure()
-    for index, (name, table) in enumerate(tables.items()):
-        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+    for name, table in tables.items():
+        colour = policy_colour(name)
         fig.add_trace(
             go.Scatter(
                 x=table["rows"],
@@ -56,7 +56,7 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
                 y=table["median"],
                 name=f"{name}, median",
                 mode="lines+markers",
-                line={"color": colour, "width": 2, "dash": SERIES_DASHES[0]},
+                line={"color": colour, "width": 2, "dash": "solid"},
                 marker={"size": 6},
                 customdata=table["steps"],
                 hovertemplate="%{x} rows: %{y:.2f} ms (%{customdata:,} steps)<extra>" + name + " median</extra>",
@@ -77,8 +77,8 @@ def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle:
     edges[-1] = max(edges[-1], float(every.max()))
     shown = np.append(edges[:-1], edges[-2] + (edges[1] - edges[0]))
     fig = go.Figure()
-    for index, (name, v) in enumerate(values.items()):
-        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+    for name, v in values.items():
+        colour = policy_colour(name)
         heights, _ = np.histogram(v, edges)
         fig.add_trace(
             go.Bar(
@@ -117,3 +117,28 @@ def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
         )
     x, y = {"title": "columns recomputed for the step (window)"}, {"title": "ms the step waited", "rangemode": "tozero"}
     return finish(fig, title, subtitle=subtitle, x=x, y=y)
+
+
+def ecdf(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "") -> go.Figure:
+    """Draw the share of requests at or below each value, one line per policy, on a logarithmic axis."""
+    values = {name: np.sort(v[np.isfinite(v)]) for name, v in values.items()}
+    values = {name: v for name, v in values.items() if v.size}
+    if not values:
+        return empty(title, "No request has finished yet.")
+    fig = go.Figure()
+    log = all(v[0] > 0 for v in values.values())
+    for name, v in values.items():
+        shares = np.arange(1, v.size + 1) / v.size
+        keep = np.unique(np.linspace(0, v.size - 1, min(v.size, 2000)).astype(int))
+        fig.add_trace(
+            go.Scatter(
+                x=v[keep],
+                y=100 * shares[keep],
+                name=f"{name} ({v.size:,} requests, median {np.median(v):.4g})",
+                mode="lines",
+                line={"color": policy_colour(name), "width": 2, "shape": "hv"},
+                hovertemplate="%{y:.1f}% at or below %{x:.4g}" + extra(name),
+            )
+        )
+    x = {"title": axis, **({"type": "log"} if log else {})}
+    return finish(fig, title, subtitle=subtitle, x=x, y={"title": "requests, %", "range": [0, 103]})

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from margingate_dashboard.bins import LOGARITHMIC, Bins, counts
 from margingate_dashboard.figures.common import WHOLE, empty, finish, step_fill, translucent
-from margingate_dashboard.theme import FLIPPED, SERIES_COLOURS, SERIES_DASHES, STABLE, THRESHOLD_COLOUR, TRIGGERED
+from margingate_dashboard.theme import FLIPPED, STABLE, THRESHOLD_COLOUR, TRIGGERED, dataset_look
 
 MAX_FACETS = 8
 """More datasets than this are drawn as the first ones and the rest left to the filter."""
@@ -77,7 +77,7 @@ def histogram(
                 [np.append(heights, heights[-1]), bins.edges, np.append(bins.edges[1:], bins.edges[-1])], axis=-1
             )
             trace.hovertemplate = (
-                "margin %{customdata[1]:.4g} to %{customdata[2]:.4g}: %{customdata[0]:,} steps<extra>"
+                "margin %{customdata[1]:.6g} to %{customdata[2]:.6g}: %{customdata[0]:,} steps<extra>"
                 + label
                 + "</extra>"
             )
@@ -107,7 +107,7 @@ def histogram(
         fig.add_vline(x=place, line={"color": THRESHOLD_COLOUR, "width": 2, "dash": "dash"}, row=row, col=1)
     finish(fig, title, height=150 + 150 * len(names), subtitle=subtitle, width=WHOLE)
     fig.add_annotation(
-        text=f" tau = {threshold:.4g}",
+        text=f" tau = {threshold:.6g}",
         x=np.log10(place) if log else place,
         xref="x",
         y=0.97,
@@ -150,12 +150,9 @@ def effect(
     if not curves:
         return empty(title, "No decode steps with a margin have been recorded.")
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09)
-    for index, (name, (taus, rates, left)) in enumerate(curves.items()):
-        line = {
-            "color": SERIES_COLOURS[index % len(SERIES_COLOURS)],
-            "dash": SERIES_DASHES[index % len(SERIES_DASHES)],
-            "width": 2,
-        }
+    for name, (taus, rates, left) in curves.items():
+        colour, dash = dataset_look(name)
+        line = {"color": colour, "dash": dash, "width": 2}
         fig.add_trace(
             go.Scatter(
                 x=taus,
@@ -164,7 +161,7 @@ def effect(
                 legendgroup=name,
                 mode="lines",
                 line={**line, "shape": "hv"},
-                hovertemplate="tau %{x:.4g}: %{y:.2f}% triggered<extra>" + name + "</extra>",
+                hovertemplate="tau %{x:.6g}: %{y:.2f}% triggered<extra>" + name + "</extra>",
             ),
             row=1,
             col=1,
@@ -178,7 +175,7 @@ def effect(
                 showlegend=False,
                 mode="lines",
                 line={**line, "shape": "hv"},
-                hovertemplate="tau %{x:.4g}: %{y} known flips above it<extra>" + name + "</extra>",
+                hovertemplate="tau %{x:.6g}: %{y} known flips above it<extra>" + name + "</extra>",
             ),
             row=2,
             col=1,

@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from margingate_dashboard.figures.common import WHOLE, empty, extra, finish, safe, translucent
 from margingate_dashboard.states import CODE, as_bool
-from margingate_dashboard.theme import FLIPPED, GUARANTEE_COLOURS, MISSED, REPAIRED, SERIES_COLOURS, TRIGGERED
+from margingate_dashboard.theme import FLIPPED, GUARANTEE_COLOURS, MISSED, REPAIRED, SERIES_COLOURS, TRIGGERED, WOULD
 
 
 def over_time(steps: pd.DataFrame, bins: int = 72) -> pd.DataFrame:
@@ -25,14 +25,14 @@ def over_time(steps: pd.DataFrame, bins: int = 72) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row a span: seconds (its middle, from the run's first step), steps, triggered, repaired, flipped, missed,
-        rows_mean, rows_max (NaN where the span has no decode step).
+        One row a span: seconds (its middle, from the run's first step), steps, triggered, would, repaired, flipped,
+        missed, rows_mean, rows_max (NaN where the span has no decode step).
     """
     decode = ~as_bool(steps["prefill"])
     times = steps["time"].to_numpy(dtype="datetime64[us]").astype(np.int64)[decode]
     if times.size == 0:
         return pd.DataFrame(
-            columns=["seconds", "steps", "triggered", "repaired", "flipped", "missed", "rows_mean", "rows_max"]
+            columns=["seconds", "steps", "triggered", "would", "repaired", "flipped", "missed", "rows_mean", "rows_max"]
         )
     begin, span = times.min(), max(1, int(times.max() - times.min()))
     slot = np.minimum((times - begin) * bins // span, bins - 1)
@@ -41,10 +41,13 @@ def over_time(steps: pd.DataFrame, bins: int = 72) -> pd.DataFrame:
     total = np.bincount(slot, minlength=bins)
     largest = np.full(bins, -np.inf)
     np.maximum.at(largest, slot, rows)
+    low = steps["triggered"].to_numpy()[decode]
+    would = state == CODE[WOULD.name]
     table = {
         "seconds": (np.arange(bins) + 0.5) * span / bins / 1e6,
         "steps": total,
-        "triggered": np.bincount(slot, weights=steps["triggered"].to_numpy()[decode], minlength=bins).astype(int),
+        "triggered": np.bincount(slot[low & ~would], minlength=bins),
+        "would": np.bincount(slot[would], minlength=bins),
     }
     for name in (REPAIRED.name, FLIPPED.name, MISSED.name):
         table[name] = np.bincount(slot[state == CODE[name]], minlength=bins)
@@ -61,22 +64,25 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
     if table.empty:
         return empty(title, "No decode steps have been recorded yet.")
     fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.075, row_heights=[0.38, 0.34, 0.28])
-    rate = 100.0 * table["triggered"] / table["steps"].where(table["steps"] > 0)
-    fig.add_trace(
-        go.Scatter(
-            x=table["seconds"],
-            y=rate,
-            name=f"{TRIGGERED.name} (share of decode steps)",
-            mode="lines",
-            line={"color": TRIGGERED.colour, "width": 2, "shape": "hvh"},
-            fill="tozeroy",
-            fillcolor=translucent(TRIGGERED.colour, 0.25),
-            customdata=np.stack([table["triggered"], table["steps"]], axis=-1),
-            hovertemplate="%{x:.1f} s: %{y:.2f}% (%{customdata[0]:,} / %{customdata[1]:,} steps)" + extra("triggered"),
-        ),
-        row=1,
-        col=1,
-    )
+    for state, column in ((TRIGGERED, "triggered"), (WOULD, "would")):
+        if column == "would" and not table[column].any():
+            continue
+        fig.add_trace(
+            go.Scatter(
+                x=table["seconds"],
+                y=100.0 * table[column] / table["steps"].where(table["steps"] > 0),
+                name=f"{state.name} (share of decode steps)",
+                mode="lines",
+                line={"color": state.colour, "width": 2, "shape": "hvh"},
+                fill="tozeroy",
+                fillcolor=translucent(state.colour, 0.25),
+                customdata=np.stack([table[column], table["steps"]], axis=-1),
+                hovertemplate="%{x:.1f} s: %{y:.2f}% (%{customdata[0]:,} / %{customdata[1]:,} steps)"
+                + extra(state.name),
+            ),
+            row=1,
+            col=1,
+        )
     for state in (REPAIRED, FLIPPED, MISSED):
         if not table[state.name].any() and state is FLIPPED:
             continue

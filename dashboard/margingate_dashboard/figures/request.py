@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from margingate_dashboard.figures.common import empty, extra, finish, translucent
 from margingate_dashboard.rates import number
-from margingate_dashboard.theme import PART_COLOURS, SERIES_COLOURS, STATES, THRESHOLD_COLOUR
+from margingate_dashboard.theme import FLIPPED, PART_COLOURS, SERIES_COLOURS, STATES, THRESHOLD_COLOUR
 
 
 def margins(steps: pd.DataFrame, selected: int | None = None, log: bool = False, subtitle: str = "") -> go.Figure:
@@ -72,7 +72,7 @@ def margins(steps: pd.DataFrame, selected: int | None = None, log: bool = False,
                 mode="lines",
                 name="threshold (tau)",
                 line={"color": THRESHOLD_COLOUR, "width": 2, "dash": "dash", "shape": "hv"},
-                hovertemplate="threshold %{y:.4g}<extra></extra>",
+                hovertemplate="threshold %{y:.6g}<extra></extra>",
             )
         )
     traces.append(
@@ -165,4 +165,36 @@ def waterfall(request: pd.Series, subtitle: str = "") -> go.Figure:
         },
     )
     x = {"title": "ms since arrival", "range": [0, whole * 1.04]}
-    return finish(fig, title, height=450, subtitle=subtitle, legend=False, x=x, y={"autorange": "reversed"})
+    return finish(
+        fig, title, height=450, subtitle=subtitle, legend=False, x=x, y={"autorange": "reversed", "showgrid": False}
+    )
+
+
+def kv_change(steps: pd.DataFrame, selected: int | None = None, subtitle: str = "") -> go.Figure:
+    """Draw how much each verify changed the step's K/V column, in the first and the last layer, and the flips."""
+    title = "K/V change at each verify"
+    seen = steps[steps["kv_delta_last"].notna() | steps["kv_delta_first"].notna()]
+    if seen.empty:
+        return empty(title, "No step of this request was verified.")
+    fig = go.Figure()
+    for column, words, colour in (
+        ("kv_delta_first", "first layer", SERIES_COLOURS[0]), ("kv_delta_last", "last layer", SERIES_COLOURS[2]),
+    ):  # fmt: skip
+        fig.add_trace(
+            go.Scatter(
+                x=seen["step"], y=seen[column].to_numpy(dtype=float), name=words, mode="lines+markers",
+                line={"color": colour, "width": 1.5}, marker={"size": 4},
+                hovertemplate="step %{x}: %{y:.4g}" + extra(words),
+            )
+        )  # fmt: skip
+    flips = seen[seen["flipped"].astype("boolean").fillna(False).to_numpy(dtype=bool)]
+    fig.add_trace(
+        go.Scatter(
+            x=flips["step"], y=flips["kv_delta_last"].to_numpy(dtype=float), name="flipped", mode="markers",
+            marker={"symbol": "x", "size": 10, "color": FLIPPED.colour}, hovertemplate="step %{x} flipped<extra></extra>",
+        )
+    )  # fmt: skip
+    if selected is not None:
+        fig.add_vline(x=selected, line={"color": THRESHOLD_COLOUR, "width": 1.5, "dash": "dot"})
+    x, y = {"title": "step (output token)"}, {"title": "largest change of the column", "rangemode": "tozero"}
+    return finish(fig, title, height=300, subtitle=subtitle, width=540, x=x, y=y)

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from margingate_dashboard.figures.common import WHOLE, empty, extra, finish
-from margingate_dashboard.theme import SERIES_COLOURS, SERIES_DASHES
+from margingate_dashboard.theme import dataset_look
 
 
 def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], subtitle: str = "") -> go.Figure:
@@ -24,8 +24,8 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
     if not curves:
         return empty(title, "No calibration sample.")
     fig = go.Figure()
-    for index, (name, table) in enumerate(curves.items()):
-        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+    for name, table in curves.items():
+        colour, dash = dataset_look(name)
         fig.add_trace(
             go.Scatter(
                 x=100 * table["trigger_rate"],
@@ -33,11 +33,11 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
                 name=name,
                 mode="lines+markers",
                 marker={"size": 4, "color": colour},
-                line={"color": colour, "width": 2, "dash": SERIES_DASHES[index % len(SERIES_DASHES)], "shape": "hv"},
+                line={"color": colour, "width": 2, "dash": dash, "shape": "hv"},
                 customdata=np.stack(
                     [table["threshold"], table["missed"], table["flips"], table["triggered"], table["steps"]], -1
                 ),
-                hovertemplate="tau %{customdata[0]:.4g}: triggers %{customdata[3]:,} / %{customdata[4]:,}, misses "
+                hovertemplate="tau %{customdata[0]:.6g}: triggers %{customdata[3]:,} / %{customdata[4]:,}, misses "
                 "%{customdata[1]:,} / %{customdata[2]:,} flips<br>at most %{y:.3g}% of steps missed" + extra(name),
             )
         )
@@ -51,7 +51,7 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
                     showlegend=False,
                     cliponaxis=False,
                     marker={"size": 15, "symbol": "star", "color": colour, "line": {"width": 1.5, "color": "#101418"}},
-                    hovertemplate=f"chosen: tau {point['threshold']:.4g}, "
+                    hovertemplate=f"chosen: tau {point['threshold']:.6g}, "
                     + "%{x:.2f}% triggered, at most %{y:.3g}% of steps missed<extra>"
                     + name
                     + "</extra>",
@@ -90,7 +90,7 @@ def transfer(matrix: pd.DataFrame, subtitle: str = "") -> go.Figure:
         text.append([f"<b>{int(c['missed']):,} / {int(c['flips']):,}</b><br>{c['trigger_rate']:.2%}" for c in cells])
         hover.append(
             [
-                f"tau {c['threshold']:.4g}: misses {int(c['missed']):,} / {int(c['flips']):,} flips, triggers "
+                f"tau {c['threshold']:.6g}: misses {int(c['missed']):,} / {int(c['flips']):,} flips, triggers "
                 f"{int(c['triggered']):,} / {int(c['steps']):,} steps<br>"
                 f"at most {c['miss_upper']:.3%} of steps missed (95%)"
                 for c in cells
@@ -101,7 +101,7 @@ def transfer(matrix: pd.DataFrame, subtitle: str = "") -> go.Figure:
         go.Heatmap(
             z=z,
             x=columns,
-            y=[f"{s} (tau {taus[s]:.4g})" for s in rows],
+            y=[f"{s} (tau {taus[s]:.6g})" for s in rows],
             text=text,
             texttemplate="%{text}",
             customdata=hover,

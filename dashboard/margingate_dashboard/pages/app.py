@@ -11,11 +11,13 @@ import threading
 import streamlit as st
 from PIL import Image, ImageDraw
 
+from margingate_dashboard import choose
 from margingate_dashboard.ui import PAGES
 
 _LOOKS = {
     "runs": ("Runs", ":material/list_alt:"),
     "overview": ("Overview", ":material/dashboard:"),
+    "requests": ("Requests", ":material/list:"),
     "request": ("Request", ":material/segment:"),
     "margins": ("Margins", ":material/bar_chart:"),
     "flips": ("Flips", ":material/sync_alt:"),
@@ -62,8 +64,16 @@ def main() -> None:
     pages = []
     for name, path in PAGES.items():
         title, icon = _LOOKS[name]
-        pages.append(st.Page(path, title=title, icon=icon, url_path=name, default=name == "runs"))
-    st.navigation(pages).run()
+        pages.append(st.Page(path, title=title, icon=icon, url_path=name))
+    # The default page answers at the root alone. This one does, so that /runs is an address like any other page's.
+    home = st.Page("home.py", title="Runs", default=True, visibility="hidden")
+    page = st.navigation([home, *pages], position="hidden")
+    place = st.sidebar.container(key="mg-nav", gap=None)
+    try:
+        page.run()
+    finally:  # by now it is known which run is looked at
+        with place:
+            choose.navigate({name: (path, *_LOOKS[name]) for name, path in PAGES.items()})
 
 
 main()

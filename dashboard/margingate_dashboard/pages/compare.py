@@ -1,4 +1,4 @@
-"""Compare: two runs of the same prompts, token against token."""
+"""Compare: two runs of the same prompts, token against token, with what they were started with and what they cost."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from pathlib import Path
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import align, data, links, states, tokens, ui
+from margingate_dashboard import align, choose, data, identity_card, links, sidebyside, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts import identity, policies, runlist, versus
 from margingate_dashboard.figures import compare as figures
 from margingate_dashboard.rates import of, share
-from margingate_dashboard.summary import has_tag, tag
+from margingate_dashboard.summary import tag
 from margingate_dashboard.theme import MISSED, REPAIRED
 from margingate_dashboard.ui import Page
 from sglang_margingate.trace import RunInfo
 
-BEFORE, AFTER = 60, 90
-"""Tokens shown around the first divergence."""
+BASELINE = "baseline"
+"""A run with this tag is what others are compared with, where nothing else is chosen."""
 
 
 @st.cache_data(max_entries=8, show_spinner=False)
-def _compared(a: str, b: str, now_a: object, now_b: object) -> tuple[pd.DataFrame, str]:
+def _compared(a: str, b: str, now_a: object, now_b: object) -> tuple[pd.DataFrame, str, tuple[int, int]]:
     del now_a, now_b
     left, right = data.run_data(Path(a)), data.run_data(Path(b))
     columns = align.REQUEST_COLUMNS
     rows = [run.requests(*columns) for run in (left, right)]
     ids = [set(r["request_id"].tolist()) for r in rows]
-    if 2 * len(ids[0] & ids[1]) < min(map(len, ids)):
-        # Prompt texts are read only where ids do not tell.
+    if 2 * len(ids[0] & ids[1]) < min(map(len, ids)) and not all(r["prompt_digest"].notna().all() for r in rows):
+        # Prompt texts are read only where nothing else tells.
         rows = [run.requests(*columns, "prompt_text") for run in (left, right)]
     pairs = align.pair(*rows)
     steps = [run.steps(*align.STEP_COLUMNS) for run in (left, right)]
@@ -36,11 +37,16 @@ def _compared(a: str, b: str, now_a: object, now_b: object) -> tuple[pd.DataFram
     ends = [dict(zip(r["request"].tolist(), r["finish_reason"].astype(str).tolist())) for r in rows]
     table["ends_a"], table["ends_b"] = table["a"].map(ends[0]), table["b"].map(ends[1])
     table["dataset"] = table["dataset"].map(tag)
-    return table, pairs.how
+    return table, pairs.how, pairs.unobserved
+
+
+def _baseline(infos: dict[str, RunInfo]) -> str:
+    return next((n for n, i in infos.items() if BASELINE in runlist.read_note(i.path).tags), next(iter(infos)))
 
 
 def _other(page: Page) -> RunInfo | None:
-    infos = {i.name: i for i in data.runs(links.trace_dir()) if i.name != page.run}
+    every = data.runs(links.trace_dir())
+    infos = {i.name: i for i in every if i.name != page.run}
     if not infos:
         ui.empty_state(
             "One run is not enough",
@@ -48,52 +54,63 @@ def _other(page: Page) -> RunInfo | None:
         )
         return None
     asked = st.query_params.get("other")
-    linked = links.known_run(asked, infos)
-    if asked is not None and asked != page.run and linked is None:
-        st.warning(
-            f"There is no run named “{ui.markdown_safe(asked[:80])}” in this trace folder.", icon=":material/link_off:"
-        )
-    name = linked or links.known_run(st.session_state.get("other"), infos) or next(iter(infos))
-    st.session_state["other"] = st.session_state["other_box"] = name
-    if asked != name:
-        st.query_params["other"] = name
+    if asked is not None and asked != page.run and links.known_run(asked, infos) is None:
+        choose.missing("run", asked, every, ui.PAGES["compare"])
+        return None
+    left, right = st.columns([0.7, 0.3], vertical_alignment="bottom")
+    name = (
+        links.known_run(asked, infos)
+        or links.known_run(st.session_state.get("pinned_other"), infos)
+        or _baseline(infos)
+    )
+    st.session_state["pinned_other"] = st.session_state["other_box"] = name
 
     def remember() -> None:
-        st.session_state["other"] = st.query_params["other"] = st.session_state["other_box"]
+        if st.session_state["other_box"] is not None:
+            st.session_state["pinned_other"] = st.query_params["other"] = st.session_state["other_box"]
 
-    st.selectbox(
-        f"Compare {ui.markdown_safe(page.run)} with", list(infos), key="other_box", on_change=remember, width=420
+    left.selectbox(
+        f"Compare {ui.markdown_safe(page.run)} (a) with (b)",
+        list(infos),
+        key="other_box",
+        on_change=remember,
+        help=f"A run tagged “{BASELINE}” on the Runs page comes first.",
+    )
+    right.page_link(
+        ui.PAGES["compare"],
+        label="Swap a and b",
+        icon=":material/swap_horiz:",
+        query_params=links.params(name, other=page.run),
     )
     return infos[name]
 
 
-def _strips(a: RunInfo, b: RunInfo, row: pd.Series) -> None:
-    first = None if pd.isna(row["first"]) else int(row["first"])
-    cells = []
-    for info, number in ((a, row["a"]), (b, row["b"])):
-        steps = data.request_steps(info.path, int(number))
-        steps = steps.assign(state=states.classify(steps))
-        begin = 0 if first is None else max(0, first - BEFORE)
-        window = steps[(steps["step"] >= begin) & (steps["step"] < begin + BEFORE + AFTER)]
-
-        def style(step: dict[str, object]) -> str:
-            at = int(step["step"])  # type: ignore[call-overload]
-            return "same" if first is None or at < first else ("diverged" if at == first else "after")
-
-        ended = "" if first is None or (steps["step"] >= first).any() else f" (ended after {len(steps):,} tokens)"
-        title = f"<h4>{tokens.visible_html(info.name, '')}{ended}</h4>"
-        cells.append(
-            f"<div>{title}{tokens.strip(window, data.vocabulary(data.run_data(info.path)), first, style)}</div>"
+def _settings(page: Page, other: RunInfo) -> None:
+    """Warn where the runs are not of one model, and show every setting that differs."""
+    frame = versus.settings(page.info.manifest, other.manifest)
+    grave = [str(f) for f in frame["field"] if f in versus.GRAVE]
+    if grave:
+        st.warning(
+            f"These runs differ in {ui.markdown_safe(', '.join(grave))}: other answers are no sign of a flip.",
+            icon=":material/warning:",
         )
-    st.html(f'<div class="mg-two">{"".join(cells)}</div>')
-    with st.container(horizontal=True):
-        for info, number, rid in ((a, row["a"], row["id_a"]), (b, row["b"], row["id_b"])):
-            st.page_link(
-                ui.PAGES["request"],
-                label=f"Open in Request ({ui.markdown_safe(info.name)})",
-                icon=":material/segment:",
-                query_params=links.params(info.name, str(rid), first, number=number),
-            )
+    with st.expander(f"What differs in how they were started: {len(frame):,} settings", expanded=False):
+        if frame.empty:
+            st.caption("Nothing that the manifests name.")
+        else:
+            ui.table(frame, "settings", page.exports)
+
+
+def _paired(page: Page, other: RunInfo) -> None:
+    kept = [identity.compared(identity_card.answers_of(info)) for info in (page.info, other)]
+    found = versus.paired(*kept)
+    if not found.prompts:
+        return
+    st.markdown("##### Prompts that both runs answered more than once")
+    st.caption(
+        f"All answers the same in both: {of(found.both, found.prompts)}; only in a: {found.only_a:,}; only in b: {found.only_b:,}; "
+        f"in neither: {found.neither:,}. McNemar's exact test of a against b: p = {found.p_value:.3g}."
+    )
 
 
 @ui.fragment
@@ -114,19 +131,54 @@ def _list(page: Page, other: RunInfo, table: pd.DataFrame) -> None:
         key=f"pairs-{page.run}-{other.name}-{only}",
         **more,
         column_config={
+            "a": "number a",
+            "b": "number b",
+            "policy_a": "policy a",
+            "policy_b": "policy b",
+            "id_a": "request a",
+            "id_b": "request b",
+            "tokens_a": "tokens a",
+            "tokens_b": "tokens b",
+            "ends_a": "finish a",
+            "ends_b": "finish b",
             "first": st.column_config.NumberColumn(
                 "first divergence", help="Step of the first different token; empty where identical"
             ),
-            "margin_a": st.column_config.NumberColumn(f"margin in {page.run}", format="%.4g"),
-            "margin_b": st.column_config.NumberColumn(f"margin in {other.name}", format="%.4g"),
+            "margin_a": st.column_config.NumberColumn("margin a", format="%.6g", help=page.run),
+            "margin_b": st.column_config.NumberColumn("margin b", format="%.6g", help=other.name),
             "rows_a": st.column_config.NumberColumn("batch rows a"),
             "rows_b": st.column_config.NumberColumn("batch rows b"),
         },
     )
     rows = [i for i in picked.selection.rows if i < len(shown)]
     if rows:
-        _strips(page.info, other, shown.iloc[rows[0]])
+        row = shown.iloc[rows[0]]
+        left = sidebyside.Side(page.info, int(row["a"]), str(row["id_a"]), f"a: {page.run}, {row['policy_a']}")
+        right = sidebyside.Side(other, int(row["b"]), str(row["id_b"]), f"b: {other.name}, {row['policy_b']}")
+        sidebyside.show(ui.PAGES, left, right)
     page.exports.show(st.container(horizontal_alignment="right"), "compare")
+
+
+def headline(table: pd.DataFrame) -> list[Card]:
+    """Return the headline numbers of matched requests."""
+    same = int(table["identical"].sum())
+    apart = table.loc[~table["identical"]]
+    compared = int(table[["tokens_a", "tokens_b"]].min(axis=1).sum())
+    before = int(table["first"].fillna(table[["tokens_a", "tokens_b"]].min(axis=1)).astype("Int64").sum())
+    ends = int((table["ends_a"] == table["ends_b"]).sum())
+    return [
+        Card(
+            "Identical sequences", share(same, len(table)), f"{of(same, len(table))} matched requests", REPAIRED.colour
+        ),
+        Card("Diverged", f"{len(apart):,}", f"{of(len(apart), len(table))} matched requests", MISSED.colour),
+        Card("Tokens before divergence", share(before, compared), f"{of(before, compared)} tokens that both have"),
+        Card(
+            "Median first divergence",
+            f"step {int(apart['first'].median()):,}" if len(apart) else "–",
+            f"of {len(apart):,} requests that diverge",
+        ),
+        Card("Same finish reason", share(ends, len(table)), f"{of(ends, len(table))} matched requests"),
+    ]
 
 
 def _page() -> None:
@@ -136,40 +188,40 @@ def _page() -> None:
     other = _other(page)
     if other is None:
         return
-    table, how = _compared(
+    table, how, unobserved = _compared(
         str(page.info.path), str(other.path), data.signature(page.info.path), data.signature(other.path)
     )
-    if page.datasets is not None:
-        table = table[has_tag(table["dataset"], page.datasets)]
-    st.caption(f":material/link: {how}")
+    kept = page.requests("request")["request"]
+    table = table[table["a"].isin(kept)] if page.filters.columns else table
+    _settings(page, other)
+    left_out = ""
+    if any(unobserved):
+        left_out = f" Left out, as no step of them was observed (policy off, or sampled): {unobserved[0]:,} of a, {unobserved[1]:,} of b."
+    st.caption(f":material/link: {how}{left_out}")
+    identity_card.show([page.info, other], page.exports, f"{page.run}-{other.name}")
     if table.empty:
         ui.empty_state(
             "Nothing to compare", "<p>No request of one run could be matched with a request of the other.</p>"
         )
         return
-    same = int(table["identical"].sum())
-    apart = table.loc[~table["identical"]]
-    compared = int(table[["tokens_a", "tokens_b"]].min(axis=1).sum())
-    before = int(table["first"].fillna(table[["tokens_a", "tokens_b"]].min(axis=1)).astype("Int64").sum())
-    ends = int((table["ends_a"] == table["ends_b"]).sum())
-    ui.cards(
-        [
-            Card(
-                "Identical sequences",
-                share(same, len(table)),
-                f"{of(same, len(table))} matched requests",
-                REPAIRED.colour,
-            ),
-            Card("Diverged", f"{len(apart):,}", f"{of(len(apart), len(table))} matched requests", MISSED.colour),
-            Card("Tokens before divergence", share(before, compared), f"{of(before, compared)} tokens that both have"),
-            Card(
-                "Median first divergence",
-                f"step {int(apart['first'].median()):,}" if len(apart) else "–",
-                f"of {len(apart):,} requests that diverge",
-            ),
-            Card("Same finish reason", share(ends, len(table)), f"{of(ends, len(table))} matched requests"),
-        ]
+    st.markdown("##### Matched requests, by the policies of both")
+    ui.table(
+        versus.by_policies(table),
+        "by-policies",
+        page.exports,
+        column_config={
+            "identical, %": st.column_config.NumberColumn(format="%.2f%%"),
+            "differ at most (95%)": st.column_config.NumberColumn(format="%.2f%%"),
+        },
     )
+    ui.cards(headline(table))
+    _paired(page, other)
+    columns = (*policies.COLUMNS, "request", "ttft_ms", "tpot_ms", "e2e_ms")
+    times = versus.deltas(table, page.data.requests(*columns), data.run_data(other.path).requests(*columns))
+    if len(times):
+        st.markdown("##### Time of matched requests: b against a, in ms")
+        formats = {n: st.column_config.NumberColumn(format="%.2f") for n in times.columns if n not in ("of", "pairs")}
+        ui.table(times, "times", page.exports, column_config=formats)
     ui.chart(
         figures.still_identical(
             table.assign(dataset=table["dataset"].map(ui.safe)), page.subtitle + ui.safe(f" against {other.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import NamedTuple
 
 import numpy as np
@@ -9,27 +10,34 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from margingate_dashboard import data, links, states, tokens, ui
+from margingate_dashboard import data, links, states, tokens, ui, why_panel
 from margingate_dashboard.bins import margin_grid
 from margingate_dashboard.cards import Card
 from margingate_dashboard.context import flip_text
+from margingate_dashboard.facts.policies import RUNNING, VERIFYING, present
 from margingate_dashboard.figures import flips as figures
 from margingate_dashboard.rates import at_most, of, share, upper_95
-from margingate_dashboard.summary import has_tag
 from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, MOST_FLIPS, flip_list
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED
 from margingate_dashboard.ui import Page
 
-STEPS = (*FLIP_COLUMNS, "prefill", "verified", "triggered")
+STEPS = (*FLIP_COLUMNS, "prefill", "verified", "examined", "structural")
 
 
 class Found(NamedTuple):
     """What the page shows, counted over the run's decode steps."""
 
     steps: int
+    """Decode steps under a policy that verifies: where a flip can be seen."""
+    others: int
+    """Decode steps under other policies."""
     verified: int
     examined: int
     """Untriggered steps that were verified."""
+    above: int
+    """Flips among them."""
+    structural: int
+    policies: list[str]
     states: dict[str, int]
     requests: int
     touched: int
@@ -40,20 +48,23 @@ class Found(NamedTuple):
 
 def count_flips(page: Page) -> Found:
     """Count and draw everything on this page."""
-    steps = page.data.steps(*STEPS)
-    decode = ~states.as_bool(steps["prefill"])
-    if page.datasets is not None:
-        decode &= has_tag(steps["dataset"], page.datasets)
+    steps = page.steps(*STEPS)
+    every = ~states.as_bool(steps["prefill"])
+    decode = every & steps["policy"].isin([*VERIFYING, RUNNING, "unknown"]).to_numpy()
     state = steps["state"].to_numpy()[decode]
-    seen, low = steps["verified"].to_numpy()[decode], steps["triggered"].to_numpy()[decode]
+    seen = steps["verified"].to_numpy()[decode]
     owner = pd.factorize(steps["request"], use_na_sentinel=False)[0][decode]
     flip = np.isin(state, FLIP_CODES)
     requests = int(owner.max(initial=0)) + 1
     known = data.vocabulary(page.data)
     return Found(
         steps=state.size,
+        others=int(every.sum()) - state.size,
         verified=int(seen.sum()),
-        examined=int((seen & ~low).sum()),
+        examined=int(steps["examined"].to_numpy()[decode].sum()),
+        above=int(steps["above"].to_numpy()[decode].sum()),
+        structural=int(states.as_bool(steps["structural"])[decode].sum()),
+        policies=present(steps["policy"]),
         states={s.name: int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, FLIPPED, MISSED)},
         requests=int(np.count_nonzero(np.bincount(owner, minlength=requests))),
         touched=int(np.count_nonzero(np.bincount(owner[flip], minlength=requests))),
@@ -84,6 +95,27 @@ def _figures(
     return found
 
 
+def why_none(found: Found) -> str:
+    """Say why there is no flip to show: none happened where somebody looked, or nobody looked, and why."""
+    if found.verified:
+        bound = at_most(upper_95(0, found.verified))
+        return f"{of(0, found.verified)} verified steps flipped: at most {bound} of such steps do (95%)."
+    if not found.steps and found.others:
+        names = html.escape(" and ".join(found.policies))
+        return (
+            f"No step of this run was verified: its policy is {names}. Run the same prompts with "
+            "<code>--margingate-policy always</code>, or compare two runs on the Compare page."
+        )
+    if found.structural and found.structural == found.steps:
+        return (
+            f"All {found.steps:,} decode steps ran inside the probed class: their shape answers for them, and none was "
+            "drawn for the audit (<code>--margingate-audit-rate</code>)."
+        )
+    if not found.steps:
+        return "No decode step has been observed: requests with one output token have none, and sampled ones are not observed."
+    return f"None of {found.steps:,} decode steps had a margin at or below its threshold, and none was drawn for the audit."
+
+
 def _detail(page: Page, row: pd.Series) -> None:
     request, number, step = str(row["request"]), int(row["number"]), int(row["step"])
     with st.container(border=True):
@@ -99,6 +131,7 @@ def _detail(page: Page, row: pd.Series) -> None:
         steps = steps.assign(state=states.classify(steps))
         where = int((steps["step"] < step).sum())
         st.html(tokens.strip(steps.iloc[max(0, where - 40) : where + 25], data.vocabulary(page.data), step))
+        why_panel.show(page, steps, step, f"{number}-{step}")
         st.code(
             flip_text(page.run, page.info.manifest, request, steps, step, data.vocabulary(page.data)),
             language=None,
@@ -121,8 +154,8 @@ def _list(page: Page, table: pd.DataFrame) -> None:
         selection_mode="single-row",
         selection_default={"selection": {"rows": [0]}},
         column_config={
-            "margin": st.column_config.NumberColumn(format="%.4g"),
-            "threshold": st.column_config.NumberColumn(format="%.4g"),
+            "margin": st.column_config.NumberColumn(format="%.6g"),
+            "threshold": st.column_config.NumberColumn(format="%.6g"),
         },
     )
     rows = [i for i in picked.selection.rows if i < len(table)]
@@ -144,16 +177,18 @@ def _page() -> None:
             Card(
                 "Flips",
                 f"{flips:,}",
-                f"{share(flips, found.steps)} of {found.steps:,} decode steps; {found.verified:,} were verified",
+                f"{share(flips, found.verified)} of {found.verified:,} verified steps; {found.steps:,} decode steps under "
+                "a policy that verifies",
                 FLIPPED.colour,
             ),
             Card("Repaired", f"{count['repaired']:,}", f"{of(count['repaired'], flips)} flips", REPAIRED.colour),
             Card(
                 "Missed",
                 f"{count['missed']:,}",
-                f"of {found.examined:,} untriggered steps that were verified",
+                f"{of(count['missed'], flips)} flips: seen by the audit alone",
                 MISSED.colour,
             ),
+            Card("Above tau", f"{found.above:,}", f"of {found.examined:,} untriggered steps that were verified"),
             Card(
                 "Requests with a flip",
                 share(found.touched, found.requests),
@@ -162,20 +197,14 @@ def _page() -> None:
         ]
     )
     if not flips:
-        said = (
-            f"<p>{of(0, found.verified)} verified steps flipped: at most {at_most(upper_95(0, found.verified))} of such steps do (95%).</p>"
-            if found.verified
-            else "<p>No step of this run was verified (policy off or log), so flips cannot be known. Run the same "
-            "prompts with "
-            "<code>--margingate-policy always</code>, or compare two runs on the Compare page.</p>"
-        )
-        ui.empty_state("No confirmed flips", said)
+        ui.empty_state("No confirmed flips", f"<p>{why_none(found)}</p>")
         return
     st.html(tokens.legend(("flipped", "repaired", "missed")))
     ui.pairs(found.figures, page.exports)
     st.caption(
-        "Figures count confirmed flips over all decode steps. Under the policy gate, flips of steps that were never "
-        "verified are not in them."
+        "Figures count confirmed flips over the decode steps of policies that verify (gate, always)"
+        + (f"; {found.others:,} decode steps of others are left out. " if found.others else ". ")
+        + "Under the policy gate, flips of steps that were never verified are not in them."
     )
     _list(page, found.table)
 

@@ -12,13 +12,15 @@ import streamlit as st
 
 from margingate_dashboard import links, states, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts.policies import leading, present
+from margingate_dashboard.facts.quantiles import QUANTILES, quantile_table
 from margingate_dashboard.figures import latency as figures
 from margingate_dashboard.rates import milliseconds, of, share
-from margingate_dashboard.summary import has_tag, overhead
+from margingate_dashboard.summary import overhead
 from margingate_dashboard.theme import PART_COLOURS
 from margingate_dashboard.ui import Page
 
-STEPS = ("dataset", "prefill", "batch_rows", "step_ms", "verify_ms", "window_rows", "verified")
+STEPS = ("policy", "prefill", "batch_rows", "step_ms", "verify_ms", "window_rows", "verified")
 REQUESTS = (
     "request",
     "request_id",
@@ -35,25 +37,17 @@ REQUESTS = (
     "overhead_ms",
     "overhead_share",
     "max_batch_rows",
+    "steps",
     "prefill_chunks",
     "floored_tokens",
 )
 WORST = 10
+ECDF, HISTOGRAM = "share at or below", "histogram"
 
 
-def policies(page: Page) -> tuple[np.ndarray | None, list[str]]:
-    """Return the policy index of each step row and the policies' names; no index where the run has one policy only.
-
-    The column that ties steps to requests is loaded only for runs that mix policies.
-    """
-    every = page.data.requests("request", "policy")
-    names = sorted(every["policy"].dropna().astype(str).unique())
-    if len(names) < 2:
-        return None, names or [str(page.info.manifest.get("policy") or "unknown")]
-    codes, requests = pd.factorize(page.data.steps("request")["request"], use_na_sentinel=False)
-    known = dict(zip(every["request"].tolist(), every["policy"].astype(str).tolist()))
-    found = [known.get(number) if pd.notna(number) else None for number in requests.tolist()]
-    return np.array([names.index(p) if p in names else -1 for p in found])[codes], names
+def quantile_config() -> dict[str, object]:
+    """Return how quantiles are written."""
+    return {name: st.column_config.NumberColumn(format="%.2f") for name in QUANTILES}
 
 
 class Times(NamedTuple):
@@ -61,7 +55,8 @@ class Times(NamedTuple):
 
     steps: int
     """Decode steps with a time."""
-    median: float
+    medians: dict[str, float]
+    """Median time of a decode step, by policy."""
     whole: dict[str, pd.DataFrame]
     verify: dict[str, pd.DataFrame]
     window: pd.DataFrame
@@ -70,16 +65,16 @@ class Times(NamedTuple):
 
 def step_times(page: Page) -> Times:
     """Sum up the run's step times."""
-    steps = page.data.steps(*STEPS)
+    steps = page.steps(*STEPS)
     keep = ~states.as_bool(steps["prefill"])
-    if page.datasets is not None:
-        keep &= has_tag(steps["dataset"], page.datasets)
-    which, names = policies(page)
     rows = steps["batch_rows"].fillna(0).to_numpy(dtype=np.int32)
     took, waited = steps["step_ms"].to_numpy(), steps["verify_ms"].to_numpy()
-    whole, verify = {}, {}
-    for index, name in enumerate(names):
-        mine = keep if which is None else keep & (which == index)
+    whole, verify, medians = {}, {}, {}
+    names = present(steps["policy"])
+    for name in names:
+        mine = keep & (steps["policy"] == name).to_numpy() if len(names) > 1 else keep
+        known = took[mine & np.isfinite(took)]
+        medians[name] = float(np.median(known)) if known.size else float("nan")
         whole[ui.safe(name)] = figures.quantiles(rows[mine], took[mine])
         paid = mine & (waited > 0)
         verify[ui.safe(name)] = figures.quantiles(rows[paid], waited[paid])
@@ -88,7 +83,7 @@ def step_times(page: Page) -> Times:
     known = took[keep & np.isfinite(took)]
     return Times(
         steps=known.size,
-        median=float(np.median(known)) if known.size else float("nan"),
+        medians=medians,
         whole=whole,
         verify=verify,
         window=figures.quantiles(window[seen], waited[seen]),
@@ -100,19 +95,18 @@ def _by_policy(requests: pd.DataFrame, column: str, scale: float = 1.0) -> dict[
     return {ui.safe(name): scale * values.to_numpy(dtype=np.float64) for name, values in groups}
 
 
-def _figures(page: Page, times: Times, requests: pd.DataFrame) -> dict[str, go.Figure]:
+def _figures(page: Page, times: Times, requests: pd.DataFrame, shape: str) -> dict[str, go.Figure]:
+    draw = figures.ecdf if shape == ECDF else figures.distribution
     by_policy = functools.partial(_by_policy, requests)
     waits = "Verify time of the steps that waited for one"
     axis = "overhead, % of end-to-end time"
     return {
         "step-time": figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle),
         "verify-time": figures.by_rows(times.verify, waits, "verify", page.subtitle),
-        "tpot": figures.distribution(by_policy("tpot_ms"), "Time per output token, by request", "ms", page.subtitle),
+        "tpot": draw(by_policy("tpot_ms"), "Time per output token, by request", "ms", page.subtitle),
         "verify-cost": figures.verify_cost(times.window, page.subtitle),
-        "overhead": figures.distribution(
-            by_policy("overhead_share", 100.0), "Overhead by request", axis, page.subtitle
-        ),
-        "ttft": figures.distribution(by_policy("ttft_ms"), "Time to first token, by request", "ms", page.subtitle),
+        "overhead": draw(by_policy("overhead_share", 100.0), "Overhead by request", axis, page.subtitle),
+        "ttft": draw(by_policy("ttft_ms"), "Time to first token, by request", "ms", page.subtitle),
     }
 
 
@@ -175,9 +169,11 @@ def _page() -> None:
     )
     if page is None:
         return
-    times, requests = page.memo("latency", lambda: step_times(page)), page.data.requests(*REQUESTS)
-    if page.datasets is not None:
-        requests = requests[has_tag(requests["dataset"], page.datasets)]
+    times, every = page.memo("latency", lambda: step_times(page)), page.requests(*REQUESTS)
+    policy = leading(every["policy"])
+    requests = every[(every["policy"] == policy).to_numpy()]
+    if every["policy"].nunique() > 1:
+        st.markdown(f"##### Policy {ui.markdown_safe(policy)}: {of(len(requests), len(every))} finished requests")
     added, whole = overhead(requests)
     verify_ms, hold_ms = float(requests["verify_ms"].fillna(0).sum()), float(requests["hold_ms"].fillna(0).sum())
     touched = int((requests["overhead_ms"].fillna(0) > 0).sum())
@@ -199,23 +195,32 @@ def _page() -> None:
                 f"{of(touched, len(requests))} finished requests",
             ),
             Card(
-                "Time per token",
-                milliseconds(times.median),
-                f"median of {times.steps:,} decode steps",
+                "Decode step",
+                milliseconds(times.medians.get(policy, float("nan"))),
+                "median time of a forward and its verify",
                 PART_COLOURS["decode"],
             ),
             Card(
-                "First token",
+                "TPOT",
+                milliseconds(float(requests["tpot_ms"].median())),
+                f"time per output token, median of {of(requests['tpot_ms'].notna().sum(), len(requests))} requests",
+                PART_COLOURS["decode"],
+            ),
+            Card(
+                "TTFT",
                 milliseconds(float(requests["ttft_ms"].median())),
-                f"median of {of(requests['ttft_ms'].notna().sum(), len(requests))} requests",
+                f"time to first token, median of {of(requests['ttft_ms'].notna().sum(), len(requests))} requests",
                 PART_COLOURS["prefill"],
             ),
         ]
     )
-    shown = page.memo("latency-figures", lambda: _figures(page, times, requests))
+    st.markdown("##### Quantiles by policy")
+    ui.table(quantile_table(every), "quantiles", page.exports, column_config=quantile_config())
+    shape = st.segmented_control("Requests as", (ECDF, HISTOGRAM), default=ECDF, key="as", bind="query-params") or ECDF
+    shown = page.memo("latency-figures", lambda: _figures(page, times, every, shape), shape)
     ui.pairs(shown, page.exports)
-    if len(requests):
-        _worst(page, requests)
+    if len(every):
+        _worst(page, every)
 
 
 if __name__ == "__main__":

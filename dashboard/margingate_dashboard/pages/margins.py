@@ -15,7 +15,7 @@ from margingate_dashboard.summary import has_tag, tags
 from margingate_dashboard.theme import FLIPPED, MISSED, THRESHOLD_COLOUR, TRIGGERED
 from margingate_dashboard.ui import Page
 
-STEPS = ("dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified", "structural")
+STEPS = ("policy", "dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified", "structural")
 
 
 def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
@@ -36,7 +36,7 @@ def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
 
 def _prepared(page: Page) -> tuple[dict[str, whatif.Sample], float]:
     """Sort the run's steps, and find the threshold in force at most of them: once, not at every move of the slider."""
-    steps = page.data.steps(*STEPS)
+    steps = page.steps(*STEPS)
     values, times = np.unique(steps["threshold"].to_numpy(), return_counts=True)
     known = np.isfinite(values)
     start = float(values[known][np.argmax(times[known])]) if known.any() else 0.5
@@ -52,7 +52,7 @@ def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
     else:
         bound = "known ones only: nothing above this threshold was verified"
     return [
-        Card("Threshold (tau)", f"{threshold:.4g}", "logits; margin <= tau triggers", THRESHOLD_COLOUR),
+        Card("Threshold (tau)", f"{threshold:.6g}", "logits; margin <= tau triggers", THRESHOLD_COLOUR),
         Card(
             "Would trigger",
             share(result.triggered, result.steps),
@@ -69,15 +69,28 @@ def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
     ]
 
 
+def slider_step(start: float, top: float, grid: float) -> float:
+    """Return the slider's step: the threshold in force is one of its stops, and 800 at most lead to ``top``.
+
+    On the grid of the data where that allows it, so that every stop does something.
+    """
+    step = grid / 2 if grid else 0.0
+    while step and top / step > 500:
+        step *= 2
+    if step and abs(start / step - round(start / step)) < 1e-9:
+        return step
+    return start / max(1, int(start / (top / 400))) if start > 0 else top / 400
+
+
 @ui.fragment
 def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
     whole = page.memo("margins-joined", lambda: whatif.join(list(parts.values())))
     top = whatif.highest(whole, start)
     grid = page.memo("grid", lambda: margin_grid(whole.margins))
-    # On the grid of the data, or finely enough; at most some 500 stops, so that the keyboard gets through.
-    step = grid / 2 if grid and top / grid < 250 else top / 400
+    step = slider_step(start, top, grid)
     top = float(np.ceil(top / step) * step)
-    start = float(np.round(start / step) * step)
+    if isinstance(st.session_state.get("tau"), float) and st.session_state["tau"] > top:
+        st.session_state["tau"] = top  # of another run
     left, middle, right = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
     threshold = left.slider(
         "Threshold (tau), logits",
@@ -85,13 +98,20 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
         top,
         min(start, top),
         step=step,
-        format="%.4g",
-        key=f"tau-{page.run}",
+        format="%.6g",
+        key="tau",
+        bind="query-params",
         help="Drag, or focus it and use the arrow keys. Nothing is changed on any server.",
     )
-    scale = middle.segmented_control("Margins", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="scale") or LOGARITHMIC
+    scale = (
+        middle.segmented_control(
+            "Margins", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="scale", bind="query-params"
+        )
+        or LOGARITHMIC
+    )
     logs = (
-        right.segmented_control("Counts", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="counts") or LOGARITHMIC
+        right.segmented_control("Counts", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="counts", bind="query-params")
+        or LOGARITHMIC
     ) == LOGARITHMIC
     ui.cards(outcome_cards(whatif.outcome(whole, threshold), threshold))
     bins = page.memo("margin-bins", lambda: margin_bins(whole.margins, scale), scale)
@@ -160,9 +180,7 @@ def _page() -> None:
     )
     if page is None:
         return
-    parts, start = page.data.memo("margins", lambda: _prepared(page))
-    if page.datasets is not None:
-        parts = {name: sample for name, sample in parts.items() if name in page.datasets}
+    parts, start = page.memo("margins", lambda: _prepared(page))
     parts = {name: sample for name, sample in parts.items() if sample.margins.size}
     if not parts:
         ui.empty_state(

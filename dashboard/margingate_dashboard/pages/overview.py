@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from margingate_dashboard import ui
+from margingate_dashboard import identity_card, ui
 from margingate_dashboard.cards import headline_cards
+from margingate_dashboard.facts.policies import leading
+from margingate_dashboard.figures import classes, timeline
 from margingate_dashboard.figures import overview as figures
-from margingate_dashboard.summary import Headline, guarantee_notes, has_tag, headline
-from margingate_dashboard.tables import by_dataset, map_table
+from margingate_dashboard.rates import of
+from margingate_dashboard.summary import STEP_COLUMNS, Headline, guarantee_notes, headline
+from margingate_dashboard.tables import FLIP_CODES, by_dataset, by_policy, map_table
 
-STEPS = ("examined", "time", "dataset", "prefill", "state", "triggered", "verified", "batch_rows")
+STEPS = (*STEP_COLUMNS, "time", "dataset", "policy", "batch_rows")
 REQUESTS = (
     "dataset",
     "policy",
@@ -30,15 +35,45 @@ REQUESTS = (
 PREFILL = {"batched": "batched", "grid": "one request at a time"}
 
 
-def _counts(page: ui.Page, requests: pd.DataFrame) -> tuple[Headline, pd.DataFrame, dict[str, go.Figure]]:
-    steps = page.data.steps(*STEPS)
-    if page.datasets is not None:
-        steps = steps[has_tag(steps["dataset"], page.datasets)]
+class Counts(NamedTuple):
+    """What the page shows."""
+
+    policy: str
+    """Policy that the cards are of."""
+    total: Headline
+    by_policy: pd.DataFrame
+    by_dataset: pd.DataFrame
+    figures: dict[str, go.Figure]
+
+
+def _counts(page: ui.Page, requests: pd.DataFrame) -> Counts:
+    steps = page.steps(*STEPS)
+    policy = leading(requests["policy"]) if len(requests) else leading(steps["policy"])
     shown = {
         "over-time": figures.events(figures.over_time(steps), page.subtitle),
         "guarantees": figures.guarantees(requests, page.subtitle),
     }
-    return headline(steps), by_dataset(steps, requests), shown
+    mine = headline(steps[(steps["policy"] == policy).to_numpy()])
+    return Counts(policy, mine, by_policy(steps, requests), by_dataset(steps, requests), shown)
+
+
+def counts_config() -> dict[str, object]:
+    """Return how columns of counts are written."""
+    number = st.column_config.NumberColumn
+    return {
+        "low margins": number(
+            format="localized", help="Decode steps with a margin at or below tau; under log none is verified"
+        ),
+        "decode steps": number(format="localized"),
+        "trigger rate": number(format="%.2f%%", help="low margins / decode steps"),
+        "flips per 1,000 steps": number(format="%.2f", help="Of decode steps under a policy that verifies"),
+        "above tau": number(help="Flips that the margin alone would not have had verified"),
+        "audited": st.column_config.TextColumn(help="Untriggered gate steps that the audit verified, of all of them"),
+        "missed at most (95%)": number(format="%.4f%%", help="Of untriggered gate steps, from those audited"),
+        "overhead": number(format="%.2f%%", help="Verify and hold time over end-to-end time"),
+        "median TTFT": number(format="%.1f ms"),
+        "median TPOT": number(format="%.2f ms"),
+    }
 
 
 def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
@@ -59,6 +94,31 @@ def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
         st.caption(f":material/info: {ui.markdown_safe(line)}")
 
 
+@ui.fragment
+def _timeline(page: ui.Page) -> None:
+    """Show who ran with whom, only where it is asked for: a figure of hundreds of bars takes the browser a while."""
+    if not st.toggle("Batch timeline: who ran with whom", key="timeline", bind="query-params"):
+        return
+
+    def make() -> pd.DataFrame:
+        steps = page.steps("request", "request_id", "policy", "time", "state")
+        return timeline.spans(steps.assign(flip=np.isin(steps["state"].to_numpy(), FLIP_CODES)))
+
+    table = page.memo("timeline", make)
+    start = 0
+    if len(table) > timeline.SHOWN:
+        start = st.slider(
+            "From request, in order of beginning",
+            0,
+            len(table) - 1,
+            0,
+            step=timeline.SHOWN // 2,
+            key="from",
+            bind="query-params",
+        )
+    ui.chart(timeline.timeline(table, start, page.subtitle), "timeline", page.exports)
+
+
 def _map(page: ui.Page) -> None:
     """Show the invariance map of a server on the canonical fast path."""
     found = page.info.manifest.get("invariance")
@@ -69,6 +129,7 @@ def _map(page: ui.Page) -> None:
     tried = found.get("prefill", "batched" if found.get("batched_prefill") else "grid")  # before 2.0: one of two
     prefill = PREFILL.get(str(tried), "not repeatable, so no response has a guarantee")
     st.caption(f"Decode {held}, at {ui.markdown_safe(found.get('decode_rows', '?'))} rows. Prefill {prefill}.")
+    ui.chart(classes.heat_map(found["map"], page.subtitle), "invariance-map", page.exports)
     ui.table(map_table(found["map"]), "invariance", page.exports)
 
 
@@ -78,26 +139,22 @@ def _page() -> None:
     )
     if page is None:
         return
-    requests = page.data.requests(*REQUESTS)
-    if page.datasets is not None:
-        requests = requests[has_tag(requests["dataset"], page.datasets)]
-    total, per_dataset, shown = page.memo("overview", lambda: _counts(page, requests))
-    ui.cards(headline_cards(total, requests))
-    for name, figure in shown.items():
+    requests = page.requests(*REQUESTS)
+    found = page.memo("overview", lambda: _counts(page, requests))
+    mine = requests[requests["policy"].astype(str) == found.policy]
+    identity_card.show([page.info], page.exports, page.run)
+    if len(found.by_policy) > 1:
+        st.markdown(f"##### Policy {ui.markdown_safe(found.policy)}: {of(len(mine), len(requests))} finished requests")
+    ui.cards(headline_cards(found.total, mine, found.policy))
+    if len(found.by_policy) > 1:
+        st.markdown("##### By policy")
+        ui.table(found.by_policy, "policies", page.exports, column_config=counts_config())
+    for name, figure in found.figures.items():
         ui.chart(figure, name, page.exports)
     _notes(page, requests)
     st.markdown("##### By dataset")
-    ui.table(
-        per_dataset,
-        "datasets",
-        page.exports,
-        column_config={
-            "trigger rate": st.column_config.NumberColumn(format="%.2f%%"),
-            "flips per 1,000 steps": st.column_config.NumberColumn(format="%.2f"),
-            "median TTFT": st.column_config.NumberColumn(format="%.1f ms"),
-            "median TPOT": st.column_config.NumberColumn(format="%.2f ms"),
-        },
-    )
+    ui.table(found.by_dataset, "datasets", page.exports, column_config=counts_config())
+    _timeline(page)
     _map(page)
     with st.expander("Manifest: versions, flags, threshold profile, self-test"):
         st.code(json.dumps(page.info.manifest, indent=2, default=str), language="json")

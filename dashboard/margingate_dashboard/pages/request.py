@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import data, links, states, tokens, ui
+from margingate_dashboard import data, links, states, tokens, ui, why_panel
 from margingate_dashboard.cards import Card
+from margingate_dashboard.clicks import clicked_step
 from margingate_dashboard.context import flip_text
 from margingate_dashboard.figures import request as figures
 from margingate_dashboard.rates import milliseconds, number, of, share
-from margingate_dashboard.summary import has_tag, tag
+from margingate_dashboard.summary import tag
 from margingate_dashboard.tables import FLIP_CODES
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES, TRIGGERED
 from margingate_dashboard.ui import Page
@@ -51,6 +53,7 @@ REQUESTS = (
     "overhead_ms",
     "overhead_share",
     "max_batch_rows",
+    "steps",
     "retractions",
     "guarantee",
     "guarantee_note",
@@ -96,7 +99,7 @@ def _note(value: float, order: str, live: bool) -> str:
     if order == "most flips":
         return f"{value:,.0f} flip{'' if value == 1 else 's'}"
     if order == "lowest margin":
-        return f"lowest margin {value:.4g}"
+        return f"lowest margin {value:.6g}"
     if order == "slowest":
         return milliseconds(value) if np.isfinite(value) else ("running" if live else "no row")
     return f"{value:,.0f} steps"
@@ -105,63 +108,84 @@ def _note(value: float, order: str, live: bool) -> str:
 def listing(page: Page, order: str) -> Listing:
     """Return the run's requests in the asked order.
 
-    Requests without a row have steps all the same and are listed as well: they run, or the run ended before them. A
-    server's own health checks never get a row and are not listed.
+    Requests without a row have steps all the same and are listed as well: they run, or the run ended before them; so are
+    those with a row and no steps: nothing of them was observed. A server's own health checks are not listed.
     """
-    steps = page.data.steps("request", "request_id", "dataset", "margin", "state", "prefill")
+    steps = page.steps("request", "request_id", "dataset", "margin", "state", "prefill")
     numbers = steps["request"].to_numpy(dtype=np.int64, na_value=-1)
     ids = steps["request_id"]
     checks = ids.cat.categories.astype(str).str.startswith(HEALTH_CHECK)
-    keep = (numbers >= 0) & ~np.append(checks, False)[ids.cat.codes.to_numpy()]
-    if page.datasets is not None:
-        keep &= has_tag(steps["dataset"], page.datasets)
-    rows = np.flatnonzero(keep)
+    rows = np.flatnonzero((numbers >= 0) & ~np.append(checks, False)[ids.cat.codes.to_numpy()])
     codes, found = pd.factorize(numbers[rows])
-    count = len(found)
-    present = np.bincount(codes, minlength=count)
-    first = np.zeros(count, dtype=np.int64)
+    table = page.requests("request", "request_id", "dataset", "e2e_ms").drop_duplicates("request", keep="last")
+    table = table[table["request"].notna() & ~table["request_id"].astype(str).str.startswith(HEALTH_CHECK)]
+    unseen = table[~table["request"].isin(found)]
+    count, first = len(found), np.zeros(len(found), dtype=np.int64)
     first[codes[::-1]] = rows[::-1]
     if order == "most flips":
-        values = np.bincount(codes[np.isin(steps["state"].to_numpy()[rows], FLIP_CODES)], minlength=count)
-        key = -values
+        values = np.bincount(codes[np.isin(steps["state"].to_numpy()[rows], FLIP_CODES)], minlength=count).astype(float)
+        values, falling = np.concatenate([values, np.zeros(len(unseen))]), True
     elif order == "lowest margin":
-        values = np.full(count, np.inf)
+        lowest = np.full(count, np.inf)
         decode = ~states.as_bool(steps["prefill"])[rows]
-        np.minimum.at(values, codes[decode], steps["margin"].to_numpy()[rows][decode])
-        key = values
+        np.minimum.at(lowest, codes[decode], steps["margin"].to_numpy()[rows][decode])
+        values, falling = np.concatenate([lowest, np.full(len(unseen), np.inf)]), False
     elif order == "slowest":
-        table = page.data.requests("request", "e2e_ms")
         times = dict(zip(table["request"].tolist(), table["e2e_ms"].tolist()))
-        values = np.array([times.get(number, np.nan) for number in found.tolist()], dtype=float)
-        key = -values  # NaN sorts last: those without a row
+        values = np.array([times.get(n, np.nan) for n in [*found.tolist(), *unseen["request"]]], dtype=float)
+        falling = True
     else:
-        values, key = present, -first
-    ranked = np.lexsort((first, key))
-    ordered = [int(n) for n in found[ranked]]
-    names = ids.iloc[first[ranked]].astype(str).tolist()
-    datasets = steps["dataset"].iloc[first[ranked]].to_numpy(dtype=object)
+        values = np.concatenate([np.bincount(codes, minlength=count), np.zeros(len(unseen))])
+        falling = True
+    every = np.concatenate([found, unseen["request"].to_numpy(dtype=np.int64)])
+    key = -every if order == "newest" else (-values if falling else values)  # NaN sorts last: those without a row
+    ranked = np.lexsort((every, key))
+    ordered = [int(n) for n in every[ranked]]
+    names = np.array([*ids.iloc[first].astype(str), *unseen["request_id"].astype(str)], dtype=object)[ranked].tolist()
+    datasets = np.array([*steps["dataset"].iloc[first], *unseen["dataset"]], dtype=object)[ranked]
     shared = {name for name, times in Counter(names).items() if times > 1}
     place = {number: at for at, number in enumerate(ordered)}
     return Listing(ordered, place, names, datasets, values[ranked], page.info.is_live, shared)
 
 
+def _absent(page: Page, asked: object, number: object) -> None:
+    """Say that a link names a request that is not shown, and why; nothing else is shown then."""
+    every = page.data.requests("request", "request_id")
+    ids = {*every["request_id"].astype(str), *page.data.steps("request_id")["request_id"].unique().astype(str)}
+    numbers = set(every["request"].dropna().astype(int))
+    wanted = asked if asked is not None else number
+    here = str(asked) in ids if asked is not None else links.parse_step(number) in numbers
+    if here:
+        st.warning(
+            f"Request “{ui.markdown_safe(str(wanted)[:80])}” is hidden by the filters in the sidebar.",
+            icon=":material/filter_alt:",
+        )
+    else:
+        st.warning(f"Request “{ui.markdown_safe(str(wanted)[:80])}” is not in this run.", icon=":material/link_off:")
+    st.page_link(ui.PAGES["requests"], label="All requests of this run", query_params=links.params(page.run))
+
+
 def _choose(page: Page) -> tuple[int, str] | None:
     """Return number and id of the chosen request."""
     left, middle, right = st.columns([0.4, 0.4, 0.2], vertical_alignment="bottom")
-    order = left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order") or ORDERS[0]
+    order = (
+        left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order", bind="query-params") or ORDERS[0]
+    )
     found = page.memo("requests", lambda: listing(page, order), order, page.info.is_live)
     if not found.numbers:
-        ui.empty_state("No requests", "<p>No step of this run (or of the chosen datasets) has been recorded yet.</p>")
+        ui.empty_state(
+            "No requests", "<p>No step of this run (or of what is chosen in the sidebar) has been recorded yet.</p>"
+        )
         return None
     asked, asked_number = st.query_params.get("request"), st.query_params.get("number")
     typed = right.text_input("Find by id", key="find", placeholder="request id", max_chars=200).strip()
     known = found.asked(asked, asked_number)
     if known is None and (asked is not None or asked_number is not None):
-        wanted = asked if asked is not None else str(asked_number)
-        st.warning(f"Request “{ui.markdown_safe(wanted[:80])}” is not in this run.", icon=":material/link_off:")
+        _absent(page, asked, asked_number)
+        return None
     hits = [n for n, name in zip(found.numbers, found.ids) if typed in name] if typed else found.numbers
     if not hits:
-        right.caption("no such id in this run")
+        right.caption("no such id among those shown")
         hits, typed = found.numbers, ""
     offered = hits[:LISTED]
     if known is not None and known not in offered and not typed:
@@ -171,9 +195,17 @@ def _choose(page: Page) -> tuple[int, str] | None:
 
     def remember() -> None:
         number = st.session_state["request_box"]
+        if number is None:
+            return
         st.query_params["request"], st.query_params["number"] = found.name(number), str(number)
         st.query_params.pop("step", None)
 
+    def forget() -> None:
+        for name in ("request", "number", "step"):
+            st.query_params.pop(name, None)
+
+    if typed and known is not None and known != chosen:
+        right.button("Show it", on_click=remember)
     more = f", first {LISTED} of {len(hits):,}" if len(hits) > LISTED else f", {len(hits):,}"
     middle.selectbox(
         f"Request ({order}{more})",
@@ -182,10 +214,8 @@ def _choose(page: Page) -> tuple[int, str] | None:
         on_change=remember,
         format_func=lambda number: found.label(number, order),
     )
-    if chosen != known:
-        st.query_params.pop("step", None)
-    if (asked, asked_number) != (found.name(chosen), str(chosen)):
-        st.query_params["request"], st.query_params["number"] = found.name(chosen), str(chosen)
+    if known is not None and known != found.numbers[0] and not typed:
+        middle.button(f"Go to the first by “{order}”", on_click=forget, type="tertiary")
     return chosen, found.name(chosen)
 
 
@@ -196,14 +226,20 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
     low = int(states.triggered(decode).sum())
     repaired, missed = (int((state == states.CODE[s.name]).sum()) for s in (REPAIRED, MISSED))
     seen = int(states.verified(decode).sum())
+    would = low and not (states.triggered(decode) & states.verified(decode)).any()
     items = [
-        Card("Triggered", f"{low:,}", f"{share(low, len(decode))} of {len(decode):,} decode steps", TRIGGERED.colour),
+        Card(
+            "Would trigger" if would else "Triggered",
+            f"{low:,}",
+            f"{share(low, len(decode))} of {len(decode):,} decode steps" + (", none verified" if would else ""),
+            TRIGGERED.colour,
+        ),
         Card("Flips", f"{flips:,}", f"of {seen:,} verified steps", FLIPPED.colour),
         Card("Repaired", f"{repaired:,}", f"of {flips:,} flips", REPAIRED.colour),
         Card(
             "Missed",
             f"{missed:,}",
-            f"of {int(states.examined(decode).sum()):,} untriggered steps audited",
+            f"{int(states.above(decode).sum()):,} flips above tau, {int(states.examined(decode).sum()):,} untriggered steps verified",
             MISSED.colour,
         ),
     ]
@@ -212,9 +248,9 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
         items += [
             Card("Overhead", milliseconds(added), f"{share(added, whole)} of {milliseconds(whole)} end to end"),
             Card(
-                "First token",
+                "TTFT",
                 milliseconds(number(request["ttft_ms"])),
-                f"then {milliseconds(number(request['tpot_ms']))} a token",
+                f"time to first token; then TPOT {milliseconds(number(request['tpot_ms']))}",
             ),
             Card(
                 "Guarantee",
@@ -228,6 +264,33 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
         running = Card("Status", "running", "times appear when it has finished")
         items.append(running if live else Card("Status", "no row", "the run ended before this request did"))
     ui.cards(items)
+
+
+def _unobserved(page: Page, chosen: int) -> None:
+    """Show a request of which no step was observed: its row, and why there is no more."""
+    rows = page.data.requests(*REQUESTS)
+    request = rows[rows["request"] == chosen].iloc[-1]
+    why = request["guarantee_note"] if pd.notna(request["guarantee_note"]) else "no reason was recorded"
+    tokens_out = int(number(request["output_tokens"], 0))
+    ui.cards(
+        [
+            Card("Output", f"{tokens_out:,}", f"tokens, finished by {request['finish_reason']}"),
+            Card("TTFT", milliseconds(number(request["ttft_ms"])), "time to first token"),
+            Card("TPOT", milliseconds(number(request["tpot_ms"])), "time per output token"),
+            Card(
+                "End to end",
+                milliseconds(number(request["e2e_ms"])),
+                f"largest batch {int(number(request['max_batch_rows'], 0))}",
+            ),
+            Card("Guarantee", str(request["guarantee"]), str(why)),
+        ]
+    )
+    _prompt(page, chosen, request)
+    ui.empty_state(
+        "No step of this request was observed",
+        f"<p>It ran under policy {html.escape(str(request['policy']))}; {html.escape(str(why))}. Its tokens and margins are "
+        "not in the trace.</p>",
+    )
 
 
 def _step_controls(steps: pd.DataFrame) -> int | None:
@@ -257,6 +320,8 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
         st.button(
             "Previous flip",
             icon=":material/chevron_left:",
+            shortcut="p",
+            help="Key p",
             disabled=not before,
             on_click=go,
             args=(before[-1] if before else 0,),
@@ -264,6 +329,8 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
         st.button(
             "Next flip",
             icon=":material/chevron_right:",
+            shortcut="n",
+            help="Key n",
             disabled=not after,
             on_click=go,
             args=(after[0] if after else 0,),
@@ -300,6 +367,9 @@ def _page() -> None:
     if found is None:
         return
     chosen, request_id = found
+    if not (page.data.steps("request")["request"] == chosen).any():
+        _unobserved(page, chosen)
+        return
     steps = data.request_steps(page.info.path, chosen)
     steps = steps.assign(state=states.classify(steps))
     steps["shown"] = [ui.safe(tokens.plain(t, i)) for t, i in zip(steps["token_text"], steps["token"])]
@@ -310,6 +380,10 @@ def _page() -> None:
     _prompt(page, chosen, request)
     selected = _step_controls(steps)
     _strip(page, chosen, steps, selected)
+    pressed = clicked_step(f"tokens-{chosen}")
+    if pressed is not None and pressed != selected:
+        st.query_params["step"] = str(pressed)
+        st.rerun()
     log = st.session_state.setdefault("log_margins", True)
     left, right = st.columns([0.64, 0.36])
     with left:
@@ -330,6 +404,7 @@ def _page() -> None:
         )
     _follow_click(event, chosen, selected)
     if selected is not None:
+        why_panel.show(page, steps, selected, f"{chosen}-{selected}")
         st.markdown(f"##### Step {selected} as text, for an issue")
         st.code(
             flip_text(page.run, page.info.manifest, request_id, steps, selected, data.vocabulary(page.data)),

@@ -1,90 +1,97 @@
-"""Runs: every run in the trace folder with its headline numbers; open one, or compare two."""
+"""Runs: every run in the trace folder with its headline numbers; open one, compare two, note what it was."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import data, links, ui
+from margingate_dashboard import data, identity_card, links, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts import identity, runlist
 from margingate_dashboard.figures import runs as figures
-from margingate_dashboard.rates import at_most, share
-from margingate_dashboard.summary import REQUEST_COLUMNS, Headline, from_requests, overhead, tags
+from margingate_dashboard.rates import of, share
 from sglang_margingate.trace import RunInfo, TraceError
 
+READ_SECONDS = 1.0
+"""Time that one look gives to runs that were not counted yet; the next look goes on."""
+LOOKED_AT = 3
+"""Newest runs that the identity view looks at."""
+MOST_COMPARED = 6
+"""Runs in one identity view."""
+WARNED = 30
+"""Runs whose warnings are written out."""
 
-def _missed(total: Headline) -> str:
-    if not total.examined:
-        return "not audited"
-    if total.miss_known:
-        return f"{total.missed:,} (all {total.examined:,} verified)"
-    return f"{total.missed:,} of {total.examined:,} audited, ≤ {at_most(total.miss_upper)}"
+COLUMNS = [
+    "run", "status", "policies", "trigger rate", "flips", "missed (95% bound)", "overhead", "requests", "decode steps",
+    "model", "created", "rates of", "triggers", "verified", "structural", "datasets", "note", "tags", "steps",
+]  # fmt: skip
 
 
-def _ended(manifest: Mapping[str, object]) -> str:
-    return "made up" if manifest.get("synthetic") else "closed"
+def _ended(info: RunInfo) -> str:
+    if info.manifest.get("synthetic"):
+        return "made up"
+    return "incomplete" if info.warnings else info.state
 
 
-def _row(info: RunInfo) -> dict[str, object]:
+def status(info: RunInfo) -> str:
+    """Return a run's state in a word or two."""
+    return "broken" if info.broken else "● live" if info.is_live else _ended(info)
+
+
+def _row(info: RunInfo, counts: Mapping[str, object] | str | None) -> dict[str, object]:
     manifest = info.manifest
+    note = runlist.read_note(info.path)
     row: dict[str, object] = {
         "run": info.name,
-        "status": "broken" if info.broken else "● live" if info.is_live else _ended(manifest),
+        "status": status(info),
         "created": info.created,
         "model": str(manifest.get("model") or "–"),
-        "policy": str(manifest.get("policy") or "–"),
+        "policies": str(manifest.get("policy") or "–"),
         "datasets": "–",
         "requests": info.request_rows,
         "steps": info.step_rows,
+        "note": note.text,
+        "tags": ", ".join(note.tags),
     }
-    try:
-        run = data.run_data(info.path)
-        counted = run.memo("runs", lambda: _counts(run.requests(*REQUEST_COLUMNS, "threshold")))
-    except TraceError as error:
-        return {**row, "status": "unreadable", "datasets": str(error).split(": ", 1)[-1][:90]}
-    if info.warnings and row["status"] == "closed":
-        row["status"] = "incomplete"
-    return {**row, **counted}
+    if counts is None:
+        return {**row, "datasets": "being counted"}
+    if isinstance(counts, str):
+        return {**row, "status": "unreadable", "datasets": counts}
+    return {**row, **counts}
 
 
-def _counts(requests: pd.DataFrame) -> dict[str, object]:
-    total = from_requests(requests)
-    added, whole = overhead(requests)
-    gated = bool(requests["threshold"].notna().any())  # without a threshold there is nothing to trigger
-    return {
-        "datasets": ", ".join(tags(requests["dataset"])) if len(requests) else "–",
-        "decode steps": total.steps,
-        "triggers": total.triggered,
-        "trigger rate": 100 * total.triggered / total.steps if total.steps and gated else None,
-        "verified": total.verified,
-        "flips": total.flips,
-        "missed (95% bound)": _missed(total),
-        "overhead": 100 * added / whole if whole else None,
-    }
+def table(infos: list[RunInfo], seconds: float = READ_SECONDS) -> pd.DataFrame:
+    """Return one row a run, newest first, and how far counting has come."""
+    counts = data.counted(infos, seconds)
+    columns = [*COLUMNS, "all flips", "all verified"]
+    return pd.DataFrame([_row(info, counts.get(info.path)) for info in infos]).reindex(columns=columns)
 
 
-def _table(infos: list[RunInfo]) -> pd.DataFrame:
-    columns = [
-        "run",
-        "status",
-        "model",
-        "policy",
-        "datasets",
-        "requests",
-        "decode steps",
-        "triggers",
-        "trigger rate",
-        "verified",
-        "flips",
-        "overhead",
-        "missed (95% bound)",
-        "steps",
-        "created",
-    ]
-    return pd.DataFrame([_row(info) for info in infos]).reindex(columns=columns)
+def filtered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Show the filters of the list and return the runs that they leave."""
+    left, middle, right = st.columns([0.5, 0.25, 0.25], vertical_alignment="bottom")
+    words = left.text_input(
+        "Filter", key="q", bind="query-params", placeholder="part of a name, model, dataset, note or tag"
+    ).lower()
+    models = middle.multiselect(
+        "Models", sorted(frame["model"].unique()), key="model", bind="query-params", placeholder="All"
+    )
+    places = sorted({p for names in frame["policies"] for p in str(names).split(", ")})
+    policies = right.multiselect("Policies", places, key="ran", bind="query-params", placeholder="All")
+    keep = pd.Series(True, index=frame.index)
+    if words:
+        text = (
+            frame[["run", "model", "datasets", "note", "tags", "status"]].fillna("").agg(" ".join, axis=1).str.lower()
+        )
+        for word in words.split():
+            keep &= text.str.contains(word, regex=False)
+    if models:
+        keep &= frame["model"].isin(models)
+    if policies:
+        keep &= frame["policies"].map(lambda names: bool(set(str(names).split(", ")) & set(policies)))
+    return frame[keep].reset_index(drop=True)
 
 
 def _actions(names: list[str]) -> None:
@@ -92,10 +99,12 @@ def _actions(names: list[str]) -> None:
         if len(names) == 1:
             for page, label, icon in (
                 ("overview", "Overview", ":material/dashboard:"),
+                ("requests", "Requests", ":material/list:"),
                 ("flips", "Flips", ":material/sync_alt:"),
                 ("margins", "Margins", ":material/bar_chart:"),
             ):
-                st.page_link(ui.PAGES[page], label=label, icon=icon, query_params=links.params(names[0]))
+                if page in ui.PAGES:
+                    st.page_link(ui.PAGES[page], label=label, icon=icon, query_params=links.params(names[0]))
         elif len(names) == 2:
             st.page_link(
                 ui.PAGES["compare"],
@@ -107,35 +116,108 @@ def _actions(names: list[str]) -> None:
             st.caption("Select one run to open it, or two to compare them." if not names else "Select one run or two.")
 
 
-@partial(ui.fragment, run_every=ui.FOLLOW_SECONDS)
-def _listing(place: object) -> None:
+def _identity(infos: list[RunInfo], names: list[str], exports: ui.Exports) -> None:
+    """Show the identity view first: of the runs that are selected, or of the newest one that answered a prompt twice."""
+    if names:
+        identity_card.show([i for i in infos if i.name in names][:MOST_COMPARED], exports, "-".join(names))
+        return
+    for info in infos[:LOOKED_AT]:
+        try:
+            pairs = identity.compared(identity_card.answers_of(info))
+        except TraceError:
+            continue
+        if len(pairs):
+            st.caption(f"Of {ui.markdown_safe(info.name)}; select others in the table below.")
+            identity_card.show([info], exports, info.name)
+            return
+
+
+def _note(info: RunInfo) -> None:
+    """Let the reader write a note and tags; they lie beside the run's files."""
+    known = runlist.read_note(info.path)
+    with st.form(f"note-{info.name}", border=True), st.container(horizontal=True, vertical_alignment="bottom"):
+        text = st.text_input("Note", known.text, max_chars=runlist.MOST_NOTE, placeholder="what this run was for")
+        words = st.text_input("Tags", ", ".join(known.tags), max_chars=400, placeholder="separated by commas")
+        if not st.form_submit_button("Save"):
+            return
+    tags = tuple(dict.fromkeys(t.strip() for t in words.split(",") if t.strip()))
+    try:
+        runlist.write_note(info.path, runlist.Note(text.strip(), tags))
+    except OSError as error:
+        st.error(f"The note cannot be saved: {ui.markdown_safe(error.strerror or error)}", icon=":material/error:")
+        return
+    st.rerun()
+
+
+def _follow(seen: object, uncounted: bool) -> None:
+    """Look at the folder now and then, which costs next to nothing, and show the page again where it has changed."""
+
+    @st.fragment(run_every=ui.FOLLOW_SECONDS)
+    def watch() -> None:
+        if uncounted or state_of_folder() != seen:
+            st.rerun(scope="app")
+
+    watch()
+
+
+def state_of_folder() -> object:
+    """Return what the page depends on: the runs' folders, and which of them are live."""
+    infos = data.runs(links.trace_dir())
+    return tuple(sorted(runlist.stamps(links.trace_dir()).items())), tuple(i.name for i in infos if i.is_live)
+
+
+def _page() -> None:
+    ui.styles()
+    st.set_page_config(page_title="Runs · MarginGate")
+    ui.header("Runs", f"Every run in {links.trace_dir().name or links.trace_dir()}/, newest first.")
+    seen = state_of_folder()
     infos = data.runs(links.trace_dir())
     if not infos:
         ui.no_runs()
+        _follow(seen, uncounted=False)
         return
-    frame = _table(infos)
     exports = ui.Exports("runs")
-    steps, requests = int(frame["steps"].sum()), int(frame["requests"].sum())
+    place = st.container()
+    whole = table(infos)
+    uncounted = int(whole["datasets"].eq("being counted").sum())
+    frame = filtered(whole)
+    flips, verified = int(frame["all flips"].fillna(0).sum()), int(frame["all verified"].fillna(0).sum())
     live = int(frame["status"].eq("● live").sum())
-    flips, verified = int(frame["flips"].fillna(0).sum()), int(frame["verified"].fillna(0).sum())
     ui.cards(
         [
-            Card("Runs", f"{len(frame):,}", f"{live} live"),
-            Card("Requests finished", f"{requests:,}", "in all runs"),
-            Card("Steps recorded", f"{steps:,}", "prefill and decode"),
-            Card("Flips confirmed", f"{flips:,}", f"{share(flips, verified)} of {verified:,} verified steps"),
+            Card(
+                "Runs",
+                f"{len(frame):,}",
+                f"{live} live" + (f", {of(len(frame), len(whole))} shown" if len(frame) < len(whole) else ""),
+            ),
+            Card("Requests finished", f"{int(frame['requests'].sum()):,}", "in these runs"),
+            Card("Steps recorded", f"{int(frame['steps'].sum()):,}", "prefill and decode"),
+            Card(
+                "Flips confirmed",
+                f"{flips:,}",
+                f"{share(flips, verified)} of {verified:,} verified steps, under any policy",
+            ),
         ]
     )
+    if uncounted:
+        st.caption(f":material/hourglass: {of(len(whole) - uncounted, len(whole))} runs counted; the others follow.")
+    shown = frame[COLUMNS]
+    shown = shown.assign(open=[links.href("overview", name) for name in shown["run"]])[["open", *COLUMNS]]
     picked = ui.table(
-        frame,
+        shown,
         "runs",
         exports,
         on_select="rerun",
         selection_mode="multi-row",
+        height=min(38 + 35 * max(1, len(shown)), 560),
         column_config={
+            "open": st.column_config.LinkColumn(
+                "", display_text="open", width="small", help="Opens the run's Overview"
+            ),
             "decode steps": st.column_config.NumberColumn(
                 format="localized", help="Of finished requests; first tokens come from the prefill"
             ),
+            "rates of": st.column_config.TextColumn(help="The policy that this row's rates, flips and bounds are of"),
             "triggers": st.column_config.NumberColumn(format="localized", help="Decode steps with margin <= threshold"),
             "verified": st.column_config.NumberColumn(
                 format="localized", help="Steps verified for any reason: where flips can be seen"
@@ -147,22 +229,30 @@ def _listing(place: object) -> None:
                 format="%.2f%%", help="Verify and hold time over end-to-end time"
             ),
             "requests": st.column_config.NumberColumn(format="localized"),
+            "structural": st.column_config.NumberColumn("structural requests", format="localized"),
             "datasets": st.column_config.TextColumn(width="small"),
         },
     )
-    _actions([str(frame["run"].iloc[i]) for i in picked.selection.rows if i < len(frame)])
+    names = [str(frame["run"].iloc[i]) for i in picked.selection.rows if i < len(frame)]
+    _actions(names)
+    with place:
+        _identity(infos, names, exports)
+    if len(names) == 1:
+        _note(next(i for i in infos if i.name == names[0]))
     if frame["overhead"].notna().any():
         ui.chart(figures.price(frame), "price", exports)
+    if len(frame) > 2:
+        ui.chart(figures.trend(frame), "trend", exports)
     exports.show(st.container(horizontal_alignment="right"), "runs")
-    for info in infos:
+    warned = [info for info in infos if info.warnings]
+    for info in warned[:WARNED]:
         for warning in info.warnings:
-            st.caption(f":material/warning: **{ui.markdown_safe(info.name)}**: {ui.markdown_safe(warning)}")
-
-
-def _page() -> None:
-    ui.styles()
-    place = ui.header("Runs", f"Every run in {links.trace_dir().name or links.trace_dir()}/, newest first.")
-    _listing(place)
+            st.caption(
+                f":material/warning: **{ui.markdown_safe(info.name)}**: {ui.markdown_safe(ui.brief(warning, info))}"
+            )
+    if len(warned) > WARNED:
+        st.caption(f"and warnings of {len(warned) - WARNED:,} more runs: `margingate runs` lists them all")
+    _follow(seen, uncounted > 0)
 
 
 if __name__ == "__main__":

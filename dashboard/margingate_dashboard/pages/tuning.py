@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,18 @@ import streamlit as st
 
 from margingate_dashboard import profiles, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts.price import STEP_COLUMNS as PRICE_COLUMNS
+from margingate_dashboard.facts.price import Price, knee, measure
 from margingate_dashboard.figures import tuning as figures
 from margingate_dashboard.rates import at_most, of, share
-from margingate_dashboard.theme import FLIPPED, MISSED, TRIGGERED
+from margingate_dashboard.theme import FLIPPED, MISSED, PART_COLOURS, TRIGGERED
 from margingate_dashboard.ui import Page
 from sglang_margingate.gate.calibration import Calibration, CalibrationError, threshold_for, trade_off, transfer_matrix
 
 CURVE_POINTS = 300
+KNEE, NONE = "knee", "none missed"
+TARGETS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+"""Largest acceptable miss rates to choose from; fixed, so that their bounds hold whatever the sample."""
 
 
 def _curve(sample: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:
@@ -25,6 +31,60 @@ def _curve(sample: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:
     at_flips = margin[flipped & (margin > 0)]
     top = max(float(at_flips.max()) * 1.1 if at_flips.size else 0.5, 0.25)
     return trade_off(margin, flipped, np.concatenate([np.linspace(0, top, CURVE_POINTS), at_flips]))
+
+
+def veto(calibration: Calibration, known: profiles.KnownFlips | None) -> float:
+    """Return the threshold to begin with: where no miss is allowed, one that misses no flip that is known of."""
+    if calibration.target_miss > 0 or known is None or not known.margins.size:
+        return calibration.threshold
+    return max(calibration.threshold, float(known.margins[-1]))
+
+
+def _counterexamples(name: str, calibration: Calibration, tau: float, known: profiles.KnownFlips | None) -> None:
+    """Say which known flips a threshold would miss, and where one has raised it."""
+    if known is None:
+        return
+    above = known.above(tau)
+    if above:
+        st.warning(
+            f"{ui.markdown_safe(name)}: {above:,} confirmed flips of this run lie above {tau:.6g}, the largest at "
+            f"{known.margins[-1]:.6g}: this threshold would have missed them.",
+            icon=":material/warning:",
+        )
+    elif tau > calibration.threshold and known.above(calibration.threshold):
+        st.caption(
+            f":material/info: {ui.markdown_safe(name)}: the sample alone gives {calibration.threshold:.6g}; a flip that the gate "
+            f"or the audit confirmed at {known.margins[-1]:.6g} raised it."
+        )
+
+
+def predicted(price: Price | None, trigger_rate: float) -> dict[str, float | None]:
+    """Return the predicted cost of a trigger rate, for a table."""
+    if price is None:
+        return {"ms a token": None, "overhead": None, "tokens/s": None}
+    found = price.predict(trigger_rate)
+    return {"ms a token": found.step_ms, "overhead": 100 * found.overhead, "tokens/s": found.tokens_per_second}
+
+
+def price_cards(price: Price | None, trigger_rate: float) -> list[Card]:
+    """Return the predicted cost as cards; none where no verify was timed."""
+    if price is None:
+        return []
+    found, fast = price.predict(trigger_rate), price.predict(0.0)
+    return [
+        Card(
+            "Predicted",
+            f"{found.step_ms:.2f} ms",
+            f"a token, at {price.rows} rows; {fast.step_ms:.2f} ms without verifies; {found.overhead:.1%} overhead",
+            PART_COLOURS["verify"],
+        ),
+        Card(
+            "Predicted speed",
+            f"{found.tokens_per_second:,.0f}/s",
+            f"tokens of the whole batch, {fast.tokens_per_second:,.0f} without verifies; from {price.verifies:,} timed verifies",
+            PART_COLOURS["decode"],
+        ),
+    ]
 
 
 def _incomplete(page: Page, decode: int) -> None:
@@ -38,66 +98,110 @@ def _incomplete(page: Page, decode: int) -> None:
     )
 
 
-def _choose(found: dict[str, Calibration]) -> dict[str, float]:
-    with st.expander("Choose thresholds by hand"):
-        st.caption("Edit the last column; everything on this page follows.")
-        edited = st.data_editor(
-            pd.DataFrame(
-                {
-                    "dataset": list(found),
-                    "calibrated": [c.threshold for c in found.values()],
-                    "threshold": [c.threshold for c in found.values()],
-                }
-            ),
-            disabled=["dataset", "calibrated"],
-            hide_index=True,
-            key="by-hand-" + "-".join(f"{c.threshold:g}" for c in found.values()),
-            column_config={
-                "threshold": st.column_config.NumberColumn(min_value=0.0, step=0.0001, format="%.4g", required=True)
-            },
-        )
-    return {
-        str(n): float(t) if pd.notna(t) else found[str(n)].threshold
-        for n, t in zip(edited["dataset"], edited["threshold"])
-    }
+def by_hand(text: object) -> dict[str, float]:
+    """Return thresholds set by hand, from a link: ``arith:0.25,code:1``; what cannot be read is left out."""
+    found = {}
+    for part in str(text or "").split(","):
+        name, _, value = part.rpartition(":")
+        try:
+            tau = float(value)
+        except ValueError:
+            continue
+        if name and 0 <= tau < float("inf"):
+            found[unquote(name)] = tau
+    return found
 
 
-@ui.fragment
-def _tune(page: Page, samples: profiles.Samples) -> None:
-    left, right = st.columns([0.5, 0.5], vertical_alignment="bottom")
-    target = left.select_slider(
-        "Largest acceptable miss rate (missed flips per step, to be shown at 95%)",
-        [0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
-        format_func=lambda v: "none missed in the sample" if v == 0 else f"{v:g}",
-        key="target",
-    )
-    tail = right.toggle("Fit the tail of the flips' margins (slower)", key="tail")
+def _choose(found: dict[str, Calibration], start: dict[str, float]) -> dict[str, float]:
+    """Let the reader set thresholds; they stand in the link."""
+    given = by_hand(st.query_params.get("taus"))
+
+    def remember() -> None:
+        taus = {n: st.session_state[f"hand-{n}"] for n in found}
+        text = ",".join(f"{quote(n, safe='')}:{t:g}" for n, t in taus.items() if t is not None and t != start[n])
+        if text:
+            st.query_params["taus"] = text
+        else:
+            st.query_params.pop("taus", None)
+
+    with st.expander("Choose thresholds by hand", expanded=bool(given)):
+        st.caption("Everything on this page follows; what is set here stands in the link.")
+        places = st.columns(4)
+        for index, name in enumerate(found):
+            st.session_state[f"hand-{name}"] = given.get(name, start[name])
+            places[index % 4].number_input(
+                ui.markdown_safe(name),
+                min_value=0.0,
+                step=0.0625,
+                format="%.6g",
+                key=f"hand-{name}",
+                on_change=remember,
+            )
+    return {n: given.get(n, start[n]) for n in found}
+
+
+def calibrate(page: Page, samples: profiles.Samples, target: float | str, tail: bool) -> dict[str, Calibration]:
+    """Return each dataset's calibration; those that cannot be used are named on the page.
+
+    The knee is chosen among the fixed targets after seeing the sample, so each of them is shown at a confidence that holds
+    for all of them at once.
+    """
     found: dict[str, Calibration] = {}
     for name, sample in samples.items():
         try:
-            found[name] = page.data.memo(
-                ("calibration", name, target, tail),
-                partial(threshold_for, *sample, target_miss=float(target), tail=tail),
-            )
+            if target == KNEE:
+                found[name] = page.memo("knee", partial(_knee, sample), name)
+            else:
+                make = partial(threshold_for, *sample, target_miss=float(target), tail=tail)
+                found[name] = page.memo("calibration", make, name, target, tail)
         except CalibrationError as error:
             st.warning(f"{ui.markdown_safe(name)}: {ui.markdown_safe(error)}", icon=":material/warning:")
+    return found
+
+
+def _knee(sample: tuple[np.ndarray, np.ndarray]) -> Calibration:
+    confidence = 1 - 0.05 / len(TARGETS)
+    every = [threshold_for(*sample, target_miss=t, confidence=confidence, tail=False) for t in TARGETS]
+    shown = [c for c in every if c.met] or every[:1]
+    return shown[knee([c.triggered.value for c in shown], [c.miss_upper for c in shown])]
+
+
+@ui.fragment
+def _tune(page: Page, samples: profiles.Samples, known: dict[str, profiles.KnownFlips], price: Price | None) -> None:
+    left, right = st.columns([0.5, 0.5], vertical_alignment="bottom")
+    target = left.select_slider(
+        "Largest acceptable miss rate (missed flips per step, to be shown at 95%)",
+        [KNEE, NONE, *(f"{t:g}" for t in TARGETS if t)],
+        help=f"“{KNEE}”: beyond it a smaller risk costs much. “{NONE}”: no flip of the sample is missed.",
+        key="target",
+        bind="query-params",
+    )
+    tail = right.toggle(
+        "Fit the tail of the flips' margins (slower)", key="tail", bind="query-params", disabled=target == KNEE
+    )
+    found = calibrate(page, samples, target if target == KNEE else 0.0 if target == NONE else float(target), tail)
     if not found:
         return
-    taus = _choose(found)
-    chosen = {
-        name: page.data.memo(("chosen", name, tau), partial(trade_off, *samples[name], [tau])).iloc[0]
-        for name, tau in taus.items()
-    }
+    start = {name: veto(c, known.get(name)) for name, c in found.items()}
+    taus = _choose(found, start)
+    chosen = {}
+    for name, tau in taus.items():
+        row = page.memo("chosen", partial(trade_off, *samples[name], [tau]), name, tau).iloc[0].copy()
+        row["miss_upper"] = profiles.honest(found[name], row)
+        chosen[name] = row
+    for name, calibration in found.items():
+        _counterexamples(name, calibration, taus[name], known.get(name))
     total = {k: int(sum(row[k] for row in chosen.values())) for k in ("steps", "triggered", "flips", "missed")}
     ui.cards(
         [
-            Card("Datasets", f"{len(chosen):,}", f"thresholds {min(taus.values()):.4g} to {max(taus.values()):.4g}"),
+            Card("Datasets", f"{len(chosen):,}", f"thresholds {min(taus.values()):.6g} to {max(taus.values()):.6g}"),
             Card(
                 "Would trigger",
                 share(total["triggered"], total["steps"]),
                 f"{of(total['triggered'], total['steps'])} sampled steps",
                 TRIGGERED.colour,
             ),
+            *price_cards(price, total["triggered"] / total["steps"]),
             Card(
                 "Flips caught",
                 f"{total['flips'] - total['missed']:,}",
@@ -107,7 +211,7 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
             Card(
                 "Worst miss bound",
                 at_most(max(float(r["miss_upper"]) for r in chosen.values())),
-                "of a dataset's steps, at 95%",
+                "of a dataset's steps, at 95%: that of its calibration",
                 MISSED.colour,
             ),
         ]
@@ -115,7 +219,7 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
     names = {name: ui.safe(name) for name in found}
     ui.chart(
         figures.trade_off(
-            {names[n]: page.data.memo(("curve", n), partial(_curve, samples[n])) for n in found},
+            {names[n]: page.memo("curve", partial(_curve, samples[n]), n) for n in found},
             {names[n]: r for n, r in chosen.items()},
             page.subtitle,
         ),
@@ -134,7 +238,9 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
                 "flips": int(r["flips"]),
                 "missed": int(r["missed"]),
                 "missed at most (95%)": 100 * r["miss_upper"],
-                "target shown": found[n].met,
+                "known flips above": known[n].above(float(r["threshold"])) if n in known else 0,
+                "target": "shown" if found[n].met else "not shown",
+                **predicted(price, float(r["trigger_rate"])),
             }
             for n, r in chosen.items()
         ]
@@ -144,16 +250,22 @@ def _tune(page: Page, samples: profiles.Samples) -> None:
         "thresholds",
         page.exports,
         column_config={
-            "threshold": st.column_config.NumberColumn(format="%.4g"),
+            "threshold": st.column_config.NumberColumn(format="%.6g"),
             "trigger rate": st.column_config.NumberColumn(format="%.2f%%"),
-            "missed at most (95%)": st.column_config.NumberColumn(format="%.4f%%"),
+            "missed at most (95%)": st.column_config.NumberColumn(
+                format="%.4f%%", help="The bound of the calibration: it holds although the sample chose the threshold"
+            ),
+            "known flips above": st.column_config.NumberColumn(
+                help="Confirmed flips of the whole run that it would miss"
+            ),
+            "ms a token": st.column_config.NumberColumn(format="%.2f", help="Predicted, at the run's median batch"),
+            "overhead": st.column_config.NumberColumn(format="%.1f%%", help="Predicted share that verifying adds"),
+            "tokens/s": st.column_config.NumberColumn(format="%.0f", help="Predicted, of the whole batch"),
         },
     )
     for name, calibration in found.items():
         st.caption(f"**{ui.markdown_safe(name)}**: {ui.markdown_safe(calibration.statement())}")
-    matrix = page.data.memo(
-        ("transfer", tuple(taus.items())), lambda: transfer_matrix({n: samples[n] for n in found}, taus)
-    )
+    matrix = page.memo("transfer", lambda: transfer_matrix({n: samples[n] for n in found}, taus), tuple(taus.items()))
     shown = matrix.assign(**{c: [names[v] for v in matrix[c]] for c in ("calibrated_on", "applied_to")})
     ui.chart(figures.transfer(shown, page.subtitle), "transfer", page.exports)
     st.caption(
@@ -212,17 +324,17 @@ def _page() -> None:
     )
     if page is None:
         return
-    samples, taken, decode = page.data.memo(
-        "samples", lambda: profiles.calibration_samples(page.data.steps(*profiles.STEP_COLUMNS))
+    samples, taken, decode = page.memo(
+        "samples", lambda: profiles.calibration_samples(page.steps(*profiles.STEP_COLUMNS))
     )
-    if page.datasets is not None:
-        samples = {name: sample for name, sample in samples.items() if name in page.datasets}
     if not samples:
         _incomplete(page, decode)
         return
+    known = page.memo("known-flips", lambda: profiles.known_flips(page.steps(*profiles.STEP_COLUMNS)))
+    price = page.memo("price", lambda: measure(page.steps(*PRICE_COLUMNS)))
     if taken < decode:
         st.caption(f":material/info: {of(taken, decode)} decode steps are used: those of fully verified requests.")
-    _tune(page, samples)
+    _tune(page, samples, known, price)
 
 
 if __name__ == "__main__":

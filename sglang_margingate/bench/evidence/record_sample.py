@@ -18,6 +18,7 @@ from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.client import run_alone, run_together
 from sglang_margingate.bench.servers.process import GATE_ALONE, serve
 from sglang_margingate.trace import read_run
+from sglang_margingate.trace.compact import compact
 
 FLAGS = (*GATE_ALONE, "--margingate-threshold", "0.0625", "--margingate-audit-rate", "0.05",
          "--margingate-trace-text", "on")  # fmt: skip
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out.exists():
             shutil.rmtree(args.out)
         shutil.copytree(run, args.out)
-    _compact(args.out)
+    compact(args.out)
     _clean_manifest(args.out)
     rows = read_run(args.out)
     size = sum(f.stat().st_size for f in args.out.iterdir())
@@ -52,19 +53,6 @@ def main(argv: list[str] | None = None) -> int:
 def _pass(repeat: int, policy: str = "gate") -> dict[str, object]:
     """Return what a pass over the prompts asks of the server."""
     return {"margingate_repeat": repeat, "margingate_policy": policy}
-
-
-def _compact(run: Path) -> None:
-    """Put the many small files of a live run into one file each: dozens of files are a burden in a repository."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for kind in ("steps", "requests"):
-        files = sorted(run.glob(f"{kind}-*.parquet"))
-        whole = pa.concat_tables([pq.read_table(f) for f in files]).unify_dictionaries().combine_chunks()
-        for file in files:
-            file.unlink()
-        pq.write_table(whole, run / f"{kind}-0000.parquet", compression="zstd")
 
 
 def _clean_manifest(run: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,11 +15,14 @@ from margingate_dashboard import states, tokens
 from margingate_dashboard.bins import LOGARITHMIC, margin_bins
 from margingate_dashboard.cards import cards_html, headline_cards
 from margingate_dashboard.context import flip_text
+from margingate_dashboard.facts import identity
+from margingate_dashboard.facts.policies import leading, of_request, with_policy
 from margingate_dashboard.figures import margins as margin_figures
 from margingate_dashboard.figures import overview as overview_figures
 from margingate_dashboard.figures.common import safe
+from margingate_dashboard.report import parts
 from margingate_dashboard.summary import guarantee_notes, has_tag, headline, tags
-from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, by_dataset, flip_list
+from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, by_dataset, by_policy, flip_list
 from margingate_dashboard.theme import CSS
 from sglang_margingate import __version__
 from sglang_margingate.trace import Run, read_run
@@ -34,21 +36,20 @@ FLIPS = 300
 """Rows of the table of flips."""
 
 STEPS = tuple(
-    n for n in dict.fromkeys([*FLIP_COLUMNS, *states.STATE_COLUMNS, "prefill", "time"]) if n in STEP_SCHEMA.names
+    n
+    for n in dict.fromkeys(
+        [*FLIP_COLUMNS, *states.STATE_COLUMNS, "prefill", "time", "structural", "step_ms", "verify_ms", "window_rows"]
+    )
+    if n in STEP_SCHEMA.names
 )
-REQUESTS = (
-    "request",
-    "request_id",
-    "dataset",
-    "policy",
-    "output_tokens",
-    "guarantee",
-    "guarantee_note",
-    "overhead_ms",
-    "e2e_ms",
-    "ttft_ms",
-    "tpot_ms",
-)
+REQUESTS = tuple(
+    dict.fromkeys(
+        [
+            *identity.COLUMNS, "guarantee", "guarantee_note", "overhead_ms", "overhead_share", "e2e_ms", "ttft_ms", "tpot_ms",
+            "repair", "prompt_text",
+        ]
+    )
+)  # fmt: skip
 
 _PAGE_CSS = """
 <style>
@@ -91,32 +92,55 @@ def report_html(path: Path) -> str:
     TraceError
         The run cannot be read.
     """
-    run = read_run(path, step_columns=STEPS, request_columns=REQUESTS)
-    steps = run.steps.assign(
-        state=states.classify(run.steps),
-        triggered=states.triggered(run.steps),
-        verified=states.verified(run.steps),
-        examined=states.examined(run.steps),
-    )
+    run, steps, requests = load(path)
+    policy = leading(requests["policy"]) if len(requests) else leading(steps["policy"])
+    mine = requests[(requests["policy"] == policy).to_numpy()]
     title = f"{run.path.resolve().name}: MarginGate report"
     body = [
         _head(run),
-        cards_html(headline_cards(headline(steps), run.requests)),
-        _figure(overview_figures.guarantees(run.requests)),
-        *_guarantee_notes(run.requests),
+        *parts.identity_part(requests, steps, run.path.resolve().name),
+        f"<h2>Policy {html.escape(policy)}: {len(mine):,} of {len(requests):,} finished requests</h2>",
+        cards_html(headline_cards(headline(steps[(steps["policy"] == policy).to_numpy()]), mine, policy)),
+        "<h2>By policy</h2>",
+        parts.table(by_policy(steps, requests)),
+        _figure(overview_figures.guarantees(requests)),
+        *_guarantee_notes(requests),
         _figure(overview_figures.events(overview_figures.over_time(steps))),
         "<h2>By dataset</h2>",
-        _table(by_dataset(steps, run.requests)),
+        parts.table(by_dataset(steps, requests)),
+        *parts.latency_part(requests),
+        *parts.tuning_part(steps),
         _figure(_histogram(steps)),
         *_flips(run, steps),
         *_worst(run, steps),
         f"<h2>Manifest</h2><pre>{html.escape(json.dumps(run.manifest, indent=2, default=str))}</pre>",
         f'<p class="note">Written by sglang-margingate {html.escape(__version__)}. This file loads nothing from the network.</p>',
     ]
+    return document(title, body)
+
+
+def load(path: Path) -> tuple[Run, pd.DataFrame, pd.DataFrame]:
+    """Return a run, its steps with what pages derive from them, and its requests with their policies as shown."""
+    run = read_run(path, step_columns=STEPS, request_columns=REQUESTS)
+    requests = with_policy(run.requests)
+    steps = run.steps.assign(
+        state=states.classify(run.steps),
+        triggered=states.triggered(run.steps),
+        verified=states.verified(run.steps),
+        examined=states.examined(run.steps),
+        above=states.above(run.steps),
+        policy=of_request(run.steps["request"], requests, "policy"),
+    )
+    return run, steps, requests
+
+
+def document(title: str, body: list[str]) -> str:
+    """Return one HTML file that loads nothing."""
+    plotly = f"<script>{get_plotlyjs()}</script>" if any("Plotly.newPlot" in part for part in body) else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"{CSS}{_PAGE_CSS}<script>{get_plotlyjs()}</script></head><body>{''.join(body)}{_SCRIPT}</body></html>\n"
+        f"{CSS}{_PAGE_CSS}{plotly}</head><body>{''.join(body)}{_SCRIPT}</body></html>\n"
     )
 
 
@@ -152,20 +176,6 @@ def _histogram(steps: pd.DataFrame) -> go.Figure:
     return margin_figures.histogram(stable, flips, margin_bins(margin, LOGARITHMIC), LOGARITHMIC, threshold)
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return f'<td class="n">{value:,}</td>'
-    if isinstance(value, (float, np.floating)):
-        return f'<td class="n">{value:.4g}</td>' if np.isfinite(value) else '<td class="n">–</td>'
-    return f"<td>{html.escape('–' if value is None or value is pd.NA else str(value))}</td>"
-
-
-def _table(frame: pd.DataFrame) -> str:
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in frame.itertuples(index=False))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
 def _flips(run: Run, steps: pd.DataFrame) -> list[str]:
     known = tokens.vocabulary(steps["token"], steps["token_text"])
     table = flip_list(steps, known)
@@ -178,9 +188,9 @@ def _flips(run: Run, steps: pd.DataFrame) -> list[str]:
     text = flip_text(run.path.resolve().name, run.manifest, str(first["request"]), full, int(first["step"]), known)
     shown = f", first {FLIPS}" if len(table) > FLIPS else ""
     return [
-        f"<h2>Flips</h2><p>{len(table):,} confirmed flips in {len(steps):,} step rows, highest margin first{shown}.</p>",
+        f"<h2>Flips</h2><p>{len(table):,} confirmed flips in {int((~states.as_bool(steps['prefill'])).sum()):,} decode steps, highest margin first{shown}.</p>",
         tokens.legend(("flipped", "repaired", "missed")),
-        _table(table.head(FLIPS)),
+        parts.table(table.head(FLIPS)),
         f"<h3>The first of them</h3><pre>{html.escape(text)}</pre>",
     ]
 
@@ -195,7 +205,8 @@ def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
     lowest = pd.Series(decode["margin"].to_numpy()).groupby(numbers).min()
     order = pd.DataFrame({"flips": -flips, "lowest": lowest}).sort_values(["flips", "lowest"], kind="stable")
     known = tokens.vocabulary(steps["token"], steps["token_text"])
-    parts = ["<h2>Worst requests, token by token</h2>", tokens.legend()]
+    prompts = dict(zip(run.requests["request"].tolist(), run.requests["prompt_text"].tolist()))
+    found_parts = ["<h2>Worst requests, token by token</h2>", tokens.legend()]
     for request in order.index[:WORST]:
         found = read_run(
             run.path, step_columns=STEP_SCHEMA.names, request_columns=[], filters=[("request", "==", int(request))]
@@ -208,9 +219,12 @@ def _worst(run: Run, steps: pd.DataFrame) -> list[str]:
         begin = max(0, int(flipped[0]) - STRIP // 2) if len(mine) > STRIP and flipped.size else 0
         window = mine.iloc[begin : begin + STRIP]
         where = f", tokens {begin}–{begin + len(window) - 1}" if len(window) < len(mine) else ""
-        parts.append(
+        found_parts.append(
             f"<h3>{html.escape(str(mine['request_id'].iloc[0]))} (request {request})</h3><p class='note'>{-int(order.loc[request, 'flips']):,} flips, lowest margin "
-            f"{order.loc[request, 'lowest']:.4g}, {len(mine):,} tokens{where}</p>"
+            f"{order.loc[request, 'lowest']:.6g}, {len(mine):,} tokens{where}</p>"
         )
-        parts.append(tokens.strip(window, known))
-    return parts
+        prompt = prompts.get(int(request))
+        if isinstance(prompt, str):
+            found_parts.append(f"<details><summary>Prompt</summary><pre>{html.escape(prompt)}</pre></details>")
+        found_parts.append(tokens.strip(window, known))
+    return found_parts

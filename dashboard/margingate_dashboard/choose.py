@@ -1,0 +1,143 @@
+"""The sidebar: which run is looked at, what of it, and the link that brings another reader to the same view.
+
+What is chosen lives in the URL. Nothing is written there that the reader did not choose, so that Back goes back once.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlencode, urlsplit, urlunsplit
+
+import streamlit as st
+
+from margingate_dashboard import data, links
+from margingate_dashboard.facts.filters import Filters
+from margingate_dashboard.facts.policies import present
+from margingate_dashboard.summary import tags
+from sglang_margingate.trace import RunInfo
+
+FOLLOW_SECONDS = 3.0
+"""How often a live run is looked at for newly closed files."""
+
+LISTED = 20
+"""Runs offered where a link names one that is not there."""
+
+
+def markdown_safe(text: object) -> str:
+    r"""Return untrusted text for Streamlit's Markdown (labels, captions, errors): every special sign is escaped."""
+    return "".join("\\" + c if c in r"\`*_{}[]()#+-.!|~$:<>&" else c for c in str(text))
+
+
+def _remember_run() -> None:
+    name = st.session_state["run_box"]
+    if name is None:  # the box was cleared: what is looked at stays
+        return
+    st.session_state["pinned_run"] = name
+    for other in ("request", "number", "step", "taus"):
+        st.query_params.pop(other, None)
+    st.query_params["run"] = name
+
+
+def choose_run(infos: list[RunInfo]) -> RunInfo | None:
+    """Show the sidebar's choice of run; None where a link names one that is not in the folder.
+
+    Without a link the newest run is shown, and stays while newer ones begin.
+    """
+    by_name = {info.name: info for info in infos}
+    asked = st.query_params.get("run")
+    if asked is not None and links.known_run(asked, by_name) is None:
+        return None
+    name = asked or links.known_run(st.session_state.get("pinned_run"), by_name) or infos[0].name
+    st.session_state["pinned_run"] = st.session_state["run_box"] = name
+    with st.sidebar:
+        st.selectbox("Run", list(by_name), key="run_box", on_change=_remember_run, help="Newest first.")
+    return by_name[name]
+
+
+CARRIED = ("dataset", "policy", "guarantee")
+"""Query parameters that go with the reader from page to page, beside the run."""
+
+
+def navigate(places: dict[str, tuple[str, str, str]]) -> None:
+    """Show the pages as links that carry the run and the filters: the URL is whole at once, so that Back goes back once.
+
+    Parameters
+    ----------
+    places
+        (script, title, icon) by path.
+    """
+    carried: dict[str, str | list[str]] = {n: st.query_params.get_all(n) for n in CARRIED if n in st.query_params}
+    run = st.query_params.get("run") or st.session_state.get("pinned_run")
+    if run is not None:
+        carried["run"] = run
+    for script, title, icon in places.values():
+        st.page_link(script, label=title, icon=icon, query_params=carried or None)
+
+
+def missing(what: str, asked: object, infos: list[RunInfo], page: str) -> None:
+    """Say that a link names what is not here, and offer what is; nothing else is shown."""
+    st.warning(
+        f"There is no {what} named “{markdown_safe(str(asked)[:80])}” in this trace folder.", icon=":material/link_off:"
+    )
+    st.markdown("##### Runs in this folder" + (f", newest {LISTED} of {len(infos):,}" if len(infos) > LISTED else ""))
+    for info in infos[:LISTED]:
+        st.page_link(page, label=markdown_safe(info.name), query_params=links.params(info.name))
+
+
+def choose_filters(run: data.RunData) -> Filters:
+    """Show the sidebar's filters, each where the run has more than one value of it, and return what is chosen."""
+    rows = run.requests("dataset", "policy", "guarantee")
+    options = {
+        "dataset": tags(rows["dataset"]),
+        "policy": present(rows["policy"]),
+        "guarantee": sorted(rows["guarantee"].dropna().astype(str).unique()),
+    }
+    chosen = {}
+    for name, every in options.items():
+        if len(every) < 2:
+            continue
+        with st.sidebar:
+            label = {"dataset": "Datasets", "policy": "Policies", "guarantee": "Guarantees"}[name]
+            picked = st.multiselect(label, every, key=name, bind="query-params", placeholder=f"All {label.lower()}")
+        chosen[name] = frozenset(picked)
+    return Filters(**chosen)
+
+
+def follow(info: RunInfo) -> None:
+    """Look at a live run now and then; show the page again once its writer has closed another file, or has ended."""
+    with st.sidebar:
+        if not st.toggle("Follow the live run", value=True, key="follow"):
+            return
+    seen = data.signature(info.path)
+
+    @st.fragment(run_every=FOLLOW_SECONDS)
+    def watch() -> None:
+        if data.signature(info.path) != seen or not data.still_live(info.path):
+            st.rerun(scope="app")
+
+    with st.sidebar:
+        watch()
+
+
+def await_first_run() -> None:
+    """Look at an empty folder now and then; show the page again once a run has begun there."""
+
+    @st.fragment(run_every=FOLLOW_SECONDS)
+    def watch() -> None:
+        if data.runs(links.trace_dir()):
+            st.rerun(scope="app")
+
+    watch()
+
+
+def link_of(run: str) -> str:
+    """Return the address of what is shown, with the run by name: the newest of today is not that of tomorrow."""
+    parts = urlsplit(str(st.context.url or ""))
+    shown = {key: st.query_params.get_all(key) for key in st.query_params}
+    query = urlencode({**shown, "run": [run]}, doseq=True)
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+
+
+def copy_link(run: str) -> None:
+    """Offer the address of this view."""
+    with st.sidebar.popover("Copy link", icon=":material/link:"):
+        st.code(link_of(run), language=None, wrap_lines=True)

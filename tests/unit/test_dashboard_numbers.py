@@ -1,0 +1,407 @@
+"""Every number of every page, computed again with plain pandas from the Parquet files, on runs of every kind.
+
+Nothing of the dashboard, the gate or the reader is used on the right-hand side of a comparison.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import beta
+
+pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
+pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
+
+import pyarrow.parquet as pq
+from margingate_dashboard import pages
+from streamlit.testing.v1 import AppTest
+from synthetic_runs import SyntheticSpec, write_run
+
+APP = Path(str(pages.__file__)).with_name("app.py")
+SAMPLE = Path(__file__).resolve().parents[2] / "traces" / "sample"
+RUNS: dict[str, SyntheticSpec | Path] = {
+    "sample": SAMPLE,
+    "demo": SyntheticSpec(requests=48, tokens=60, mix=("log", "log", "gate", "gate"), threshold=0.0625),
+    "always": SyntheticSpec(requests=24, tokens=80, policy="always"),
+    "log": SyntheticSpec(requests=12, tokens=80, policy="log"),
+    "canonical": SyntheticSpec(requests=24, tokens=80, structural=1.0, perturbation=0.0, audit_rate=0.02),
+    "mixed": SyntheticSpec(requests=36, tokens=80, mix=("gate", "always", "log"), structural=0.2, sampled=3),
+}
+ORDER = ["gate", "always", "log", "off", "not observed"]
+
+
+class Truth:
+    """A run's rows, as Parquet holds them."""
+
+    def __init__(self, folder: Path) -> None:
+        steps, requests = (
+            pd.concat(
+                [pq.read_table(f).to_pandas() for f in sorted(folder.glob(f"{kind}-*.parquet"))], ignore_index=True
+            )
+            for kind in ("steps", "requests")
+        )
+        for name in ("dataset", "policy", "guarantee", "finish_reason"):
+            requests[name] = requests[name].astype(str)
+        requests.loc[(requests["steps"] == 0) & (requests["policy"] != "off"), "policy"] = "not observed"
+        for name in ("triggered", "flipped", "repaired", "prefill", "structural"):
+            steps[name] = steps[name].fillna(False).astype(bool)
+        steps["reason"] = steps["reason"].astype(str)
+        steps["dataset"] = steps["dataset"].astype(str)
+        steps["policy"] = steps["request"].map(dict(zip(requests["request"], requests["policy"])))
+        self.every, self.requests = steps, requests
+        self.decode = steps[~steps["prefill"]]
+        self.policy = next(p for p in ORDER if (requests["policy"] == p).any())
+
+    def counts(self, policy: str, dataset: str | None = None) -> dict[str, Any]:
+        steps, requests = self.decode, self.requests
+        if dataset is not None:
+            steps, requests = steps[steps["dataset"] == dataset], requests[requests["dataset"] == dataset]
+        steps, requests = steps[steps["policy"] == policy], requests[requests["policy"] == policy]
+        seen = steps["reason"] != "none"
+        sample = steps[seen & ~steps["triggered"] & ~steps["reason"].isin(["resume", "limit"])]
+        above = int(sample["flipped"].sum())
+        return {
+            "requests": len(requests),
+            "output tokens": int(requests["output_tokens"].sum()),
+            "decode steps": len(steps),
+            "low margins": int(steps["triggered"].sum()),
+            "verified": int(seen.sum()),
+            "flips": int(steps["flipped"].sum()),
+            "repaired": int((steps["flipped"] & steps["repaired"]).sum()),
+            "above tau": above,
+            "missed": int((sample["flipped"] & ~sample["repaired"]).sum()),
+            "examined": len(sample),
+            "untriggered": int((~steps["triggered"]).sum()),
+            "bound": 100 * upper(above, len(sample)),
+            "overhead": 100 * requests["overhead_ms"].sum() / requests["e2e_ms"].sum() if len(requests) else None,
+            "median TTFT": requests["ttft_ms"].median(),
+            "median TPOT": requests["tpot_ms"].median(),
+            "claims": int(requests["guarantee"].isin(["structural", "verified", "gated"]).sum()),
+        }
+
+
+def upper(events: int, trials: int) -> float:
+    """Clopper and Pearson's one-sided 95% bound, by scipy's own beta distribution."""
+    return 1.0 if events >= trials else float(beta.ppf(0.95, events + 1, trials - events))
+
+
+class Shown:
+    """What one page shows: cards as (value, sub) by label, and tables."""
+
+    def __init__(self, at: AppTest) -> None:
+        self.at = at
+        body = "\n".join(h.proto.body for h in at.get("html"))
+        found = re.findall(
+            r'<div class="label">(.*?)</div><div class="value">(.*?)</div><div class="sub">(.*?)</div>', body, re.DOTALL
+        )
+        self.cards = {label: (html.unescape(value), html.unescape(sub)) for label, value, sub in found}
+        self.said = body + "\n".join(c.value for c in at.caption)
+
+    def table(self, *columns: str) -> pd.DataFrame:
+        return next(t.value for t in self.at.dataframe if set(columns) <= set(t.value.columns))
+
+
+def whole(text: str) -> list[int]:
+    """The whole numbers of a text, in order."""
+    return [int(n.replace(",", "")) for n in re.findall(r"(?<![\d.])\d[\d,]*(?![\d.]*\d*%)(?!\.\d)", text)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("numbers")
+    for name, source in RUNS.items():
+        if isinstance(source, Path):
+            shutil.copytree(source, made / name)
+        else:
+            write_run(made / name, source)
+    return made
+
+
+@pytest.fixture(scope="module")
+def truths(folder: Path) -> dict[str, Truth]:
+    return {name: Truth(folder / name) for name in RUNS}
+
+
+@pytest.fixture
+def app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
+    monkeypatch.setenv("MARGINGATE_TRACE_DIR", str(folder))
+    return AppTest.from_file(str(APP), default_timeout=300)
+
+
+def visit(app: AppTest, page: str, run: str, **more: str) -> Shown:
+    app.query_params["run"] = run
+    for key, value in more.items():
+        app.query_params[key] = value
+    app.switch_page(f"{page}.py").run()
+    assert not app.exception
+    assert not app.error
+    return Shown(app)
+
+
+def same(shown: object, true: object) -> bool:
+    if true is None or (isinstance(true, float) and np.isnan(true)):
+        return shown is None or bool(pd.isna(shown))
+    return float(shown) == pytest.approx(float(true), rel=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_overview(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    truth, page = truths[run], visit(app.run(), "overview", run)
+    policy = truth.policy
+    true = truth.counts(policy)
+    assert page.cards["Requests finished"][0] == f"{true['requests']:,}"
+    assert whole(page.cards["Requests finished"][1])[0] == true["output tokens"]
+    low = page.cards["Would trigger" if policy == "log" else "Trigger rate"]
+    assert whole(low[1])[:2] == [true["low margins"], true["decode steps"]]
+    assert float(low[0].rstrip("%")) == pytest.approx(100 * true["low margins"] / true["decode steps"], abs=0.006)
+    if policy in ("gate", "always"):
+        assert page.cards["Flips"][0] == f"{true['flips']:,}"
+        assert whole(page.cards["Repaired"][0] + " " + page.cards["Repaired"][1])[:3] == [
+            true["repaired"],
+            true["repaired"],
+            true["flips"],
+        ]
+        assert page.cards["Missed flips"][0] in (f"{true['missed']:,}", "unknown", "n/a")
+    if policy == "gate":
+        assert whole(page.cards["Missed flips"][1])[:2] == [true["above tau"], true["examined"]]
+        bound = float(re.findall(r"([\d.]+)%", page.cards["Missed flips"][1])[0])
+        assert true["bound"] <= bound + 1e-9 < true["bound"] * 1.1 + 0.01, "rounded up, so that it stays a bound"
+    if policy == "always":
+        assert whole(page.cards["Missed flips"][1])[:2] == [true["above tau"], true["flips"]]
+        assert page.cards["Missed flips"][0] == "0", "always misses none"
+    assert float(page.cards["Overhead"][0].rstrip("%")) == pytest.approx(true["overhead"], abs=0.006)
+    assert whole(page.cards["With a guarantee"][1])[:2] == [true["claims"], true["requests"]]
+    policies = [p for p in ORDER if (truth.requests["policy"] == p).any()]
+    if len(policies) > 1:
+        table = page.table("policy", "audited", "low margins")
+        assert table["policy"].tolist() == policies
+        for _, row in table[~table.get("dataset", pd.Series(False, index=table.index)).astype(bool)].iterrows():
+            compare_counts(row, truth.counts(row["policy"]))
+    by_dataset = page.table("dataset", "policy", "decode steps")
+    for _, row in by_dataset.iterrows():
+        compare_counts(row, truth.counts(row["policy"], "" if row["dataset"] == "(untagged)" else row["dataset"]))
+    assert by_dataset["requests"].sum() == len(truth.requests)
+
+
+def compare_counts(row: pd.Series, true: dict[str, Any]) -> None:
+    policy = row["policy"]
+    verifies = policy in ("gate", "always")
+    for name in (
+        "requests",
+        "output tokens",
+        "decode steps",
+        "low margins",
+        "verified",
+        "overhead",
+        "median TTFT",
+        "median TPOT",
+    ):
+        assert same(row[name], true[name]), (policy, name, row[name], true[name])
+    for name in ("flips", "repaired", "above tau", "missed"):
+        assert same(row[name], true[name] if verifies else None), (policy, name)
+    steps = true["decode steps"]
+    assert same(row["trigger rate"], 100 * true["low margins"] / steps if steps else None)
+    assert same(row["flips per 1,000 steps"], 1000 * true["flips"] / steps if steps and verifies else None)
+    assert same(row["missed at most (95%)"], true["bound"] if policy == "gate" and true["examined"] else None)
+    if policy == "gate":
+        assert whole(row["audited"]) == [true["examined"], true["untriggered"]]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_identity(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    """The answer alone (or of the smallest batch) against every other answer of the same prompt, within a policy."""
+    truth = truths[run]
+    page = visit(app.run(), "overview", run)
+    rows = truth.requests[truth.requests["policy"] != "not observed"].sort_values(
+        ["max_batch_rows", "time"], kind="stable"
+    )
+    for policy, mine in rows.groupby("policy"):
+        mine = mine.assign(answer=mine["output_digest"] + mine["finish_reason"])
+        counts = mine.groupby("prompt_digest")["answer"].agg(["size", "nunique"])
+        twice = counts[counts["size"] > 1]
+        if twice.empty:
+            continue
+        table = page.table("policy", "all batches")
+        shown = table.loc[table["policy"] == policy, "all batches"].iloc[0]
+        # Every other answer equals the reference exactly where there is one answer.
+        assert whole(shown) == [int((twice["nunique"] == 1).sum()), len(twice)], policy
+        assert f"{policy} {shown}" in html.unescape(page.said)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_runs_and_requests(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    truth = truths[run]
+    true = truth.counts(truth.policy)
+    page = Shown(app.run())
+    row = page.table("run", "rates of").set_index("run").loc[run]
+    assert row["rates of"] == truth.policy
+    assert row["requests"] == len(truth.requests)
+    assert row["steps"] == len(truth.every)
+    for shown, name in (
+        ("decode steps", "decode steps"),
+        ("triggers", "low margins"),
+        ("verified", "verified"),
+        ("flips", "flips"),
+    ):
+        assert row[shown] == true[name], shown
+    assert same(row["overhead"], true["overhead"])
+    if truth.policy == "gate":
+        assert whole(row["missed (95% bound)"])[:2] == [true["missed"], true["examined"]]
+    listed = visit(app, "requests", run).table("number", "lowest margin").set_index("number")
+    assert len(listed) == len(truth.requests)
+    lowest = truth.decode.groupby("request")["margin"].min()
+    for _, request in truth.requests.iterrows():
+        shown = listed.loc[request["request"]]
+        assert shown["policy"] == request["policy"]
+        assert same(shown["flips"], request["flips"])
+        assert same(shown["lowest margin"], lowest.get(request["request"]))
+        assert same(shown["overhead"], 100 * request["overhead_share"])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_flips(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    truth, page = truths[run], visit(app.run(), "flips", run)
+    steps = truth.decode[truth.decode["policy"].isin(["gate", "always"])]
+    seen, flips = steps["reason"] != "none", steps["flipped"]
+    above = steps[seen & ~steps["triggered"] & ~steps["reason"].isin(["resume", "limit"])]
+    assert whole(page.cards["Flips"][0]) == [int(flips.sum())]
+    assert whole(page.cards["Flips"][1])[-2:] == [int(seen.sum()), len(steps)]
+    assert whole(page.cards["Repaired"][0]) == [int((flips & steps["repaired"]).sum())]
+    assert whole(page.cards["Above tau"][0]) == [int(above["flipped"].sum())]
+    assert whole(page.cards["Above tau"][1]) == [len(above)]
+    touched = steps.loc[flips, "request"].nunique()
+    assert whole(page.cards["Requests with a flip"][1]) == [touched, steps["request"].nunique()]
+    if flips.any():
+        assert len(page.table("fast token", "above tau")) == int(flips.sum())
+        figure = json.loads(app.get("plotly_chart")[0].proto.spec)
+        drawn = next(d for d in figure["data"] if d.get("mode") == "text")
+        assert sum(whole(t.split("/")[-1])[0] for t in drawn["text"]) in (len(steps), int(flips.sum())), (
+            "a step where no flip can be seen is in no denominator"
+        )
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_latency(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    truth, page = truths[run], visit(app.run(), "latency", run)
+    mine = truth.requests[truth.requests["policy"] == truth.policy]
+    for label, column in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms")):
+        assert float(page.cards[label][0].split()[0].replace(",", "")) == pytest.approx(mine[column].median(), abs=0.06)
+        assert whole(page.cards[label][1])[:2] == [int(mine[column].notna().sum()), len(mine)]
+    assert float(page.cards["Overhead"][0].rstrip("%")) == pytest.approx(
+        truth.counts(truth.policy)["overhead"], abs=0.006
+    )
+    assert whole(page.cards["Requests with overhead"][1])[:2] == [int((mine["overhead_ms"] > 0).sum()), len(mine)]
+    steps = truth.decode[truth.decode["policy"] == truth.policy]
+    assert float(page.cards["Decode step"][0].split()[0]) == pytest.approx(steps["step_ms"].median(), abs=0.06)
+    table = page.table("of", "p99")
+    for _, row in table.iterrows():
+        column, scale = {
+            "TTFT, ms": ("ttft_ms", 1), "TPOT, ms": ("tpot_ms", 1), "end to end, ms": ("e2e_ms", 1),
+            "overhead, ms": ("overhead_ms", 1), "overhead, %": ("overhead_share", 100),
+        }[row["of"]]  # fmt: skip
+        values = truth.requests.loc[truth.requests["policy"] == row["policy"], column].dropna() * scale
+        assert row["requests"] == len(values)
+        for name, q in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+            assert same(row[name], values.quantile(q)), (row["of"], row["policy"], name)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_margins(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    truth, page = truths[run], visit(app.run(), "margins", run)
+    tau = float(truth.decode["threshold"].mode().iloc[0])
+    assert float(page.cards["Threshold (tau)"][0]) == pytest.approx(tau), "the threshold in force can be chosen"
+    gated = truth.decode["margin"].where(~truth.decode["structural"], np.inf)
+    assert whole(page.cards["Would trigger"][1]) == [int((gated <= tau).sum()), len(truth.decode)]
+    flips = truth.decode[truth.decode["flipped"]]
+    missed = int(((flips["margin"] > tau) | flips["structural"]).sum())
+    assert page.cards["Flips missed"][0] == f"{missed:,}"
+    assert whole(page.cards["Flips caught"][1]) == [len(flips) - missed, len(flips)]
+
+
+@pytest.mark.parametrize("run", ["sample", "always", "mixed"])
+@pytest.mark.parametrize("target", ["none missed", "0.01"])
+def test_tuning(app: AppTest, truths: dict[str, Truth], run: str, target: str) -> None:
+    truth, page = truths[run], visit(app.run(), "tuning", run, target=target)
+    miss = 0.0 if target == "none missed" else float(target)
+    steps = truth.decode[~truth.decode["structural"]]
+    whole_requests = steps.groupby("request")["reason"].apply(lambda r: (r != "none").all())
+    sample = steps[steps["request"].isin(whole_requests[whole_requests].index)]
+    table = page.table("threshold", "known flips above").set_index("dataset")
+    assert set(table.index) == set(sample["dataset"])
+    for dataset, mine in sample.groupby("dataset"):
+        row, n = table.loc[dataset], len(mine)
+        allowed = 0
+        while miss and upper(allowed + 1, n) <= miss:
+            allowed += 1
+        shown = not miss or upper(0, n) <= miss
+        at_flips = np.sort(mine.loc[mine["flipped"], "margin"].to_numpy())[::-1]
+        tau = float(at_flips[allowed]) if allowed < at_flips.size else 0.0
+        known = steps[(steps["dataset"] == dataset) & steps["flipped"]]["margin"]
+        if not miss and len(known):
+            tau = max(tau, float(known.max()))  # a flip that is known of may not be missed
+        assert row["threshold"] == pytest.approx(tau)
+        assert (row["steps"], row["triggered"]) == (n, int((mine["margin"] <= tau).sum()))
+        assert row["missed"] == int((mine["flipped"] & (mine["margin"] > tau)).sum())
+        assert row["missed at most (95%)"] == pytest.approx(100 * upper(allowed if shown else 0, n), rel=1e-6)
+        assert row["known flips above"] == int((known > tau).sum())
+    worst = max(float(v) for v in table["missed at most (95%)"])
+    assert float(page.cards["Worst miss bound"][0].rstrip("%")) == pytest.approx(worst, rel=0.02, abs=0.011)
+    exported = [c.value for c in app.code if "miss_upper_95" in c.value]
+    for text in exported:
+        for name, entry in json.loads(text)["datasets"].items():
+            assert 100 * entry["miss_upper_95"] == pytest.approx(table.loc[name, "missed at most (95%)"])
+
+
+def test_compare(app: AppTest, truths: dict[str, Truth]) -> None:
+    page = visit(app.run(), "compare", "mixed", other="demo")
+    a, b = truths["mixed"], truths["demo"]
+    table = page.table("policy_a", "policy_b", "identical")
+    app.toggle(key="only-mixed-demo").set_value(False).run()
+    table = Shown(app).table("policy_a", "policy_b", "identical")
+    assert not set(table["a"]) & set(a.requests.loc[a.requests["policy"] == "not observed", "request"]), (
+        "it has no tokens to compare"
+    )
+    tokens = [t.every.sort_values("step").groupby("request")["token"].apply(tuple) for t in (a, b)]
+    policies = [dict(zip(t.requests["request"], t.requests["policy"])) for t in (a, b)]
+    for _, row in table.iterrows():
+        x, y = tokens[0][row["a"]], tokens[1][row["b"]]
+        assert row["identical"] == (x == y)
+        assert (row["policy_a"], row["policy_b"]) == (policies[0][row["a"]], policies[1][row["b"]])
+        first = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), None if x == y else min(len(x), len(y)))
+        assert same(row["first"], None if first is None else float(first))
+    assert whole(page.cards["Identical sequences"][1]) == [int(table["identical"].sum()), len(table)]
+    split = page.table("policy a", "policy b", "matched")
+    counted = table.groupby(["policy_a", "policy_b"])["identical"].agg(["size", "sum"])
+    for _, row in split.iterrows():
+        assert [row["matched"], row["identical"]] == counted.loc[(row["policy a"], row["policy b"])].tolist()
+
+
+@pytest.mark.parametrize("run", ["sample", "mixed"])
+def test_request(app: AppTest, truths: dict[str, Truth], run: str) -> None:
+    truth = truths[run]
+    for number in (
+        *truth.requests["request"].head(2),
+        *truth.requests.loc[truth.requests["policy"] == "not observed", "request"].head(1),
+    ):
+        request = truth.requests[truth.requests["request"] == number].iloc[-1]
+        page = visit(app.run(), "request", run, request=str(request["request_id"]), number=str(number))
+        mine = truth.decode[truth.decode["request"] == number]
+        if mine.empty:
+            assert "No step of this request was observed" in page.said
+            assert not app.warning, "it is in this run"
+            continue
+        low = page.cards.get("Triggered") or page.cards["Would trigger"]
+        assert whole(low[0]) == [int(mine["triggered"].sum())]
+        assert whole(page.cards["Flips"][0] + " " + page.cards["Flips"][1]) == [
+            int(mine["flipped"].sum()),
+            int((mine["reason"] != "none").sum()),
+        ]
+        assert float(page.cards["TTFT"][0].split()[0].replace(",", "")) == pytest.approx(request["ttft_ms"], abs=0.06)
