@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from margingate_dashboard.facts.policies import VERIFYING
+from margingate_dashboard.facts.policies import may_verify
 from margingate_dashboard.rates import at_most, milliseconds, of, share
 from margingate_dashboard.summary import Headline, overhead
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, TRIGGERED, WOULD
@@ -43,8 +43,10 @@ def missed_card(total: Headline, policy: str) -> Card:
     if policy == "always":
         above = f"{of(total.above, total.flips)} flips lay above tau: the gate alone would have missed them"
         return Card(label, f"{total.missed:,}", f"every step is verified and repaired; {above}", colour)
-    if policy not in VERIFYING:
+    if not may_verify(policy):
         return Card(label, "unknown", f"policy {policy} verifies nothing", colour)
+    if policy != "gate":
+        return Card(label, "unknown", "the policies of these requests are known when they end", colour)
     if not total.untriggered:
         return Card(label, f"{total.missed:,}", "every decode step triggered", colour)
     if not total.examined:
@@ -73,7 +75,7 @@ def headline_cards(total: Headline, requests: pd.DataFrame, policy: str) -> list
     held = int(claims.isin(("structural", "verified", "gated")).sum())
     tokens = int(requests["output_tokens"].fillna(0).sum())
     found = [Card("Requests finished", f"{len(requests):,}", f"{tokens:,} output tokens"), trigger_card(total, policy)]
-    if policy in VERIFYING:
+    if may_verify(policy):
         flips = f"{share(total.flips, total.verified)} of {total.verified:,} verified steps"
         found += [
             Card("Flips", f"{total.flips:,}", flips, FLIPPED.colour),

@@ -57,6 +57,24 @@ CARRIED = ("dataset", "policy", "guarantee")
 """Query parameters that go with the reader from page to page, beside the run."""
 
 
+BOUND = (
+    "tau", "scale", "counts", "target", "tail", "order", "as", "q", "model", "ran", "text", "finish", "flipped",
+    "timeline", "from",
+)  # fmt: skip
+"""Widgets whose values Streamlit keeps in the URL; there they are not in ``st.query_params``."""
+
+
+def bound(name: str) -> list[str]:
+    """Return a bound widget's value as its query parameters; none where it is not on the page, or empty."""
+    value = st.session_state.get(name)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [
+        str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else str(v)
+        for v in values
+        if v not in (None, "", False)
+    ]
+
+
 def navigate(places: dict[str, tuple[str, str, str]]) -> None:
     """Show the pages as links that carry the run and the filters: the URL is whole at once, so that Back goes back once.
 
@@ -65,10 +83,10 @@ def navigate(places: dict[str, tuple[str, str, str]]) -> None:
     places
         (script, title, icon) by path.
     """
-    carried: dict[str, str | list[str]] = {n: st.query_params.get_all(n) for n in CARRIED if n in st.query_params}
+    carried = {name: values for name in CARRIED if (values := st.query_params.get_all(name))}
     run = st.query_params.get("run") or st.session_state.get("pinned_run")
     if run is not None:
-        carried["run"] = run
+        carried["run"] = [str(run)]
     for script, title, icon in places.values():
         st.page_link(script, label=title, icon=icon, query_params=carried or None)
 
@@ -95,9 +113,19 @@ def choose_filters(run: data.RunData) -> Filters:
     for name, every in options.items():
         if len(every) < 2:
             continue
+        # Not bound to the URL by Streamlit: that would be lost on the way to another page.
+        box = f"{name}_box"
+        st.session_state[box] = [value for value in st.query_params.get_all(name) if value in every]
+
+        def remember(name: str = name, box: str = box) -> None:
+            if st.session_state[box]:
+                st.query_params[name] = st.session_state[box]
+            else:
+                st.query_params.pop(name, None)
+
         with st.sidebar:
             label = {"dataset": "Datasets", "policy": "Policies", "guarantee": "Guarantees"}[name]
-            picked = st.multiselect(label, every, key=name, bind="query-params", placeholder=f"All {label.lower()}")
+            picked = st.multiselect(label, every, key=box, on_change=remember, placeholder=f"All {label.lower()}")
         chosen[name] = frozenset(picked)
     return Filters(**chosen)
 
@@ -133,6 +161,7 @@ def link_of(run: str) -> str:
     """Return the address of what is shown, with the run by name: the newest of today is not that of tomorrow."""
     parts = urlsplit(str(st.context.url or ""))
     shown = {key: st.query_params.get_all(key) for key in st.query_params}
+    shown |= {name: values for name in BOUND if (values := bound(name))}
     query = urlencode({**shown, "run": [run]}, doseq=True)
     return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from margingate_dashboard import tokens
-from margingate_dashboard.facts.policies import VERIFYING, present, ranked
+from margingate_dashboard.facts.policies import may_verify, present, ranked
 from margingate_dashboard.rates import of
 from margingate_dashboard.states import CODE
 from margingate_dashboard.summary import has_tag, headline, overhead, tags
@@ -73,7 +73,7 @@ def _counts(steps: pd.DataFrame, requests: pd.DataFrame, policy: str) -> dict[st
     """Return the counts of some steps and requests of one policy, each rate with the counts that it is of."""
     total = headline(steps)
     added, whole = overhead(requests)
-    verifies = policy in VERIFYING
+    verifies = may_verify(policy)
     audited = policy == "gate" and total.examined
     return {
         "requests": len(requests),

@@ -138,7 +138,7 @@ def _request(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
     if text is None and row.get("messages") is not None:
         text = json.dumps(row["messages"], ensure_ascii=False, sort_keys=True)
     known = isinstance(ids, list) and all(type(t) is int and 0 <= t < 2**31 for t in ids)
-    prompt = digest(ids) if known else None
+    prompt = digest(ids) if isinstance(ids, list) and known else None
     if prompt is None and isinstance(text, str):
         prompt = hashlib.sha256(text.encode()).hexdigest()[:16]  # equal for equal texts, within imported runs
     times = {n: row[n] for n in ("ttft_ms", "tpot_ms", "e2e_ms") if isinstance(row.get(n), (int, float))}
@@ -149,7 +149,7 @@ def _request(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": str(row.get("dataset") or ""),
         "policy": "off",
         "time": _time(row),
-        "prompt_tokens": len(ids) if known else None,
+        "prompt_tokens": len(ids) if isinstance(ids, list) and known else None,
         "cached_tokens": 0,
         "output_tokens": len(row["token_ids"]),
         "triggers": 0, "verified": 0, "audited": 0, "flips": 0, "missed": 0, "structural": 0,

@@ -11,7 +11,7 @@ from _pytest.fixtures import FixtureRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "out" / "screenshots"
-PAGES = ("runs", "overview", "request", "margins", "flips", "latency", "tuning", "compare")
+PAGES = ("runs", "overview", "requests", "request", "margins", "flips", "latency", "tuning", "compare")
 
 pytestmark = pytest.mark.browser
 
@@ -169,6 +169,7 @@ def test_a_link_cannot_leave_the_trace_folder(tab: Any, address: str, name: str)
     tab.goto(f"{address}/overview?run={name}")
     wait_drawn(tab, "Overview")
     tab.get_by_text("There is no run named").wait_for()
+    assert tab.locator(".mg-card").count() == 0, "numbers of another run"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -242,6 +243,9 @@ def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None
         tab.wait_for_function(
             "old => document.querySelectorAll('.mg-card .sub')[1]?.textContent !== old", arg=before, timeout=120_000
         )
+        manifest["closed_at"] = datetime.now(timezone.utc).isoformat()
+        (live / "manifest.json").write_text(json.dumps(manifest))
+        tab.locator(".mg-chip.live").wait_for(state="detached")
     finally:
         shutil.rmtree(live)
 
@@ -256,3 +260,90 @@ def test_a_click_in_the_margin_plot_selects_the_step(tab: Any, address: str) -> 
     wait_drawn(tab, "Request")
     step = re.search(r"step=(\d+)", tab.url).group(1)
     assert tab.locator(".mg-strip .t.sel").get_attribute("data-step") == step
+
+
+def test_back_goes_back_once(tab: Any, address: str) -> None:
+    visit(tab, address, "overview", "?run=sample")
+    for name in ("Flips", "Margins"):
+        tab.locator("[data-testid=stSidebar] [data-testid=stPageLink-NavLink]", has_text=name).click()
+        wait_drawn(tab, name)
+        assert "run=sample" in tab.url
+    for name in ("Flips", "Overview"):
+        tab.go_back()
+        wait_drawn(tab, name)
+
+
+def test_a_filter_stands_in_the_link_and_goes_along(tab: Any, address: str) -> None:
+    visit(tab, address, "overview", "?run=sample&policy=always")
+    assert cards(tab)["Requests finished"] == "54"
+    assert "sample" in tab.title()
+    tab.locator("[data-testid=stSidebar] [data-testid=stPageLink-NavLink]", has_text="Latency").click()
+    wait_drawn(tab, "Latency")
+    assert "policy=always" in tab.url
+    tab.reload()
+    wait_drawn(tab, "Latency")
+    assert "54 / 54" in tab.locator(".mg-card .sub").all_text_contents()[3]
+
+
+def test_runs_has_an_address_and_saves_its_table(tab: Any, address: str, tmp_path: Path) -> None:
+    tab.goto(f"{address}/runs")
+    wait_drawn(tab, "Runs")
+    assert tab.locator("[role=dialog]").count() == 0
+    assert "gate 30 / 30" in tab.locator(".mg-result").text_content(), "the main result is on the first screen"
+    tab.get_by_role("button", name="Export").click()
+    tab.wait_for_timeout(4_000)  # longer than a look at the folder: the links must outlive it
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="runs.csv").click()
+    download.value.save_as(tmp_path / "runs.csv")
+    assert "calibration" in (tmp_path / "runs.csv").read_text()
+
+
+def test_a_cell_of_the_identity_view_opens_two_answers(tab: Any, address: str) -> None:
+    visit(tab, address, "overview", "?run=sample")
+    box = tab.locator("[data-testid=stDataFrame]").first.bounding_box()
+    tab.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 52)
+    tab.locator(".mg-two .mg-strip").nth(1).wait_for()
+    wait_drawn(tab, "Overview")
+    keep(tab, "identity-cell")
+
+
+def test_a_token_and_keys_select_a_step_and_the_panel_says_why(tab: Any, address: str) -> None:
+    visit(tab, address, "request", "?run=sample")
+    tab.locator(".mg-strip .t[data-step='3']").click()
+    tab.wait_for_url(re.compile(r"step=3(&|$)"))
+    wait_drawn(tab, "Request")
+    tab.keyboard.press("n")
+    tab.locator(".mg-strip .t.sel.repaired").wait_for()
+    wait_drawn(tab, "Request")
+    tab.get_by_text("the verify's own shape").first.wait_for()
+    flip = re.search(r"step=(\d+)", tab.url).group(1)
+    tab.keyboard.press("n")
+    tab.wait_for_function("old => document.querySelector('.mg-strip .t.sel')?.dataset.step !== old", arg=flip)
+    wait_drawn(tab, "Request")
+    tab.keyboard.press("p")
+    tab.wait_for_function("old => document.querySelector('.mg-strip .t.sel')?.dataset.step === old", arg=flip)
+    keep(tab, "request-why")
+
+
+def test_requests_are_found_by_their_words(tab: Any, address: str) -> None:
+    visit(tab, address, "requests", "?run=sample&flipped=true")
+    touched = int(cards(tab)["Requests"])
+    assert 0 < touched == int(cards(tab)["With a flip"])
+    visit(tab, address, "requests", "?run=sample&text=beaver")
+    assert 0 < int(cards(tab)["Requests"]) < 153
+
+
+@pytest.mark.parametrize("name", ["overview", "latency", "compare"])
+def test_a_phone_shows_it_all(tab: Any, address: str, name: str) -> None:
+    tab.set_viewport_size({"width": 390, "height": 844})
+    visit(tab, address, name, "?run=calibration" + ("&other=stock" if name == "compare" else ""))
+    tab.wait_for_timeout(500)
+    wide = tab.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
+    assert wide <= 390, f"{wide} pixels wide"
+    covered = tab.evaluate(
+        """() => [...document.querySelectorAll('.js-plotly-plot')].filter(plot => {
+            const legend = plot.querySelector('.legend'), titles = [...plot.querySelectorAll('.xtitle, .x2title, .x3title')];
+            return legend && titles.some(t => t.getBoundingClientRect().bottom > legend.getBoundingClientRect().top + 2);
+        }).length"""
+    )
+    assert covered == 0, "a legend lies on an axis"

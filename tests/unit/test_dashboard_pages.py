@@ -354,7 +354,7 @@ def test_the_dataset_filter_changes_every_count(tmp_path: Path, monkeypatch: pyt
     at = open_app(tmp_path, monkeypatch).run()
     at.switch_page("overview.py").run()
     assert set(at.dataframe[0].value["dataset"]) == {"arith", "code", "story"}
-    at.multiselect(key="dataset").set_value(["code"]).run()
+    at.multiselect(key="dataset_box").set_value(["code"]).run()
     assert at.dataframe[0].value["dataset"].tolist() == ["code"]
 
 

@@ -15,6 +15,12 @@ ORDER = ("gate", "always", "log", "off", NOT_OBSERVED, RUNNING)
 VERIFYING = ("gate", "always")
 """Policies under which a flip can be seen."""
 
+
+def may_verify(policy: str) -> bool:
+    """Tell whether flips can be seen under a policy; under one that is not known yet they may be."""
+    return policy not in ("log", "off", NOT_OBSERVED)
+
+
 COLUMNS = ("policy", "steps", "max_batch_rows")
 """Request columns that :func:`shown_policy` reads."""
 

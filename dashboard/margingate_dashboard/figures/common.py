@@ -90,7 +90,7 @@ def finish(
             "orientation": "h",
             # Below the axis title and growing downwards: on a phone it takes more lines than here, and pushes the plot up.
             "yref": "paper",
-            "y": -46.0 / max(height + below - top - bottom, 60),
+            "y": -66.0 / max(height + below - top - bottom, 60),
             "yanchor": "top",
             "xref": "paper",
             "x": 0,

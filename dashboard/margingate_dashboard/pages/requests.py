@@ -40,7 +40,9 @@ def answers(page: Page) -> dict[int, str]:
 def found_in(page: Page, requests: pd.DataFrame, words: str) -> np.ndarray:
     """Tell which requests have a text in their id, prompt or answer."""
     wanted = words.lower()
-    keep = requests["request_id"].astype(str).str.lower().str.contains(wanted, regex=False).to_numpy(dtype=bool)
+    keep = (
+        requests["request_id"].astype(str).str.lower().str.contains(wanted, regex=False).to_numpy(dtype=bool, copy=True)
+    )
     prompts = (
         page.data.requests("request", "prompt_text")
         .drop_duplicates("request", keep="last")
