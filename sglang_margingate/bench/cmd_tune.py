@@ -55,7 +55,12 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
             raise TuneError(
                 f"a process that compiles ended with exit status {worker.returncode}; what it said stands above"
             )
-    measured = [bank.measure(one) for one in tried]
+    measured = []
+    for number, one in enumerate(tried, 1):
+        measured.append(bank.measure(one))
+        us = " ".join(f"{time:.0f}" for time in measured[-1].us.values()) or "does not fit this GPU"
+        held = "" if measured[-1].bits is not None or not measured[-1].us else ": a row depends on companions"
+        print(f"{number}/{len(tried)} {tuning.short(one)}{held}: {us}", flush=True)
     bank.fix(None, kernel_sum=False)
     stock = bank.times(tuning.TIMED)
     table = choose(measured)

@@ -67,6 +67,7 @@ def experts(args: argparse.Namespace) -> dict[str, Any]:
         one = bank.measure(c, timed=TIMED)
         bits = None if one.bits is None else numbers.setdefault(one.bits, str(len(numbers)))
         out["fixed"][tuning.short(c)] = {"bits": bits, "us": one.us}
+        print(f"{tuning.short(c)}: bits {bits}, us {' '.join(f'{us:.0f}' for us in one.us.values())}", flush=True)
         save(args, out)
     for name, c, kernel_sum in (("stock, sum by the kernel", None, True), ("stock", None, False),
                                 ("fixed, stock's sum", tuning.config(16, 128, 128, 1, 8, 3), False)):  # fmt: skip

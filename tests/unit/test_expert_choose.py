@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from sglang_margingate.bench.cmd_tune import render
 from sglang_margingate.canonical.experts.choose import LARGEST, Measured, choose, ratios, united
-from sglang_margingate.canonical.experts.table import ExpertTable, TableError
+from sglang_margingate.canonical.experts.table import BankShape, ExpertTable, TableError, kept_table
 from sglang_margingate.cli import main
 
 
@@ -53,6 +58,55 @@ def test_what_came_out_is_said_in_a_few_lines() -> None:
     assert "1 of 2 give a row the same bits among all companions, in 1 classes" in text
     assert "table: 16/64/64/1" in text
     assert "0.50" in text
+
+
+class Bank:
+    """A bank whose configurations of 16 and 32 share their bits, and one of 64 that does not fit."""
+
+    def __init__(self, shape: BankShape) -> None:
+        self.fixed: list[object] = []
+
+    def own_configs(self) -> list[object]:
+        return [one(block, None).config for block in (16, 32, 64)]
+
+    def measure(self, config: object) -> Measured:
+        block = int(by_block(config))
+        return one(block, None) if block == 64 else one(block, 7, r1=block, r1024=100 - block)
+
+    def fix(self, config: object, kernel_sum: bool = True) -> None:
+        self.fixed.append((config, kernel_sum))
+
+    def times(self, rows: object) -> dict[int, float]:
+        assert self.fixed == [(None, False)]
+        return {1: 20.0, 1024: 100.0}
+
+
+def test_a_table_is_tuned_said_and_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape, ended = BankShape(8, 32, 64, 2), SimpleNamespace(wait=lambda: 0, returncode=0)
+    fake = SimpleNamespace(
+        shape_in=lambda model: shape, publish=lambda model: None, Bank=Bank, candidates=list, TIMED=(1, 1024),
+        compile_all=lambda model: [ended], short=by_block,
+    )  # fmt: skip
+    monkeypatch.setattr("sglang_margingate.serving.cpu.is_cpu_host", lambda: False)
+    monkeypatch.setattr("sglang_margingate.serving.cpu.install_stand_ins", lambda: None)
+    monkeypatch.setattr("sglang_margingate.machine.kernel_environment", lambda device: {"device": "A GPU"})
+    monkeypatch.setitem(sys.modules, "sglang_margingate.serving.layers.tuning", fake)
+    monkeypatch.setattr("sglang_margingate.serving.layers.tuning", fake, raising=False)
+    assert main(["tune-experts", "--model-path", "m", "--margingate-map-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "3/3 64: does not fit this GPU" in said
+    assert "2 of 3 give a row the same bits among all companions, in 1 classes" in said
+    found = kept_table(str(tmp_path), shape, {"device": "A GPU"})
+    assert found is not None
+    assert blocks(found) == [(1, 16), (LARGEST, 32)]
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["of_stock"] == {"1": 0.8, "1024": 0.68}
+
+    ended.wait, ended.returncode = (lambda: 1), 1
+    assert main(["tune-experts", "--model-path", "m", "--margingate-map-dir", str(tmp_path)]) == 2
+    assert "a process that compiles ended with exit status 1" in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
