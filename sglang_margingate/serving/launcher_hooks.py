@@ -23,7 +23,6 @@ from sglang_margingate.words import Guarantee
 log = logging.getLogger(__name__)
 
 _rules: RequestRules | None = None
-_living = schedulers.Living(())
 
 UNPLUGGED = (
     "runs without margingate: its plugin did not load. "
@@ -47,16 +46,15 @@ def before_http_server(
     **__: Any,
 ) -> None:
     """Refuse to serve unless every scheduler attested its hooks and self-test; add the status page."""
-    global _living
     config = _config()
     if config.policy is not Policy.OFF:
-        _living = check_schedulers(server_args.dp_size, server_args.tp_size, scheduler_infos)
+        check_schedulers(server_args.dp_size, server_args.tp_size, scheduler_infos)
     _add_routes(tokenizer_manager, config)
     spare_collector()
 
 
-def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any]) -> schedulers.Living:
-    """Refuse to serve unless every rank of every scheduler attested; return what watches over several schedulers.
+def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any]) -> None:
+    """Refuse to serve unless every rank of every scheduler attested; watch over several schedulers from then on.
 
     Raises
     ------
@@ -65,7 +63,7 @@ def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any])
     """
     if dp_size == 1:
         check_attested(scheduler_infos)
-        return schedulers.Living(())
+        return
     found = schedulers.attested()  # SGLang's controller does not pass on what they report
     silent = schedulers.missing(dp_size, tp_size, found)
     if silent:
@@ -76,7 +74,7 @@ def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any])
             f"scheduler {other} of {dp_size} has chosen other sizes, kernels or thresholds than scheduler 0, so an answer would "
             "depend on which of them gives it. Use GPUs of one kind, and remove the kept maps (--margingate-map-dir)"
         )
-    return schedulers.Living(found)
+    schedulers.watch(found)
 
 
 def check_attested(scheduler_infos: Sequence[Any]) -> None:
@@ -112,13 +110,9 @@ def _add_routes(tokenizer_manager: Any, config: MarginGateConfig) -> None:
 
     async def status() -> dict[str, Any]:
         """Policy, thresholds, self-test, counters and versions of the running gate."""
-        if _living.look(0.0):
-            _living.tell(tokenizer_manager)
         states = [] if config.policy is Policy.OFF else await tokenizer_manager.get_internal_state()
         found = sorted((s["margingate"] for s in states if "margingate" in s), key=lambda s: s["scheduler"]["dp_rank"])
         head: dict[str, Any] = schedulers.merged(found) if found else {"policy": config.policy.value}
-        if _living.ended:
-            head["notes"] = [*head["notes"], *_living.ended.values()]
         return {**head, "versions": versions()}
 
     app.add_api_route("/margingate/status", status, methods=["GET"])
@@ -128,8 +122,6 @@ def validate_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """Check one request before it reaches a batch; SGLang answers a ValueError with HTTP 400."""
     global _rules
     config = _config()
-    if _living.look():
-        _living.tell(manager)
     if _rules is None:
         _rules = RequestRules(config)
     params = getattr(obj, "sampling_params", None)

@@ -101,9 +101,6 @@ FUNCTIONS = (
     SRT + "distributed.parallel_state.graph_capture",
     SRT + "distributed.parallel_state.GroupCoordinator.all_reduce",
     SRT + "distributed.communication_op.tensor_model_parallel_all_reduce",
-    SRT + "managers.tokenizer_manager.TokenizerManager.update_active_ranks",
-    SRT + "managers.communicator.FanOutCommunicator.set_fan_out",
-    SRT + "managers.data_parallel_controller.DataParallelController.update_active_ranks",
     SRT + "managers.data_parallel_controller.DataParallelController.round_robin_scheduler",
     # start
     SRT + "server_args.prepare_server_args",
@@ -168,7 +165,6 @@ NAMES = (
     )),
     Touch(SRT + "layers.linear", ("LinearBase", "RowParallelLinear")),
     Touch(SRT + "layers.linear.RowParallelLinear", ("reduce_results",)),
-    Touch(SRT + "managers.io_struct.ActiveRanksOutput", ("status",)),
     Touch(SRT + "distributed.parallel_state.GroupCoordinator", ("world_size", "rank_in_group")),
     Touch(SRT + "configs.model_config.ModelConfig", (
         "hidden_size", "num_attention_heads", "get_total_num_kv_heads", "get_num_kv_heads", "head_dim", "vocab_size",

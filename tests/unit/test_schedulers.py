@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.requests import Opened, Requests
 from sglang_margingate.serving.several import launch
-from sglang_margingate.serving.several.schedulers import Living, Scheduler, attest, attested, different, merged, missing
+from sglang_margingate.serving.several.schedulers import Scheduler, attest, attested, different, merged, missing, watch
 from sglang_margingate.settings import several
 from sglang_margingate.trace import RunFollower, TraceWriter, list_runs, read_run
 from sglang_margingate.trace.compact import compact
@@ -53,28 +54,60 @@ def test_every_process_of_every_scheduler_must_attest(tmp_path: Path, monkeypatc
     assert different(attested()) is None
 
 
-def test_a_scheduler_that_ended_is_named_once_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    living = Living([Scheduler(0, 0, os.getpid()), Scheduler(1, 0, child.pid)])
-    assert living.look(0.0) == []
-    assert living.status() == [True, True]
-    child.kill()
-    deadline = time.monotonic() + 10
-    found: list[int] = []
-    while not found and time.monotonic() < deadline:  # it is a zombie, as nobody asked for its status
-        found = living.look(0.0)
-    assert found == [1]
-    assert living.look(0.0) == []
-    assert living.status() == [True, False]
-    assert f"scheduler 1 (rank 0, process {child.pid}) has ended" in caplog.text
-    child.wait()
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "config.json"))
+    return tmp_path
 
 
-def test_looks_are_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    living = Living([Scheduler(0, 0, os.getpid()), Scheduler(1, 0, 2**22 + 1)])
-    assert living.look(60.0) == []
-    assert living.look(0.0) == [1]
-    assert Living(()).look(0.0) == [], "one scheduler is SGLang's to watch"
+def scheduler(folder: Path, rank: int) -> subprocess.Popen[bytes]:
+    """Start a process that attests, serves until it is interrupted, and says when it has closed."""
+    code = (
+        "import sys, time\n"
+        "from multiprocessing.util import _exit_function\n"
+        "from sglang_margingate.serving.several.schedulers import attest\n"
+        f"attest({rank}, 0)\n"
+        "try:\n    time.sleep(60)\n"
+        f"except KeyboardInterrupt:\n    open(r'{folder}/closed-{rank}', 'w').close()\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def until(holds: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert holds()
+
+
+def test_a_killed_scheduler_is_named_the_others_close_and_the_server_ends(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    children = [scheduler(folder, rank) for rank in range(2)]
+    until(lambda: len(attested()) == 2)
+    ended: list[bool] = []
+    thread = watch(attested(), lambda: ended.append((folder / "closed-0").exists()), 0.05)
+    time.sleep(0.3)
+    assert thread.is_alive()
+    children[1].kill()  # a zombie, as nobody asks for its status
+    until(lambda: bool(ended))
+    thread.join(5)
+    assert ended == [True], "the server ended before the other scheduler had closed"
+    assert f"scheduler 1 (rank 0, process {children[1].pid}) has ended" in caplog.text
+    for child in children:
+        child.wait(10)
+
+
+def test_a_scheduler_that_ends_by_itself_is_no_news(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    child = scheduler(folder, 0)
+    until(lambda: len(attested()) == 1)
+    ended: list[bool] = []
+    watch(attested(), lambda: ended.append(True), 0.05)
+    child.send_signal(signal.SIGINT)
+    child.wait(30)
+    time.sleep(0.5)
+    assert not ended
+    assert "has ended" not in caplog.text
 
 
 # ---- status -----------------------------------------------------------------------------------------------------------
@@ -101,7 +134,6 @@ def test_counts_add_up_and_each_scheduler_is_shown() -> None:
     assert one["trace"] == {"path": "run/0", "dropped_rows": 1, "write_errors": 0}
     assert [each["scheduler"]["pid"] for each in one["schedulers"]] == [10, 11]
     assert merged([state(0, of=1)]) == state(0, of=1)
-    assert len(merged([state(0)])["schedulers"]) == 1, "the other has ended"
 
 
 # ---- numbers and metrics ----------------------------------------------------------------------------------------------

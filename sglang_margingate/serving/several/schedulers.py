@@ -1,8 +1,9 @@
-"""The schedulers of a server with ``--dp-size``: that all attested, which still live, and their states as one.
+"""The schedulers of a server with ``--dp-size``: that all attested, whether they live, and their states as one.
 
 SGLang's controller starts them and keeps what they report to itself, so each leaves a file in the folder that the configuration
-was handed over in. A scheduler that was killed is noticed by nobody: the controller goes on sending it requests, and a status
-request waits for its answer for good. So the launcher looks whether they live, tells the controller, and asks only the living.
+was handed over in. A scheduler that was killed is noticed by nobody: the controller goes on sending it requests, and at the
+next message for all of them (a status, a client that hung up) waits for it for good. So the launcher looks whether they live,
+and ends the server when one does not, as SGLang does with any other process of a server; the others close their traces first.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +32,9 @@ RUN_ENV = "MARGINGATE_RUN"
 LOOK_SECONDS = 1.0
 """Pause between looks whether all schedulers live."""
 
+CLOSE_SECONDS = 15.0
+"""A scheduler gets this long to write its last rows and close its part of the run."""
+
 
 class Scheduler(NamedTuple):
     """One scheduler process that attested its hooks, self-test and trials."""
@@ -40,10 +48,12 @@ class Scheduler(NamedTuple):
 
 def attest(dp_rank: int, tp_rank: int, decides: str = "") -> None:
     """Say to the launcher that this process is in order."""
-    path = _folder() / f"scheduler-{dp_rank}-{tp_rank}.json"
+    path = _folder() / _name(dp_rank, tp_rank)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(Scheduler(dp_rank, tp_rank, os.getpid(), decides)), encoding="utf-8")
     os.replace(part, path)
+    # A process that ends by itself takes its word back; one that was killed cannot. A child of multiprocessing skips atexit.
+    Finalize(None, path.unlink, kwargs={"missing_ok": True}, exitpriority=0)
 
 
 def attested() -> list[Scheduler]:
@@ -63,57 +73,62 @@ def different(found: Sequence[Scheduler]) -> int | None:
     return next((each.dp_rank for each in found if each.decides != found[0].decides), None)
 
 
+def _name(dp_rank: int, tp_rank: int) -> str:
+    return f"scheduler-{dp_rank}-{tp_rank}.json"
+
+
 def _folder() -> Path:
     return Path(os.environ[CONFIG_ENV]).parent
 
 
-class Living:
-    """Which schedulers live, as the launcher sees it; cheap enough to be asked at every request.
+def watch(
+    found: Sequence[Scheduler], end: Callable[[], None] | None = None, seconds: float = LOOK_SECONDS
+) -> threading.Thread:
+    """Look whether all schedulers live, on a thread; when one was killed say so, let the others close, and end the server.
 
     Parameters
     ----------
-    schedulers
-        All that attested.
+    found
+        All of them.
+    end
+        Ends the server; by default as SGLang does when a process of its own has crashed.
+    seconds
+        Pause between looks.
     """
+    folder = _folder()
 
-    def __init__(self, schedulers: Sequence[Scheduler]) -> None:
-        self.schedulers = list(schedulers)
-        self.size = 1 + max((s.dp_rank for s in schedulers), default=0)
-        self.ended: dict[int, str] = {}
-        """What ended, by scheduler."""
-        self._looked = time.monotonic()
+    def loop() -> None:
+        while (killed := _killed(found, folder)) is None:
+            time.sleep(seconds)
+        log.error(
+            "margingate: scheduler %d (rank %d, process %d) has ended, and its requests get no answer: the server ends",
+            *killed[:3],
+        )
+        close([each.pid for each in found])
+        (end or _end)()
 
-    def look(self, seconds: float = LOOK_SECONDS) -> list[int]:
-        """Return the schedulers that ended since the last look; looks again only after ``seconds``."""
-        now = time.monotonic()
-        if self.size == 1 or now - self._looked < seconds:
-            return []
-        self._looked = now
-        new = []
-        for dp_rank, tp_rank, pid, _ in self.schedulers:
-            if dp_rank not in self.ended and not _lives(pid):
-                self.ended[dp_rank] = f"scheduler {dp_rank} (rank {tp_rank}, process {pid}) has ended"
-                log.error("margingate: %s: its requests get no answer; new ones go to the others", self.ended[dp_rank])
-                new.append(dp_rank)
-        return new
+    thread = threading.Thread(target=loop, name="margingate-schedulers", daemon=True)
+    thread.start()
+    return thread
 
-    def status(self) -> list[bool]:
-        """Return for every scheduler whether it lives."""
-        return [rank not in self.ended for rank in range(self.size)]
 
-    def tell(self, manager: Any) -> None:
-        """Leave ended schedulers out: of the controller's turns, and of what the launcher waits for.
+def _killed(found: Sequence[Scheduler], folder: Path) -> Scheduler | None:
+    """Return a scheduler that is gone and did not say that it ends."""
+    return next((each for each in found if not _lives(each.pid) and (folder / _name(*each[:2])).exists()), None)
 
-        Parameters
-        ----------
-        manager
-            SGLang's ``TokenizerManager``.
-        """
-        from sglang.srt.managers.io_struct import ActiveRanksOutput
 
-        living = self.status()
-        manager.update_active_ranks(ActiveRanksOutput(status=living))
-        manager.get_internal_state_communicator.set_fan_out(sum(living))
+def close(pids: Sequence[int]) -> None:
+    """Let processes end by themselves, so that traces are closed."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+    until = time.monotonic() + CLOSE_SECONDS
+    while any(map(_lives, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGQUIT)
 
 
 def _lives(pid: int) -> bool:
