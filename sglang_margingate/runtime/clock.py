@@ -135,6 +135,28 @@ class _Spent:
     of_seconds: float = 0.0
 
 
+class Pauses:
+    """How long Python's garbage collector stopped this process; one of ``gc.callbacks``."""
+
+    def __init__(self) -> None:
+        self.pauses, self.seconds, self.most = 0, 0.0, 0.0
+        self._began: float | None = None
+
+    def __call__(self, phase: str, _info: dict[str, Any]) -> None:
+        """Note that a collection begins or ends."""
+        now = time.perf_counter()
+        if phase == "start":
+            self._began = now
+        elif self._began is not None:
+            self.pauses += 1
+            self.seconds += now - self._began
+            self.most = max(self.most, now - self._began)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        return {"pauses": self.pauses, "ms": round(self.seconds * 1e3, 3), "most_ms": round(self.most * 1e3, 3)}
+
+
 class HostTime:
     """What our hooks take of the scheduler's thread, beside the time from one forward to the next.
 
@@ -144,6 +166,8 @@ class HostTime:
     def __init__(self) -> None:
         self._spent = {"decode": _Spent(), "prefill": _Spent()}
         self._last = 0.0
+        self.pauses = Pauses()
+        """Of the garbage collector, once it is one of its callbacks."""
 
     def forward(self, decode: bool, seconds: float, waited: bool, now: float) -> None:
         """Note a forward whose tokens are chosen.
@@ -172,7 +196,7 @@ class HostTime:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types: microseconds of a forward, and the share of the scheduler's time; None before any."""
-        out: dict[str, Any] = {"budget_share": BUDGET_SHARE}
+        out: dict[str, Any] = {"budget_share": BUDGET_SHARE, "collector": self.pauses.to_dict()}
         for name, spent in self._spent.items():
             n = spent.forwards
             out[name] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,7 @@ def set_up(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
         print(f"margingate: refusing to serve: {who}{error}", file=sys.stderr, flush=True)
         raise
     spare_collector()
+    gc.callbacks.append(_runtime.host.pauses)
     info["margingate"] = _runtime.status()
     place = _runtime.facts["scheduler"]
     if place["of"] > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -120,3 +121,17 @@ def test_the_share_is_of_the_time_from_one_forward_to_the_next() -> None:
     decode = found["decode"]
     assert (decode["forwards"], decode["waited"], decode["mean_us"], decode["most_us"]) == (4, 1, 2000, 3000)
     assert decode["share"] == pytest.approx(0.008 / 0.032)
+
+
+def test_what_the_collector_takes_is_counted() -> None:
+    pauses = HostTime().pauses
+    gc.callbacks.append(pauses)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(pauses)
+    found = pauses.to_dict()
+    assert found["pauses"] >= 1
+    assert 0 < found["most_ms"] <= found["ms"]
+
+    assert HostTime().to_dict()["collector"] == {"pauses": 0, "ms": 0.0, "most_ms": 0.0}

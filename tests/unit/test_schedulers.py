@@ -116,7 +116,7 @@ def test_a_scheduler_that_ends_by_itself_is_no_news(folder: Path, caplog: pytest
 def state(rank: int, of: int = 2) -> dict[str, Any]:
     return {
         "policy": "gate", "scheduler": {"dp_rank": rank, "of": of, "pid": 10 + rank}, "ranks": [{"rank": 0}],
-        "totals": {"steps": 10 + rank, "verify_ms": 0.5}, "verifier": {"passes": 2}, "uptime_seconds": 1.0,
+        "totals": {"steps": 10 + rank, "verify_ms": 0.5}, "verifier": {"passes": 2}, "uptime_seconds": 1.0, "host": {"decode": {"mean_us": 100.0 + rank}},
         "missed": {"missed": 0, "checked": 50, "upper_95": 0.06}, "notes": ["both", f"of {rank}"],
         "batch_rows": {"now": 1, "max": 4 + rank, "steps_by_rows": {"1": 3, str(4 + rank): 2}},
         "trace": {"path": f"run/{rank}", "dropped_rows": rank, "write_errors": 0},
@@ -125,6 +125,8 @@ def state(rank: int, of: int = 2) -> dict[str, Any]:
 
 def test_counts_add_up_and_each_scheduler_is_shown() -> None:
     one = merged([state(0), state(1)])
+    assert "host" not in one, "each has a thread of its own"
+    assert [each["host"]["decode"]["mean_us"] for each in one["schedulers"]] == [100.0, 101.0]
     assert one["totals"] == {"steps": 21, "verify_ms": 1.0}
     assert one["verifier"] == {"passes": 4}
     assert one["batch_rows"] == {"now": 2, "max": 5, "steps_by_rows": {"1": 6, "4": 2, "5": 2}}

@@ -168,9 +168,10 @@ def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "path": traces[0]["path"],
             **_sum([{k: v for k, v in t.items() if k != "path"} for t in traces]),
         }
-    own = ("scheduler", "ranks", "totals", "batch_rows", "verifier", "trace", "notes", "uptime_seconds")
+    own = ("scheduler", "ranks", "totals", "batch_rows", "host", "verifier", "trace", "notes", "uptime_seconds")
     head["schedulers"] = [{name: state[name] for name in own if name in state} for state in states]
     del head["scheduler"]
+    head.pop("host", None)  # each has a thread of its own: no sum of theirs is anybody's time
     return head
 
 
