@@ -305,7 +305,7 @@ class Run:
 
     def run_quick(self, name: str, faulty: str) -> None:
         """Start everything at once: one model's servers, and those of the last part with the model ``faulty``."""
-        paths = {model: self.pool.submit(self.weights, model) for model in (faulty, name)}
+        paths = {model: self.pool.submit(self.weights, model) for model in dict.fromkeys((faulty, name))}
         with ExitStack() as stack:
             last = self.last(stack, paths[faulty].result())
             starting = self.pair(stack, name, paths[name].result())
