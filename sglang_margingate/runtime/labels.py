@@ -40,6 +40,8 @@ class Labels:
         self._prefill, self._decode, self._scores = prefill, decode, scores
         self.weight_changes = 0
         """How often the weights were changed since the start; names the columns that gated requests may share."""
+        self.fingerprint: str | None = None
+        """``system_fingerprint`` of the answers that end now."""
         self._lowered: list[str] = []
         self._over_limit = False
 

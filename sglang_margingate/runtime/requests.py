@@ -133,10 +133,12 @@ class Requests:
         scores = self._labels.logprobs(state, guarantee, ended.shown, ended.asked)
         about = self._about(state, ended)
         label = {"guarantee": guarantee.value, "guarantee_note": note, "logprobs": scores}
+        fingerprint = {"system_fingerprint": self._labels.fingerprint}
         if self._sink is not None:
             row = {**about, **self._times(state, ended.shown), **label, **self._identity(state, ended)}
             self._sink.add_request({**row, "finish_reason": ended.finish, "prompt_text": self._text(ended.prompt())})
-        summary = {**about, "steps": state.ledger.counters.steps, "repaired": state.ledger.counters.repaired, **label}
+        summary = {**about, "steps": state.ledger.counters.steps, "repaired": state.ledger.counters.repaired, **label,
+                   **fingerprint}  # fmt: skip
         for name in ("prompt_tokens", "output_tokens"):
             del summary[name]  # SGLang tells them itself
         summary["verify_ms"] = round(summary["verify_ms"], 3)

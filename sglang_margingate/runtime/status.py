@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from sglang_margingate.canonical.classes import FastPath
 from sglang_margingate.config import MarginGateConfig
@@ -36,6 +36,20 @@ class BatchSizes:
         return {"now": self.now, "max": max(self.steps, default=0), "steps_by_rows": by_rows}
 
 
+class Fingerprinted(Protocol):
+    """What ``system_fingerprint`` is (:class:`~sglang_margingate.settings.fingerprint.Fingerprint`)."""
+
+    value: str
+
+    def changed(self, why: str, readable: bool = True) -> None:
+        """Read the weights again."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        ...
+
+
 @dataclass(frozen=True)
 class Runtime:
     """The parts of one scheduler process, put together by serving/setup.py; each does its own work."""
@@ -53,6 +67,8 @@ class Runtime:
     """What start-up found: model, dtype, attention back end, device, self-test, invariance."""
     writer: Any = None
     """The trace's writer, or None."""
+    fingerprint: Fingerprinted | None = None
+    """The digest of all that the answers stand on; None where nobody made one."""
     started: float = field(default_factory=time.time)
     host: HostTime = field(default_factory=HostTime)
     """What our hooks take of the scheduler's thread."""
@@ -63,10 +79,18 @@ class Runtime:
         if self.writer is not None:
             self.writer.update_manifest(notes=list(self.labels.notes))
 
-    def weights_changed(self, reason: str) -> None:
-        """The weights are not those that were probed: claim nothing, and share no column with what came before."""
+    def weights_changed(self, reason: str, readable: bool = True) -> None:
+        """The weights are not those that were probed: claim nothing, and share no column with what came before.
+
+        ``readable``: False once their memory was given back.
+        """
         self.labels.weight_changes += 1
         self.lower(reason)
+        if self.fingerprint is not None:
+            self.fingerprint.changed(reason, readable)
+            self.labels.fingerprint = self.fingerprint.value
+            if self.writer is not None:
+                self.writer.update_manifest(fingerprint=self.fingerprint.to_dict())
 
     def status(self) -> dict[str, Any]:
         """Return the status page of this process."""
@@ -99,6 +123,8 @@ class Runtime:
             "host": self.host.to_dict(),
             "uptime_seconds": time.time() - self.started,
         }
+        if self.fingerprint is not None:
+            out["fingerprint"] = self.fingerprint.to_dict()
         if changes:
             out["model"] = f"{out.get('model')} (weights changed since the start)"
         if self.step.verifier is not None:

@@ -15,7 +15,7 @@ from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
 from sglang_margingate.gate.request import RequestRules
 from sglang_margingate.gate.sampling import check_sampling
 from sglang_margingate.machine import versions
-from sglang_margingate.serving.answers.summary import FIELD, last_of
+from sglang_margingate.serving.answers.summary import FIELD, FINGERPRINT, last_of
 from sglang_margingate.serving.hooks import spare_collector
 from sglang_margingate.serving.several import schedulers
 from sglang_margingate.words import Guarantee
@@ -196,7 +196,8 @@ class _View:
 
 @lru_cache
 def _with_field(model: type[BaseModel]) -> type[BaseModel]:
-    return create_model(model.__name__, __base__=model, **{FIELD: (Any, ...)})  # type: ignore[call-overload]
+    fields = {FIELD: (Any, ...), FINGERPRINT: (str | None, None)}
+    return create_model(model.__name__, __base__=model, **fields)  # type: ignore[call-overload,no-any-return]
 
 
 def add_summaries(response: Any, _serving: Any, _request: Any, answers: list[dict[str, Any]], _created: int) -> Any:
@@ -205,7 +206,13 @@ def add_summaries(response: Any, _serving: Any, _request: Any, answers: list[dic
     if not isinstance(response, BaseModel) or not any(summaries):
         return response  # an error, or a server without a gate
     values: dict[str, Any] = {**dict(response), FIELD: summaries[0] if len(summaries) == 1 else summaries}
+    values[FINGERPRINT] = fingerprint_of(summaries)
     return _with_field(type(response)).model_construct(**values)
+
+
+def fingerprint_of(summaries: Sequence[dict[str, Any] | None]) -> str | None:
+    """Return OpenAI's ``system_fingerprint`` of an answer: its choices', or None where none was seen to its end."""
+    return next((s[FINGERPRINT] for s in summaries if s and s.get(FINGERPRINT)), None)
 
 
 async def add_to_stream(
@@ -235,4 +242,5 @@ def _with_summary(chunk: str, summaries: dict[int, Any]) -> str:
     if not any(found):
         return chunk
     data[FIELD] = found[0] if len(found) == 1 else found
+    data[FINGERPRINT] = fingerprint_of(found)
     return f"{DATA}{orjson.dumps(data).decode()}\n\n"

@@ -256,8 +256,11 @@ def after_update(result: Any, _manager: Any, request: Any) -> None:
     """
     if _runtime is not None:
         failed = "" if getattr(result, "success", True) else ", which failed half-way or before"
-        what = WHAT.get(type(request).__name__, type(request).__name__)
-        _runtime.weights_changed(f"the weights may not be those that were checked at the start, after {what}{failed}")
+        kind = type(request).__name__
+        _runtime.weights_changed(
+            f"the weights may not be those that were checked at the start, after {WHAT.get(kind, kind)}{failed}",
+            kind != "ReleaseMemoryOccupationReqInput",
+        )
 
 
 def after_adapter(result: Any, _scheduler: Any, request: Any) -> None:

@@ -39,6 +39,7 @@ from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
 from sglang_margingate.serving.several import group
 from sglang_margingate.serving.several.schedulers import RUN_ENV
 from sglang_margingate.settings import support
+from sglang_margingate.settings.fingerprint import Fingerprint, model_facts, parts_of, weights_digest
 from sglang_margingate.settings.manifest import run_facts, server_facts
 
 log = logging.getLogger(__name__)
@@ -84,13 +85,29 @@ def build_runtime(scheduler: Any) -> Runtime:
     place = sgl.dp_rank(scheduler), int(args.dp_size)
     facts["scheduler"] = {"dp_rank": place[0], "of": place[1], "pid": os.getpid()}
     facts["ranks"] = _ranks(config, model_runner, fast)
+    fingerprint = _fingerprint(config, args, scheduler, fast)
+    facts["fingerprint"] = fingerprint.to_dict()
     writer = _writer(config, scheduler, facts, attached)
     first = sgl.tp_rank() == 0  # all ranks of a group take the same steps: they are counted once
     several = place[0] if place[1] > 1 else None
     metrics = Metrics(args.enable_metrics and first, args.served_model_name or model_name(args.model_path), several)
     return assemble(
-        config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler), scores, place
+        config, fast, verifier, writer, metrics, facts, model_runner.device, _decoder(config, scheduler), scores, place,
+        fingerprint,
     )  # fmt: skip
+
+
+def _fingerprint(config: MarginGateConfig, args: Any, scheduler: Any, fast: FastPath | None) -> Fingerprint:
+    """Return the fingerprint of this server: the same on all of its ranks."""
+    runner = scheduler.tp_worker.model_runner
+
+    def weights() -> str:
+        return digest(group.ranks().exchange("the weights", weights_digest(runner.model)))
+
+    model = model_facts(runner.dtype, runner.model_config.hf_config, scheduler.tokenizer)
+    found = Fingerprint(parts_of(config, args, model, runner.device, fast), weights)
+    log.info("margingate: system_fingerprint %s", found.value)
+    return found
 
 
 def try_scores(model_runner: Any, fast: FastPath | None) -> ScoreTrial:
@@ -138,7 +155,7 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
 def assemble(
     config: MarginGateConfig, fast: FastPath | None, verifier: Verifier | None, writer: Any, metrics: Metrics,
     facts: dict[str, Any], device: Any, text: Callable[[list[int]], str | None] = lambda _: None,
-    scores: ScoreTrial = NO_SCORES, schedulers: tuple[int, int] = (0, 1),
+    scores: ScoreTrial = NO_SCORES, schedulers: tuple[int, int] = (0, 1), fingerprint: Fingerprint | None = None,
 ) -> Runtime:  # fmt: skip
     """Put the parts of one scheduler process together; they need no SGLang."""
     knobs, batches = TestKnobs(), BatchSizes()
@@ -152,7 +169,8 @@ def assemble(
         recorder, PrefillRules(config.chunk, prefill != "batched"), verifier, AuditSampler(config.audit_rate),
         config.window or config.verify_rows, knobs, metrics, batches.note,
     )  # fmt: skip
-    runtime = Runtime(config, recorder, labels, requests, step, batches, metrics, fast, facts, writer)
+    runtime = Runtime(config, recorder, labels, requests, step, batches, metrics, fast, facts, writer, fingerprint)
+    labels.fingerprint = None if fingerprint is None else fingerprint.value
     if knobs.active:
         runtime.lower(f"test knobs are set ({', '.join(knobs.active)}): faults are injected on purpose")
     return runtime

@@ -16,6 +16,7 @@ import requests
 from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers.process import Server, flag_value, serve
 from sglang_margingate.demo.paths import model_path
+from sglang_margingate.settings.fingerprint import differing
 
 OLD_NAME = "margingate:fast"
 """What the name space of ungated requests was once called, for all clients to read."""
@@ -219,6 +220,8 @@ def test_the_official_client_keeps_the_summary(client: openai.OpenAI) -> None:
         assert summary["guarantee"] != "none"
         assert summary["steps"] == 12
         assert answer.margingate == summary  # type: ignore[union-attr]
+        assert answer.system_fingerprint == summary["system_fingerprint"]
+        assert answer.system_fingerprint.startswith("mg-")
 
 
 def test_several_choices_have_one_summary_each(client: openai.OpenAI) -> None:
@@ -237,6 +240,7 @@ def test_the_last_chunk_of_a_stream_has_the_summary(client: openai.OpenAI, n: in
         assert sorted(c.choices[0].index for c in last) == list(range(n))
         assert all(c.model_extra["margingate"]["steps"] == 12 for c in last)
         assert all(complete(c.model_extra["margingate"]) for c in last)
+        assert all(c.system_fingerprint == c.model_extra["margingate"]["system_fingerprint"] for c in last)
         assert not any("margingate" in (c.model_extra or {}) for c in chunks if c not in last)
         assert chunks[-1].usage.completion_tokens == 12 * n
 
@@ -300,7 +304,7 @@ def test_tokens_that_do_not_exist_are_400(server: Server, ids: Any) -> None:
 # ---- changed weights ----------------------------------------------------------------------------------------------
 
 
-def test_changed_weights_claim_nothing(tmp_path: Path) -> None:
+def test_changed_weights_claim_nothing_and_change_the_fingerprint(tmp_path: Path, gate_server: Server) -> None:
     """Not even for a request in flight, and later ones do not read columns of the old weights."""
     flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-trace", "off"]
     text = demo_prompts(1)[0].text * 3
@@ -311,6 +315,13 @@ def test_changed_weights_claim_nothing(tmp_path: Path) -> None:
         assert before["meta_info"]["cached_tokens"] > 0
         status = server.client.status()
         assert status["notes"] == []
+        other = gate_server.client.status()["fingerprint"]
+        assert differing(other["parts"], status["fingerprint"]["parts"]) == [], (
+            "another port, another log, one fingerprint"
+        )
+        fingerprint = status["fingerprint"]["system_fingerprint"]
+        assert label(before)["system_fingerprint"] == fingerprint == other["system_fingerprint"]
+        assert generate(gate_server, 8, text=text)["output_ids"] == before["output_ids"]
 
         in_flight = pool.submit(generate, server, 600, text="A long story")
         while not server.client.status()["batch_rows"]["now"]:
@@ -331,3 +342,18 @@ def test_changed_weights_claim_nothing(tmp_path: Path) -> None:
         assert status["model"].endswith("(weights changed since the start)")
         assert status["weight_changes"] == 1
         assert "an update from disk" in status["notes"][0]
+        (line,) = differing(other["parts"], status["fingerprint"]["parts"])
+        assert line.startswith("changes: nothing, here ['the weights may not be"), "the same bits were loaded"
+        assert label(after)["system_fingerprint"] == status["fingerprint"]["system_fingerprint"] != fingerprint
+
+
+def test_another_setting_has_another_fingerprint(canonical_server: Server, log_server: Server) -> None:
+    found = [server.client.status()["fingerprint"] for server in (canonical_server, log_server)]
+    lines = differing(*(each["parts"] for each in found))
+    assert "margingate.fast_path: canonical, here stock" in lines
+    assert not any(line.startswith(("weights", "machine", "versions", "model")) for line in lines), lines
+    assert found[0]["system_fingerprint"] != found[1]["system_fingerprint"]
+    assert (
+        generate(log_server, 2, text="Hi")["meta_info"]["margingate"]["system_fingerprint"]
+        == found[1]["system_fingerprint"]
+    )

@@ -17,7 +17,7 @@ from sglang_margingate.config import CONFIG_ENV, ConfigError, MarginGateConfig, 
 from sglang_margingate.serving import launcher_hooks as launcher
 from sglang_margingate.serving.answers.summary import PerRequest, last_of
 
-SUMMARY = {"guarantee": "gated", "steps": 3}
+SUMMARY = {"guarantee": "gated", "steps": 3, "system_fingerprint": "mg-1"}
 
 needs_pydantic = pytest.mark.skipif(importlib.util.find_spec("orjson") is None, reason="SGLang is not installed")
 
@@ -167,8 +167,11 @@ def test_a_response_carries_one_summary_a_choice() -> None:
         assert isinstance(out, Response)
         return json.loads(out.model_dump_json())
 
-    assert answer(SUMMARY) == {"id": "x", "choices": [1], "margingate": SUMMARY}
-    assert answer(SUMMARY, {"steps": 1})["margingate"] == [SUMMARY, {"steps": 1}]
+    assert answer(SUMMARY) == {"id": "x", "choices": [1], "margingate": SUMMARY, "system_fingerprint": "mg-1"}
+    two = answer({"steps": 1}, SUMMARY)
+    assert two["margingate"] == [{"steps": 1}, SUMMARY]
+    assert two["system_fingerprint"] == "mg-1", "of a choice that was seen to its end"
+    assert answer({"steps": 1})["system_fingerprint"] is None
     assert "margingate" not in answer(None)
     error = object()
     assert add_summaries(error, None, None, [{"meta_info": {"margingate": SUMMARY}}], 0) is error
@@ -216,6 +219,7 @@ def test_a_stream_carries_the_summary_in_each_choices_last_chunk() -> None:
     assert running == [sse(i, tricky, None) for i in (0, 1, 0)]
     assert json.loads(first[6:])["margingate"] == SUMMARY
     assert json.loads(second[6:])["margingate"] == {"steps": 1}
+    assert json.loads(first[6:])["system_fingerprint"] == "mg-1"
     assert json.loads(first[6:])["choices"][0]["text"] == tricky
     assert first.endswith("\n\n")
     assert done == "data: [DONE]\n\n"
@@ -227,7 +231,13 @@ def test_changed_weights_lower_the_guarantee(monkeypatch: pytest.MonkeyPatch, su
     from sglang_margingate.serving import scheduler_hooks
 
     lowered: list[str] = []
-    runtime = SimpleNamespace(weights_changed=lowered.append)
+    readable: list[bool] = []
+
+    def changed(reason: str, whether: bool = True) -> None:
+        lowered.append(reason)
+        readable.append(whether)
+
+    runtime = SimpleNamespace(weights_changed=changed)
     monkeypatch.setattr(scheduler_hooks, "_runtime", runtime)
     result = SimpleNamespace(success=success)
     scheduler_hooks.after_update(result, None, type("UpdateWeightFromDiskReqInput", (), {})())
@@ -237,3 +247,4 @@ def test_changed_weights_lower_the_guarantee(monkeypatch: pytest.MonkeyPatch, su
     assert len(lowered) == 1 + success
     scheduler_hooks.after_update(SimpleNamespace(), None, type("ReleaseMemoryOccupationReqInput", (), {})())
     assert "a release of memory" in lowered[-1]
+    assert readable == [*[True] * (1 + success), False], "given back, weights cannot be read"

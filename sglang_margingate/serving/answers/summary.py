@@ -9,6 +9,10 @@ FIELD = "margingate"
 """Name of the summary in ``customized_info``, in ``meta_info`` and in OpenAI answers."""
 
 
+FINGERPRINT = "system_fingerprint"
+"""Name of the fingerprint in a summary, and of OpenAI's own field."""
+
+
 class PerRequest(list[Any]):
     """One value for the whole request where SGLang expects one value per token.
 
