@@ -197,7 +197,7 @@ class _View:
 @lru_cache
 def _with_field(model: type[BaseModel]) -> type[BaseModel]:
     fields = {FIELD: (Any, ...), FINGERPRINT: (str | None, None)}
-    return create_model(model.__name__, __base__=model, **fields)  # type: ignore[call-overload,no-any-return]
+    return create_model(model.__name__, __base__=model, **fields)  # type: ignore[call-overload]
 
 
 def add_summaries(response: Any, _serving: Any, _request: Any, answers: list[dict[str, Any]], _created: int) -> Any:
