@@ -152,9 +152,7 @@ class Recorder:
                 continue  # overlap ran one step too many
             if state.pending is not None:
                 self._commit(state, state.pending)
-            # No circle, which nobody would collect: a request may be dropped by SGLang without an end.
-            row.state = None  # type: ignore[assignment]
-            state.pending = row
+            state.hold(row)
         self._settle_when_due(time.time())
 
     # ---- pending --------------------------------------------------------------------------------------------------
@@ -171,7 +169,8 @@ class Recorder:
 
     def _commit(self, state: RequestState, row: StepRow) -> None:
         """A request's pending step is shown."""
-        row.state, forward = state, row.forward
+        state.release(row)
+        forward = row.forward
         assert forward is not None
         if state.first_token_time is None:
             state.first_token_time = forward.time

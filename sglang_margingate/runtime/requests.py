@@ -183,7 +183,7 @@ class Requests:
             "request_id": state.ledger.request_id,
             "prompt_digest": digest(ended.prompt()),
             "output_digest": digest(ended.output()),
-            "greedy": state.plain,
+            "greedy": state.temperature == 0.0,
             "steps": state.ledger.counters.steps,
             "max_tokens": None if state.most_tokens == UNLIMITED else state.most_tokens,
             "repeat": state.ledger.params.repeat,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from synthetic_runs import SyntheticSpec, write_run
 
 from sglang_margingate import dashboard, report
 
@@ -81,6 +82,47 @@ def test_the_report_is_one_file_that_loads_nothing(run: Path, tmp_path: Path) ->
     ):
         assert part in text
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["report.html"]
+
+
+def test_two_runs_are_one_report_and_a_folder_is_a_bundle(tmp_path: Path) -> None:
+    traces = tmp_path / "traces"
+    for name, policy in (("a", "gate"), ("b", "log")):
+        write_run(traces / name, SyntheticSpec(requests=12, tokens=40, policy=policy))
+    text = report.write_report(traces / "a", tmp_path / "pair.html", traces / "b").read_text()
+    for part in (
+        "a (a) and b (b)",
+        "Identical answers",
+        "Matched requests",
+        "policy a",
+        "in ms",
+    ):
+        assert part in text
+    body = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r'(?:src|href)="?https?:', body)
+    (traces / "c").mkdir()
+    (traces / "c" / "manifest.json").write_text('{"schema_version": "9.0"}')
+    index = report.write_report(traces, tmp_path / "site")
+    assert index.name == "index.html"
+    assert sorted(p.name for p in index.parent.iterdir()) == ["a.html", "b.html", "index.html"]
+    assert 'href="a.html"' in index.read_text()
+    assert "9.0" in index.read_text(), "what could not be read is named"
+    assert index.stat().st_size < 100_000, "an index carries no plotting library"
+    assert report.main([str(traces), "-o", str(tmp_path / "x.html")]) == 2
+
+
+def test_the_report_speaks_of_each_policy(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "m", SyntheticSpec(requests=24, tokens=40, mix=("log", "gate", "always"), sampled=2))
+    text = report.write_report(run, tmp_path / "m.html").read_text()
+    for part in (
+        "Policy gate:",
+        "By policy",
+        "not observed",
+        "Latency by policy",
+        "Thresholds that this run would give",
+    ):
+        assert part in text
+    assert re.search(r'<td class="n">[\d.]+%</td>', text), "percentages say so"
+    assert re.search(r'<td class="n">[\d.]+ ms</td>', text)
 
 
 def test_report_errors_are_one_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

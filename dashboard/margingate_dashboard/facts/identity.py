@@ -13,7 +13,7 @@ from margingate_dashboard.facts.policies import NOT_OBSERVED, ranked
 
 COLUMNS = (
     "request", "request_id", "dataset", "policy", "prompt_digest", "output_digest", "max_tokens", "finish_reason", "repeat",
-    "max_batch_rows", "cached_tokens", "output_tokens", "greedy", "time", "steps",
+    "max_batch_rows", "cached_tokens", "output_tokens", "greedy", "time", "steps", "seed", "temperature",
 )  # fmt: skip
 """Request columns that :func:`answers` reads."""
 
@@ -24,7 +24,7 @@ OWN = "its own answer, alone where there is one"
 def answers(
     requests: pd.DataFrame, run: str, prompts: pd.Series | None = None, outputs: pd.Series | None = None
 ) -> pd.DataFrame:
-    """Return the answers of a run that can be compared: greedy, finished, and with a known prompt.
+    """Return the answers of a run that can be compared: greedy or seeded, finished, and with a known prompt.
 
     Parameters
     ----------
@@ -47,7 +47,14 @@ def answers(
         prompt = prompt.where(prompt.notna(), numbers.map(prompts))
     if outputs is not None:
         answer = answer.where(answer.notna(), numbers.map(outputs))
-    greedy = rows["greedy"].astype("boolean").fillna(True).to_numpy(dtype=bool)
+    seeded = rows["seed"].notna().to_numpy()
+    # A seeded request draws the same tokens again: another seed or temperature is another prompt.
+    said = [
+        f" (seed {s}, temperature {t:g})" if known else ""
+        for s, t, known in zip(rows["seed"], rows["temperature"].astype(float), seeded)
+    ]
+    prompt = prompt.where(prompt.isna(), prompt.astype(str) + pd.Series(said, index=rows.index, dtype=object))
+    greedy = rows["greedy"].astype("boolean").fillna(True).to_numpy(dtype=bool) | seeded
     greedy &= ~((rows["policy"].astype(str) == NOT_OBSERVED).to_numpy() & rows["greedy"].isna().to_numpy())
     ended = ~rows["finish_reason"].astype(str).eq("abort").to_numpy()
     largest = rows["max_batch_rows"].fillna(0).to_numpy(dtype=np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,6 +11,17 @@ import plotly.graph_objects as go
 from margingate_dashboard.figures.common import empty, extra, finish, translucent
 from margingate_dashboard.rates import number
 from margingate_dashboard.theme import FLIPPED, PART_COLOURS, SERIES_COLOURS, STATES, THRESHOLD_COLOUR
+
+MOST_POINTS, BUCKETS = 4000, 1500
+"""Steps drawn one by one; of more, the stable ones are drawn as the lowest margin of each of so many spans."""
+
+
+def envelope(step: np.ndarray, margin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest margin of each span of steps, at the step where it is: what matters of many is never thinned away."""
+    cuts = np.unique(np.linspace(0, step.size, BUCKETS + 1).astype(int))
+    filled = np.where(np.isnan(margin), np.inf, margin)
+    at = np.array([a + int(np.argmin(filled[a:b])) for a, b in pairwise(cuts) if b > a])
+    return step[at], margin[at]
 
 
 def margins(steps: pd.DataFrame, selected: int | None = None, log: bool = False, subtitle: str = "") -> go.Figure:
@@ -32,20 +45,23 @@ def margins(steps: pd.DataFrame, selected: int | None = None, log: bool = False,
     positive = margin[margin > 0]
     floor = float(positive.min()) / 2 if positive.size else 1e-3
     drawn = np.where(margin > 0, margin, floor) if log else margin
+    many = len(steps) > MOST_POINTS
+    along, lowest = envelope(steps["step"].to_numpy(), drawn) if many else (steps["step"], drawn)
     traces.append(
         go.Scatter(
-            x=steps["step"],
-            y=drawn,
+            x=along,
+            y=lowest,
             mode="lines",
-            line={"color": "rgba(128,134,145,0.45)", "width": 1},
+            name=f"lowest of each {-(-len(steps) // BUCKETS):,} steps",
+            line={"color": "rgba(128,134,145,0.9)" if many else "rgba(128,134,145,0.45)", "width": 1},
             hoverinfo="skip",
-            showlegend=False,
+            showlegend=many,
         )
     )
     state = steps["state"].to_numpy()
     for code, look in enumerate(STATES):
         mine = state == code
-        if not mine.any():
+        if not mine.any() or (many and code == 0):
             continue
         traces.append(
             go.Scatter(

@@ -196,5 +196,4 @@ def _head(prompt: Prompt) -> Prompt:
 
 
 def _background(prompts: Sequence[Prompt], plan: Plan) -> list[Prompt]:
-    chosen = random.Random(plan.seed).sample(list(prompts), min(plan.background, len(prompts)))
-    return [replace(prompt, draw=()) for prompt in chosen]  # they have no seed
+    return random.Random(plan.seed).sample(list(prompts), min(plan.background, len(prompts)))
