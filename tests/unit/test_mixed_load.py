@@ -73,6 +73,7 @@ def test_all_modes(started: Started, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--cuda-graph-backend-prefill disabled" in started.flags["stock-flashinfer"][1]
     assert started.flags["ours"][0] == OURS
     found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "medians of 2 rounds;" in " ".join((tmp_path / "out" / "results.md").read_text().split())
     cells = {(c["mode"], c["load"]): c for c in found["cells"]}
     assert len(cells) == 6
     assert all(len(c["rounds"]) == 2 for c in cells.values())
@@ -91,6 +92,8 @@ def test_a_broken_promise_and_a_spent_budget(started: Started, tmp_path: Path) -
     assert mixed(tmp_path, "--modes", "stock,ours", "--budget", "0", "--rounds", "3") == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert all(len(c["rounds"]) == 1 for c in found["cells"])
+    said = " ".join((tmp_path / "out" / "results.md").read_text().split())
+    assert "medians of 1 round (3 were asked for);" in said, "the table says what was run, not what was asked"
 
 
 def test_a_server_that_dies_leaves_the_others(started: Started, tmp_path: Path) -> None:

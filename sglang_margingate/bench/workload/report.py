@@ -62,7 +62,7 @@ def markdown(results: Results, work: Work, facts: Mapping[str, Any]) -> str:
         out += [tables.markdown(head, rows, left=(0, 1)), ""]
         base = results.labels[0]
         remarks.append(
-            f"Numbers are medians of {work.rounds} round{'s' * (work.rounds != 1)}; `of {base}` is the median of the "
+            f"Numbers are medians of {_rounds(cells, work.rounds)}; `of {base}` is the median of the "
             "ratios round by round, in brackets the smallest and the largest. "
             + "; ".join(text for column, text in LEGEND.items() if column in head)
             + "."
@@ -79,6 +79,14 @@ def markdown(results: Results, work: Work, facts: Mapping[str, Any]) -> str:
         remarks.append(f"This client was on a CPU for up to {busy:.0%} of the time: it may be what was measured.")
     remarks += results.notes
     return "\n".join(out) + "\n" + "\n\n".join("\n".join(wrap(r)) for r in remarks)
+
+
+def _rounds(cells: list[Cell], wanted: int) -> str:
+    """Return how many rounds were run, which a budget or a failure may have made fewer than asked for."""
+    seen = sorted({len(c.rounds) for c in cells})
+    ran = f"{seen[0]}" if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
+    short = f" ({wanted} were asked for)" if seen != [wanted] else ""
+    return f"{ran} round{'s' * (seen != [1])}{short}"
 
 
 def _stopped(results: Results, label: str) -> str:
