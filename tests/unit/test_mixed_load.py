@@ -155,3 +155,33 @@ def test_one_server_at_a_time_and_lengths_of_a_load_of_its_own(started: Started,
     cells = {(c["mode"], c["load"]): c for c in found["cells"]}
     assert cells["ours-triton", "closed:3"]["identical"] == {"numerator": 5, "denominator": 5}
     assert cells["ours-triton", "closed:2"]["ratio_to_first"], "stock is what all are compared with"
+
+
+def test_a_profile_follows_the_rounds_on_the_same_servers(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile_load = __import__("profile_load")
+    profiled: list[str] = []
+
+    def profile(client: Client, folder: Path, steps: int, activity: str) -> None:
+        folder.mkdir(parents=True)
+        profiled.append(f"{folder.parent.name} {folder.name} {steps} {activity}")
+        events = [{"cat": "kernel", "name": "top2_kernel", "ts": 1000.0 * k, "dur": 500.0} for k in range(3)]
+        (folder / "a.trace.json").write_text(json.dumps({"traceEvents": events}))
+
+    monkeypatch.setattr(profile_load, "prepare", lambda words, script: None)
+    monkeypatch.setattr(profile_load, "profile", profile)
+    monkeypatch.setattr(profile_load, "AFTER", dict.fromkeys(profile_load.PHASES, 0.0))
+    given = ["--out", str(tmp_path / "out"), "--model", str(tmp_path), "--lengths", "8-20:3-6", "--requests", "12"]
+    assert profile_load.main([*given, "--in-flight", "4", "--rounds", "1", "--loads", "2,6", "--steps", "9"]) == 0
+    assert sorted(started.order) == ["ours", "stock"]
+    assert profiled == [
+        f"{name} {phase}" for name in ("stock", "ours")
+        for phase in ("first 3 GPU", "mixed 9 GPU", "decode 9 GPU", "prefill 9 GPU")
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert found["ours"]["decode"]["busy"] == pytest.approx(0.5)
+    assert found["stock"]["host"] is None
+    out = capsys.readouterr().out
+    assert "closed:6" in out
+    assert out.count("prefill  ours") == 1
