@@ -115,6 +115,8 @@ def test_prefill_graphs_are_on_unless_switched_off() -> None:
 
 
 def test_prefill_attention_is_chosen_on_a_gpu_only() -> None:
+    from sglang_margingate.serving.frontdoor import parse
+
     gpu = ["--device", "cuda", "--model-path", "org/model"]
     assert parse(gpu)[0].prefill_attention is PrefillKind.AUTO
     config, given, _ = parse([*gpu, "--margingate-prefill-attention", "triton"])
