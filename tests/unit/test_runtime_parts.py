@@ -127,15 +127,16 @@ def test_a_request_that_ends_tells_client_and_trace_the_same() -> None:
         "guarantee_note": "the prefill and 0 of 4 decode steps ran inside the probed class, and so did the verify of the rest",
         "logprobs": "batch",
     }  # fmt: skip
-    told = {"steps": 5, "repaired": 4, "verify_ms": 12.346, "kv_digest": "abc", "system_fingerprint": None}
-    assert summary == {**shared, **told}
+    told = {"steps": 5, "repaired": 4, "verify_ms": 12.346, "kv_digest": "abc"}
+    assert {name: summary[name] for name in (*shared, *told)} == {**shared, **told}
+    assert not {"prompt_tokens", "output_tokens"} & set(summary), "SGLang tells them itself"
     traced = {
         "prompt_tokens": 3, "output_tokens": 5, "verify_ms": 12.3456, "time": 100.0, "ttft_ms": 500.0, "tpot_ms": 500.0,
         "e2e_ms": 2500.0, "prefill_ms": 7.0, "hold_ms": 0.0, "overhead_ms": 12.3456, "overhead_share": 12.3456 / 2500,
         "request_id": "r", "prompt_digest": row["prompt_digest"], "output_digest": row["output_digest"], "steps": 5, "greedy": True,
         "max_tokens": 8, "repeat": 4, "finish_reason": "length", "prompt_text": "Hi",
     }  # fmt: skip
-    assert row == {**shared, **traced}
+    assert {name: row[name] for name in (*shared, *traced)} == {**shared, **traced}
     assert runtime.recorder.totals.requests == 1
     assert runtime.requests.finish(state, ended) is None, "it was closed before"
     assert len(sink.requests) == 1

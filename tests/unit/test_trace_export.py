@@ -123,12 +123,12 @@ def test_every_event_of_a_request_field_by_field(run: Run) -> None:
         {"ph": "M", "pid": 1, "tid": 2, "name": "thread_name", "args": {"name": "a"}},
         {"ph": "M", "pid": 1, "tid": 3, "name": "thread_name", "args": {"name": "a (held)"}},
         mark("arrived", 0.0, {}),
-        slice_("prefill", 2, 0.0, 10_000.0, {**shown, "step": 0}),
-        slice_("decode", 2, 10_000.0, 4_000.0, {**shown, "step": 1}),
-        slice_("decode", 2, 15_000.0, 3_000.0, last),
-        slice_("verify", 2, 18_000.0, 2_000.0, verified),
-        mark("flip", 20_000.0, verified),
-        slice_("hold", 3, 20_000.0, 1_000.0, {"step": 2}),
+        slice_("prefill", 2, 5_000.0, 10_000.0, {**shown, "step": 0}),
+        slice_("decode", 2, 15_000.0, 4_000.0, {**shown, "step": 1}),
+        slice_("decode", 2, 20_000.0, 3_000.0, last),
+        slice_("verify", 2, 23_000.0, 2_000.0, verified),
+        mark("flip", 25_000.0, verified),
+        slice_("hold", 3, 25_000.0, 1_000.0, {"step": 2}),
     ]
     assert [e["tid"] for e in chrome_events(run) if e["name"] == "thread_name"] == [2, 3, 4, 5]
 
@@ -138,11 +138,11 @@ def test_times_are_thousandths_of_a_microsecond_and_slices_never_overlap(run: Ru
     run.steps["verify_ms"] = [0.0, 0.0, 1.23456789] * 2
     track = [e for e in chrome_events(run, ["a"]) if e["ph"] == "X" and e["tid"] == 2]
     assert [(e["ts"], e["dur"]) for e in track] == [
-        (0.0, 10_000.0), (10_000.0, 4_000.0), (15_000.0, 3_765.432), (18_765.432, 1_234.568),
+        (5_000.0, 10_000.0), (15_000.0, 4_000.0), (20_000.0, 3_765.432), (23_765.432, 1_234.568),
     ]  # fmt: skip
     run.steps["verify_ms"] = [0.0, 0.0, 50.0] * 2
     track = [e for e in chrome_events(run, ["a"]) if e["ph"] == "X" and e["tid"] == 2]
-    assert [(e["ts"], e["dur"]) for e in track[2:]] == [(15_000.0, 0.0), (15_000.0, 5_000.0)], (
+    assert [(e["ts"], e["dur"]) for e in track[2:]] == [(20_000.0, 0.0), (20_000.0, 5_000.0)], (
         "a verify is part of its step"
     )
 
