@@ -185,3 +185,14 @@ def test_a_profile_follows_the_rounds_on_the_same_servers(
     out = capsys.readouterr().out
     assert "closed:6" in out
     assert out.count("prefill  ours") == 1
+
+
+def test_what_attends_is_what_the_server_says() -> None:
+    attention = mixed_load.report._attention
+    found = {"invariance": {"prefill_attention": "fa3", "decode_attention": "margingate"}}
+    assert attention({"attention_backend": "flashinfer", "status": found}) == (
+        "flashinfer (prefills: fa3, decode graphs: margingate)"
+    )
+    assert attention({"attention_backend": "fa3", "status": None}) == "fa3"
+    plain = {"invariance": {"prefill_attention": "sglang", "decode_attention": "sglang"}}
+    assert attention({"attention_backend": None, "status": plain}) == "unknown"

@@ -110,8 +110,16 @@ def _conditions(results: Results, work: Work, facts: Mapping[str, Any]) -> list[
         out += wrap(f"{label} also: {' '.join(flags)}")
     for label, found in results.servers.items():
         pool = f"{found['pool_tokens']:,} tokens" if found["pool_tokens"] else "a pool of unknown size"
-        out += wrap(f"{label}: attention {found['attention_backend'] or 'unknown'}, {pool}.")
+        out += wrap(f"{label}: attention {_attention(found)}, {pool}.")
     return out
+
+
+def _attention(server: Mapping[str, Any]) -> str:
+    """Return a server's attention back end, and what attends in its place where the server says so."""
+    path = (server.get("status") or {}).get("invariance") or {}
+    parts = {"prefills": path.get("prefill_attention"), "decode graphs": path.get("decode_attention")}
+    said = [f"{what}: {who}" for what, who in parts.items() if who and who != "sglang"]
+    return (server["attention_backend"] or "unknown") + (f" ({', '.join(said)})" if said else "")
 
 
 def _range(values: list[int]) -> str:
