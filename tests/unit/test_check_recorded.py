@@ -96,7 +96,7 @@ def test_a_server_without_a_fingerprint_says_so(capsys: pytest.CaptureFixture[st
     path = tmp_path / "answers.json"
     recorded(path)
     capsys.readouterr()
-    with FakeServer(gauge="loads") as fake:
+    with FakeServer(status={"fingerprint": None}) as fake:
         assert check(fake, "--against", str(path)) == 0
     assert capsys.readouterr().out.startswith("fingerprint: this server has none")
 
