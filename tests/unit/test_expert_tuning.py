@@ -22,12 +22,12 @@ def test_the_shape_is_that_of_the_models_banks(tmp_path: Path) -> None:
 
 
 def test_a_mixtrals_experts_have_its_intermediate_size(tmp_path: Path) -> None:
-    given = {
+    given: dict[str, object] = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "num_local_experts": 8,
-        "intermediate_size": 96,
     }
+    given |= {"intermediate_size": 96, "num_experts": None, "moe_intermediate_size": None}
     assert shape_in(model(tmp_path, **given)) == BankShape(8, 96, tiny_moe.HIDDEN, 2)
 
 
