@@ -62,7 +62,7 @@ def flip_list(steps: pd.DataFrame, known: dict[int, str] | None = None) -> pd.Da
             "verify token": [tokens.plain(known.get(int(i)), i) if pd.notna(i) else "–" for i in found["verify_token"]],
             "margin": found["margin"].to_numpy(),
             "threshold": found["threshold"].to_numpy(),
-            "above tau": found["above"].to_numpy(),
+            "above tau": np.where(found["above"].to_numpy(dtype=bool), "yes", "no"),
             "batch rows": found["batch_rows"].to_numpy(),
             "position": found["position"].to_numpy(),
         }

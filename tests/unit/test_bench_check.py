@@ -37,6 +37,9 @@ def test_clean_server_passes_with_proof_of_batches(capsys: pytest.CaptureFixture
     assert found["batches"]["proven"]
     assert found["pairs"] == {"different": 0, "total": 12 * 66}
     assert [p["name"] for p in found["phases"]] == list(PHASES)
+    passes = [(b["sampling_params"].get("custom_params") or {}).get("margingate_repeat") for b in fake.seen]
+    assert sorted({p for p in passes if p is not None}) == list(range(12)), "each pass is numbered for the trace"
+    assert passes[0] == 0, "alone comes first"
 
 
 def test_failure_begins_with_its_command_and_fits_the_screen(

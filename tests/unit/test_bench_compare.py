@@ -33,6 +33,7 @@ def test_jobs_are_the_same_for_every_server_and_the_share_is_kept() -> None:
         assert jobs == workload().jobs(share, 0)
         assert sum(j.deterministic for j in jobs) == count
         assert len({j.rid for j in jobs}) == len(PROMPTS)
+    assert {j.repeat for j in w.jobs(50.0, 1)} == {2}, "0 is the pass alone"
     again = {j.prompt.id: j.deterministic for j in w.jobs(50.0, 1)}
     assert again == {j.prompt.id: j.deterministic for j in w.jobs(50.0, 0)}
 

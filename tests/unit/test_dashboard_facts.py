@@ -19,6 +19,7 @@ from margingate_dashboard import data, profiles
 from margingate_dashboard.facts import differ, identity, policies, price, quantiles, runlist, versus, why
 from margingate_dashboard.figures import classes, timeline
 from margingate_dashboard.figures import request as request_figures
+from margingate_dashboard.pages import flips, margins, tuning
 from synthetic_runs import SyntheticSpec, make_frames, write_run
 
 from sglang_margingate.gate.calibration import threshold_for, trade_off
@@ -385,3 +386,51 @@ def test_no_low_margin_is_thinned_away() -> None:
     assert 12_345 in step
     assert lowest.min() == 0.0
     assert (margin[step] == lowest)[np.isfinite(lowest)].all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "decode", "structural", "said"),
+    [
+        ("gate", 0, 90, "inside the probed class"), ("gate", 0, 0, "one output token"), ("log", 50, 0, "policy is log"),
+        ("gate", 50, 10, "only low margins"),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_calibrate_says_why(policy: str, decode: int, structural: int, said: str) -> None:
+    assert said in tuning.why_not(policy, decode, structural)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"verified": 300}, "of such steps do (95%)"), ({"steps": 0, "others": 40, "policies": ["log"]}, "its policy is log"),
+        ({"structural": 100}, "inside the probed class"), ({"steps": 0, "structural": 0}, "one output token"),
+        ({}, "none was drawn for the audit"),
+    ],
+)  # fmt: skip
+def test_a_run_without_flips_says_why(changes: dict[str, object], said: str) -> None:
+    base: dict[str, object] = {
+        "steps": 100, "others": 0, "verified": 0, "examined": 0, "above": 0, "structural": 0, "policies": ["gate"], "states": {},
+        "requests": 1, "touched": 0, "table": pd.DataFrame(), "figures": {},
+    }  # fmt: skip
+    assert said in flips.why_none(flips.Found(**{**base, **changes}))  # type: ignore[arg-type]
+
+
+def test_the_threshold_in_force_is_a_stop_of_the_slider() -> None:
+    for start, top, grid in (
+        (0.5, 24.15, 0.0625),
+        (0.0625, 0.25, 0.0078125),
+        (0.3, 9.0, 0.0),
+        (0.0, 1.0, 0.0),
+        (0.1, 50.0, 0.0625),
+    ):
+        step = margins.slider_step(start, top, grid)
+        assert abs(start / step - round(start / step)) < 1e-6
+        assert top / step <= 801
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("a:0.5,b%3Ac:1", {"a": 0.5, "b:c": 1.0}), (None, {}), ("x", {}), ("a:-1,b:nan,c:inf,d:2", {"d": 2.0})],
+)
+def test_thresholds_of_a_link(text: object, found: dict[str, float]) -> None:
+    assert tuning.by_hand(text) == found

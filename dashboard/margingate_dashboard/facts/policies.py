@@ -30,15 +30,15 @@ def observed(requests: pd.DataFrame) -> np.ndarray:
 
     A row names how many since schema 2.1. Before, a request without any had a largest batch of 0.
     """
-    steps = requests["steps"].astype("Float64").to_numpy(dtype=float, na_value=np.nan)
-    rows = requests["max_batch_rows"].astype("Float64").to_numpy(dtype=float, na_value=1.0)
+    steps = requests["steps"].to_numpy(dtype=np.float64, na_value=np.nan)
+    rows = requests["max_batch_rows"].to_numpy(dtype=np.float64, na_value=1.0)
     found: np.ndarray = np.where(np.isnan(steps), rows > 0, steps > 0)
     return found
 
 
 def shown_policy(requests: pd.DataFrame) -> pd.Categorical:
     """Return each request's policy as every page shows it."""
-    named = requests["policy"].astype(object).where(requests["policy"].notna(), "unknown").astype(str).to_numpy(object)
+    named = requests["policy"].astype(object).to_numpy(dtype=object, na_value="unknown").astype(str).astype(object)
     unseen = ~observed(requests) & np.isin(named, ("gate", "always", "log"))
     return pd.Categorical(np.where(unseen, NOT_OBSERVED, named))
 

@@ -97,7 +97,8 @@ def count(requests: pd.DataFrame) -> dict[str, object]:
     """Return a run's counts from its finished requests, with :data:`COLUMNS`; rates are of its leading policy's traffic."""
     policy = leading(requests["policy"])
     mine = requests[(requests["policy"] == policy).to_numpy()]
-    every, total = from_requests(requests), from_requests(mine)
+    total = from_requests(mine)
+    every = total if len(mine) == len(requests) else from_requests(requests)
     added, whole = overhead(mine)
     gated = bool(mine["threshold"].notna().any())  # without a threshold there is nothing to trigger
     return {

@@ -110,7 +110,7 @@ def histogram(
         text=f" tau = {threshold:.6g}",
         x=np.log10(place) if log else place,
         xref="x",
-        y=0.97,
+        y=0.78,
         yref="y domain",
         xanchor="left",
         yanchor="top",

@@ -155,7 +155,7 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
                 "known flips": r.flips,
                 "missed": r.missed,
                 "missed at most (95%)": 100 * r.miss_upper if r.miss_upper < 1 else None,
-                "exact": r.complete,
+                "known": "exactly" if r.complete else "where verified",
             }
         )
     st.markdown("##### At this threshold, by dataset")

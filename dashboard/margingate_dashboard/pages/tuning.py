@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from functools import partial
 from urllib.parse import quote, unquote
 
@@ -11,6 +12,7 @@ import streamlit as st
 
 from margingate_dashboard import profiles, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts.policies import leading
 from margingate_dashboard.facts.price import STEP_COLUMNS as PRICE_COLUMNS
 from margingate_dashboard.facts.price import Price, knee, measure
 from margingate_dashboard.figures import tuning as figures
@@ -87,11 +89,27 @@ def price_cards(price: Price | None, trigger_rate: float) -> list[Card]:
     ]
 
 
+def why_not(policy: str, decode: int, structural: int) -> str:
+    """Say why a run has no sample for a threshold, from its leading policy and its steps."""
+    if structural and not decode:
+        return f"All {structural:,} decode steps ran inside the probed class: their shape answers for them, and no threshold decides."
+    if not decode:
+        return (
+            "No decode step was observed: requests with one output token have none, and sampled ones are not observed."
+        )
+    counts = f"{of(0, decode)} decode steps that a threshold decides about belong to requests in which every step was verified."
+    if policy in ("log", "off"):
+        return f"{counts} Its policy is {policy}, which verifies nothing."
+    return f"{counts} In a gated run only low margins were looked at, so every threshold would look safe."
+
+
 def _incomplete(page: Page, decode: int) -> None:
+    requests = page.requests("policy", "structural")
+    policy = leading(requests["policy"])
+    why = why_not(policy, decode, int(requests["structural"].fillna(0).sum()))
     ui.empty_state(
         "This run cannot calibrate a threshold",
-        f"<p>{of(0, decode)} decode steps belong to requests in which every step was verified. A threshold needs such "
-        "a sample: in a gated run only low margins were looked at, so every threshold would look safe.</p>"
+        f"<p>{html.escape(why)}</p>"
         "<pre>python -m sglang_margingate.launch_server --model-path MODEL --margingate-policy always</pre>"
         "<p>Send your prompts to it with a dataset tag, then choose that run here. The Margins page shows what another "
         "threshold would have triggered in this run.</p>",
