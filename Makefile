@@ -86,7 +86,7 @@ ROOMS ?= gate trace runtime
 mutants: install  ## break the code of pure rooms on purpose, line by line, and count what no test notices
 	@mkdir -p mutants
 	@env PYTHONPATH=$(CURDIR)/mutants:$(CURDIR)/mutants/kernels $(BIN)/mutmut run --max-children 1 $(ROOMS:%='sglang_margingate.%.*')
-	@$(BIN)/python tests/support/mutants.py
+	@$(BIN)/python tests/support/mutation_table.py
 
 test-gpu:  ## the GPU suite, on a machine with one
 	@$(PYTHON) -m pytest tests/gpu -m gpu

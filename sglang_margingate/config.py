@@ -71,7 +71,7 @@ class Policy(str, Enum):
     OFF = "off"
     """Stock SGLang; nothing is attached."""
     LOG = "log"
-    """Margins are recorded; output is stock SGLang's."""
+    """Margins are recorded; output is stock SGLang's, but that seeded requests are drawn with their seeds."""
     GATE = "gate"
     """MarginGate (arXiv 2605.30218): steps with margin <= threshold are verified and repaired."""
     ALWAYS = "always"

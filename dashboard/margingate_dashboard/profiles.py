@@ -128,6 +128,7 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
         torch_version=named((versions, "torch")),
         created=datetime.now(timezone.utc).date().isoformat(),
         repair=repair,
+        system_fingerprint=str((manifest.get("fingerprint") or {}).get("system_fingerprint") or ""),
         default_threshold=max((float(row["threshold"]) for row in backed.values()), default=DEFAULT_THRESHOLD),
         datasets={
             name: DatasetThreshold(

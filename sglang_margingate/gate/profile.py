@@ -104,6 +104,8 @@ class Profile:
     repair: Text
     default_threshold: Logits
     datasets: dict[Text, DatasetThreshold] = field(default_factory=dict)
+    system_fingerprint: Text = ""
+    """Of the server that it was measured on; empty where that was not told. Another one is no error: thresholds are settings too."""
 
     def threshold_for(self, dataset: str | None) -> float | None:
         """Return the dataset's threshold in logits, or None where the profile has none that rests on enough steps.

@@ -13,8 +13,8 @@
                                 (what the trial of the canonical fast path must find and leave to the gate)
 ``MARGINGATE_TEST_REDUCE=M``    the sum over ranks rounds otherwise where it has M rows or fewer
                                 (what the probe of the all-reduce must show and the canonical fast path avoid)
-``MARGINGATE_TEST_EXPERTS=M``    fused experts of M rows or fewer run with the configuration of the largest numbers of rows, other
-                                than when they were probed (what the trial must find and leave to the gate)
+``MARGINGATE_TEST_EXPERTS=M``    fused experts of M rows or fewer round otherwise than when they were probed, as with another
+                                configuration (what the trial must find and leave to the gate)
 ``MARGINGATE_TEST_RANK=R``      only rank R has the faults of layers and attention (what every rank must hear of)
 ``MARGINGATE_TEST_SHARE=1``     a request's threshold is read as a share: that part of its steps triggers, drawn by step
                                 (cost at a set trigger rate; bf16 margins take few values, so thresholds cannot set it)

@@ -279,16 +279,16 @@ def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
     """Run a bank of experts at a size of the class; the rows of padding all go to the first experts, with no weight."""
     forward = _running
     if forward is None:
-        return original(bank, dispatch_output)
+        return experts.run(original, bank, dispatch_output)
     have = len(dispatch_output.hidden_states)
     if not hasattr(dispatch_output.topk_output, "topk_ids"):  # routed by the bank itself
         forward.escape()
-        return original(bank, dispatch_output)
+        return experts.run(original, bank, dispatch_output)
     rows = forward.sizes.target(have) or have
     forward.ran(rows)
     if rows == have:
-        return original(bank, dispatch_output)
-    out = original(bank, experts.widened(dispatch_output, rows))
+        return experts.run(original, bank, dispatch_output)
+    out = experts.run(original, bank, experts.widened(dispatch_output, rows))
     return out._replace(hidden_states=out.hidden_states[:have])
 
 

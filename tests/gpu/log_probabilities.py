@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=sorted(SCALES), default="cuda")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--canonical-only", action="store_true", help="leave the ungated server out")
     args = parser.parse_args(words)
     if args.device == "cuda":
         prepare(words, Path(__file__).resolve())
@@ -100,8 +101,12 @@ def main(argv: list[str] | None = None) -> int:
         for n, p in enumerate(made(max(sizes), scale.shape.lengths, scale.shape.vocab, 2))
     ]
     chaotic = f"--model-path {truth.weights()} --skip-tokenizer-init --context-length 4096 --max-total-tokens 90000 {scale.chaotic}"
+    if args.device == "cuda":
+        chaotic += f" --cuda-graph-max-bs-decode {max(sizes) + 8}"  # the class must hold the neighbour too
     found: dict[str, Any] = {}
     for name, policy in (("canonical", "gate --margingate-fast-path canonical"), ("ungated", "log")):
+        if name == "ungated" and args.canonical_only:
+            continue
         with ExitStack() as stack:
             server = truth.start(stack, name, f"--margingate-policy {policy} {chaotic}")
             begun = time.monotonic()
@@ -122,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"{len(found[name]['untrue'])}, {found[name]['seconds']} s, trial {found[name]['logprobs']}")  # fmt: skip
     whole = f"{SEQUENCES}/{SEQUENCES}"
     held = all(v == whole for k, v in found["canonical"].items() if isinstance(v, str))
-    powerful = any(v != whole for k, v in found["ungated"].items() if isinstance(v, str))
+    powerful = args.canonical_only or any(v != whole for v in found["ungated"].values() if isinstance(v, str))
     print("everything holds" if held and powerful else "FAILED: " + ("no power" if held else "other bits"))
     return 0 if held and powerful and not found["canonical"]["untrue"] else 1
 

@@ -4,8 +4,8 @@
 
 For each model stock (its own defaults) and ours share the GPU; whoever is not asked is idle. First the decode step and a mixed
 load, in turns, and identity: 24 sequences alone against batches of each size on a cold and a warm prefix cache, which
-ours must pass at ``structural`` with no step verified, and stock must fail. Last a server whose experts run with another
-configuration than the one that was probed: found by the trial and left to the gate. Weights are random (random_model.py,
+ours must pass at ``structural`` with no step verified, and stock must fail. Last a server whose experts round otherwise than when
+they were probed: found by the trial and left to the gate. Weights are random (random_model.py,
 random_fp8.py), so that one bit ends in other tokens. DIR gets results.json and logs; exit status 1 where something does not hold.
 """
 
@@ -121,7 +121,7 @@ class Models(Run):
             self.mixed(name, servers, self.target(servers["ours"], path).vocab)
 
     def broken_experts(self, path: Path) -> None:
-        """Experts that run with another configuration than the one that was probed: the trial finds it, nothing is claimed."""
+        """Experts that round otherwise than when they were probed: the trial finds it, nothing is claimed."""
         with ExitStack() as stack:
             server = self.start(stack, "broken-experts", path, True, (), {"MARGINGATE_TEST_EXPERTS": str(BROKEN_ROWS)})
             status = server.client.status()

@@ -1,7 +1,7 @@
 """Where a GPU's time goes under load, ours beside stock: kernels by kind, and the waits for the host. About 4 minutes.
 
     python3 tests/gpu/profile_load.py --out DIR                     on the GPU host; needs .gpu/ like truth.py
-    python3 tests/gpu/profile_load.py --out DIR --modes stock,ours --in-flight 48
+    python3 tests/gpu/profile_load.py --out DIR --loads 48,64 --rounds 4     before that, rounds of mixed_load.py on the same servers
 
 Both servers stay up on one GPU. Each is profiled by SGLang's own /start_profile, GPU activities alone, so that the host runs at
 its own speed, in three phases: `mixed` (prompts arrive while others decode), `decode` (all decode, none arrives), `prefill`
@@ -37,7 +37,9 @@ from truth import prepare  # noqa: E402
 from sglang_margingate.bench import tables  # noqa: E402
 from sglang_margingate.bench.servers.client import Client, Prompt, ServerError, run_together  # noqa: E402
 
-PHASES = ("mixed", "decode", "prefill")
+AFTER = {"mixed": 2.0, "decode": 1.5, "prefill": 0.3}
+"""Seconds from a phase's begin to its profile: by then its batch is full."""
+PHASES = tuple(AFTER)
 COLUMNS = (
     "forwards", "mean_ms", "span_ms", "wait_ms", "mean_wait_ms", "longest_wait_ms", "busy", "kernels", "gemm_ms",
     "attention_ms", "small_ms", "copies_ms", "choice_ms", "other_ms",
@@ -68,8 +70,7 @@ def run_phase(
     """Send a phase's requests, and profile in the midst of them."""
     sent, at_once = requests(phase, prompts, in_flight)
     client.flush_cache()
-    after = {"mixed": 2.0, "decode": 1.5, "prefill": 0.3}[phase]
-    timer = threading.Timer(after, profile, (client, folder, steps, activity))
+    timer = threading.Timer(AFTER[phase], profile, (client, folder, steps, activity))
     timer.start()
     run_together(client, sent, at_once)
     timer.join()
@@ -86,7 +87,7 @@ def host_of(client: Client) -> Any:
 def measure(mixed: Mixed, name: str, client: Client) -> dict[str, Any]:
     """Profile one server in every phase."""
     args, out = mixed.args, mixed.out
-    prompts = [chain.turns[0] for made in mixed.work.loads.values() for chain in made]
+    prompts = [chain.turns[0] for chain in next(iter(mixed.work.loads.values()))]
     run_together(client, prompts[: 2 * args.in_flight], args.in_flight)
     activity = "CPU" if mixed.cpu else "GPU"
     run_phase(
@@ -124,27 +125,34 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--modes", default="stock,ours")
     add("--in-flight", type=int, default=48)
+    add("--loads", default="", help="requests in flight of the rounds before (that of the profile)")
+    add("--rounds", type=int, default=0, help="rounds before, as of mixed_load.py (%(default)s)")
+    add("--budget", type=float, default=480.0, help="seconds: no further round is begun where it would not end by then")
     add("--requests", type=int, default=192)
     add("--lengths", default="64-1024:32-256", metavar="IN:OUT", help="tokens (%(default)s)")
     add("--steps", type=int, default=120, help="forwards of a profile (%(default)s)")
     add("--model", type=Path, help="folder of another model")
     add("--flags", type=shlex.split, default=[], help="further flags of every server, as one word")
     args = parser.parse_args(words)
-    args.loads, args.rounds, args.identity = str(args.in_flight), 1, "none"
+    args.loads, args.identity = args.loads or str(args.in_flight), "none"
     if args.device == "cuda":
         prepare(words, Path(__file__))
     args.out.mkdir(parents=True, exist_ok=True)
     mixed, found = Mixed(args), {}
     with ThreadPoolExecutor() as pool, ExitStack() as stack:
         starting = {name: pool.submit(mixed.start, stack.enter_context(ExitStack()), name) for name in mixed.modes}
-        for name, future in starting.items():
+        served = [s for name, future in starting.items() if (s := mixed.ready(name, future)) is not None]
+        mixed.rounds(served)
+        for server in served:
+            began, name = time.monotonic(), server.label
             try:
-                began = time.monotonic()
-                found[name] = measure(mixed, name, future.result().client)
-                mixed.say(f"{name}: profiled in {time.monotonic() - began:.0f} s")
-            except ServerError as error:
+                found[name] = measure(mixed, name, server.client)
+            except (ServerError, OSError) as error:
                 mixed.say(f"{name}: {error}")
+            mixed.say(f"{name}: profiled in {time.monotonic() - began:.0f} s")
             (mixed.out / "profile.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.rounds:
+        print(mixed.table())
     for name, of in found.items():
         print(f"{name}: host {json.dumps(of.get('host'))}")
     print(table(found), flush=True)

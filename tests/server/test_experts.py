@@ -60,3 +60,12 @@ def test_the_ungated_server_fails_the_same_test(folder: Path, prompts: list[Prom
     with serve(flags, log=folder.parent / "log.log") as server:
         alone, together = both(server, prompts)
     assert any(not a.same_as(b) for a, b in zip(alone, together))
+
+
+def test_experts_broken_on_purpose_are_found_and_left_to_the_gate(folder: Path, expert_server: Server) -> None:
+    flags = [*CANONICAL, "--model-path", str(folder), "--margingate-map-dir", str(folder.parent / "maps")]
+    with serve(flags, log=folder.parent / "broken.log", env={"MARGINGATE_TEST_EXPERTS": "4"}) as server:
+        found = server.client.status()["invariance"]
+    assert expert_server.client.status()["invariance"]["decode_ok"]
+    assert not found["decode_ok"]
+    assert any(note.startswith("decode differs from the verify at ") for note in found["notes"])

@@ -9,6 +9,7 @@ import pytest
 from sglang_margingate.bench.evidence.log_probabilities import Outcome, compare, requests_of
 from sglang_margingate.bench.servers.client import Prompt
 from sglang_margingate.bench.servers.process import Server
+from sglang_margingate.cli import main
 
 KIND = 9
 """Greedy requests, and as many scored ones: every way of asking is among them."""
@@ -66,3 +67,9 @@ def test_a_scoring_request_has_a_label_and_one_answer(canonical_server: Server, 
     assert not meta["output_token_logprobs"]
     body["sampling_params"]["temperature"] = 0
     assert client.post(body)[1]["meta_info"]["input_top_logprobs"] == meta["input_top_logprobs"]
+
+
+def test_check_compares_them_and_finds_the_ungated_server_out(canonical_server: Server, log_server: Server) -> None:
+    words = ["--dataset", "story", "--limit", "5", "--max-tokens", "16", "--phases", "alone,together", "--repeats", "1"]
+    for server, more in ((canonical_server, []), (log_server, ["--expect-fail"])):
+        assert main(["check", "--base-url", server.base_url, "--logprobs", "3", *words, *more]) == 0

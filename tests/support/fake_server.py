@@ -48,6 +48,9 @@ class FakeServer:
     pool, most_requests
         Tokens and requests that /v1/loads says the server holds; None: it has no such page but for the gauge.
 
+    noise
+        What the log-probabilities of a request differ by when it runs beside others.
+
     As SGLang, it ends with an id beyond its vocabulary: no answer, to this request or later ones.
     """
 
@@ -67,7 +70,9 @@ class FakeServer:
         model: str = "fake-model",
         pool: int | None = None,
         most_requests: int = 64,
+        noise: float = 0.0,
     ) -> None:
+        self.noise = noise
         self.pool, self.most_requests = pool, most_requests
         self.tokenizer, self.takes_ids, self.model = tokenizer, takes_ids, model
         self.flip_rate, self.gauge, self.native, self.token_ids = flip_rate, gauge, native, token_ids
@@ -189,6 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
             text = str(body.get("text") or body["input_ids"])
             tokens = fake.decode(text, params["max_new_tokens"])
             meta = {"finish_reason": {"type": "length"}, "cached_tokens": 0, "completion_tokens": len(tokens)}
+            if body.get("return_logprob"):
+                shift = fake.noise * (fake.running > 0)
+                meta["output_token_logprobs"] = [[-0.25 - t / VOCABULARY + shift, t, None] for t in tokens]
             if fake.gauge == "margingate":
                 meta["margingate"] = fake.margingate(text, params, len(tokens))
             out = {"output_ids": tokens, "meta_info": meta}

@@ -303,6 +303,24 @@ def test_one_id_of_several_requests_a_health_check_and_one_without_a_row(
 
 
 @pytest.mark.parametrize(
+    ("request_id", "said"),
+    [
+        ("rid-00003", ("temperature 0.8", "seed 1003; the margin is that of logits plus noise")),
+        ("rid-00000", ("greedy",)),
+    ],
+)
+def test_a_request_says_how_its_tokens_were_chosen(
+    request_id: str, said: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "r", SMALL)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["request"] = request_id
+    at.switch_page("request.py").run()
+    html = " ".join(h.proto.body for h in at.get("html"))
+    assert all(words in html for words in said)
+
+
+@pytest.mark.parametrize(
     ("request_id", "step"), [("nobody", "0"), ("rid-00001", "999999"), ("rid-00001", "-1"), ("<b>", "x")]
 )
 def test_links_to_what_is_not_there_fall_back(

@@ -119,3 +119,18 @@ def test_what_an_undecided_audit_says() -> None:
     # Whether it is within depends on the confidence that was asked for.
     assert nothing_found.describe(0.025, 0.9).endswith("within (largest acceptable 0.025)")
     assert "would show 0.025" in nothing_found.describe(0.025, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("seed", "request_id", "drawn"),
+    [
+        (0, "r", [3, 9, 27, 29, 54]),
+        (0, "é", [7, 34, 40, 58]),
+        (7, "r", [21, 26, 29, 42, 47, 49, 55, 56]),
+        (-2, "é", [6, 17, 18, 30, 59]),
+    ],
+)
+def test_which_steps_are_drawn_is_the_same_in_every_version(seed: int, request_id: str, drawn: list[int]) -> None:
+    sampler = AuditSampler(0.1, seed)
+    assert [step for step in range(60) if sampler.draw(request_id, step)] == drawn
+    assert AuditSampler(0.1).seed == 0

@@ -73,6 +73,7 @@ def test_all_modes(started: Started, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--cuda-graph-backend-prefill disabled" in started.flags["stock-flashinfer"][1]
     assert started.flags["ours"][0] == OURS
     found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "medians of 2 rounds;" in " ".join((tmp_path / "out" / "results.md").read_text().split())
     cells = {(c["mode"], c["load"]): c for c in found["cells"]}
     assert len(cells) == 6
     assert all(len(c["rounds"]) == 2 for c in cells.values())
@@ -91,6 +92,8 @@ def test_a_broken_promise_and_a_spent_budget(started: Started, tmp_path: Path) -
     assert mixed(tmp_path, "--modes", "stock,ours", "--budget", "0", "--rounds", "3") == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert all(len(c["rounds"]) == 1 for c in found["cells"])
+    said = " ".join((tmp_path / "out" / "results.md").read_text().split())
+    assert "medians of 1 round (3 were asked for);" in said, "the table says what was run, not what was asked"
 
 
 def test_a_server_that_dies_leaves_the_others(started: Started, tmp_path: Path) -> None:
@@ -152,3 +155,44 @@ def test_one_server_at_a_time_and_lengths_of_a_load_of_its_own(started: Started,
     cells = {(c["mode"], c["load"]): c for c in found["cells"]}
     assert cells["ours-triton", "closed:3"]["identical"] == {"numerator": 5, "denominator": 5}
     assert cells["ours-triton", "closed:2"]["ratio_to_first"], "stock is what all are compared with"
+
+
+def test_a_profile_follows_the_rounds_on_the_same_servers(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile_load = __import__("profile_load")
+    profiled: list[str] = []
+
+    def profile(client: Client, folder: Path, steps: int, activity: str) -> None:
+        folder.mkdir(parents=True)
+        profiled.append(f"{folder.parent.name} {folder.name} {steps} {activity}")
+        events = [{"cat": "kernel", "name": "top2_kernel", "ts": 1000.0 * k, "dur": 500.0} for k in range(3)]
+        (folder / "a.trace.json").write_text(json.dumps({"traceEvents": events}))
+
+    monkeypatch.setattr(profile_load, "prepare", lambda words, script: None)
+    monkeypatch.setattr(profile_load, "profile", profile)
+    monkeypatch.setattr(profile_load, "AFTER", dict.fromkeys(profile_load.PHASES, 0.0))
+    given = ["--out", str(tmp_path / "out"), "--model", str(tmp_path), "--lengths", "8-20:3-6", "--requests", "12"]
+    assert profile_load.main([*given, "--in-flight", "4", "--rounds", "1", "--loads", "2,6", "--steps", "9"]) == 0
+    assert sorted(started.order) == ["ours", "stock"]
+    assert profiled == [
+        f"{name} {phase}" for name in ("stock", "ours")
+        for phase in ("first 3 GPU", "mixed 9 GPU", "decode 9 GPU", "prefill 9 GPU")
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert found["ours"]["decode"]["busy"] == pytest.approx(0.5)
+    assert found["stock"]["host"] is None
+    out = capsys.readouterr().out
+    assert "closed:6" in out
+    assert out.count("prefill  ours") == 1
+
+
+def test_what_attends_is_what_the_server_says() -> None:
+    attention = mixed_load.report._attention
+    found = {"invariance": {"prefill_attention": "fa3", "decode_attention": "margingate"}}
+    assert attention({"attention_backend": "flashinfer", "status": found}) == (
+        "flashinfer (prefills: fa3, decode graphs: margingate)"
+    )
+    assert attention({"attention_backend": "fa3", "status": None}) == "fa3"
+    plain = {"invariance": {"prefill_attention": "sglang", "decode_attention": "sglang"}}
+    assert attention({"attention_backend": None, "status": plain}) == "unknown"

@@ -1,4 +1,4 @@
-"""What holds of any map, any logits, any sample, any list of verify jobs and any use of the ring."""
+"""What holds of any map, any logits, any sample and any list of verify jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses, 
 from sglang_margingate.canonical.map_store import readable
 from sglang_margingate.gate.calibration import threshold_for, trade_off
 from sglang_margingate.runtime.verifier import KvAccess, Verifier, VerifyJob
-from sglang_margingate.trace.ring import StepRing
 
 few = settings(max_examples=100, deadline=None)
 
@@ -265,37 +264,3 @@ def test_any_list_of_jobs_gives_what_one_by_one_would(asked: list[tuple[int, lis
     assert verifier.counters.padded_rows == found.passes * m - rows
     if not any(job.shadow for job in jobs):
         assert found.passes == -(-rows // m), "no more passes than the rows need"
-
-
-# ---- the ring of trace rows ---------------------------------------------------------------------------------------------
-
-moves = st.lists(st.one_of(st.tuples(st.booleans(), st.integers(0, 9)), st.integers(0, 12)), max_size=40)
-
-
-@given(st.integers(0, 15), moves)
-@few
-def test_rows_in_are_rows_out_and_rows_dropped_and_the_oldest_are(
-    limit: int, asked: list[tuple[bool, int] | int]
-) -> None:
-    ring, taken, held = StepRing(limit), [], []
-    number = dropped = 0
-    for move in asked:
-        if isinstance(move, int):
-            chunks, rows = ring.take(move)
-            found = [r for c in chunks for r in (c["step"] if isinstance(c, dict) else (row[0] for row in c))]
-            assert len(found) == rows >= min(move, len(held))
-            assert found == held[:rows], "the oldest first, each once"
-            taken += found
-            del held[:rows]
-        else:
-            by_column, rows = move
-            fresh = list(range(number, number + rows))
-            number += rows
-            chunk: Any = {"step": list(fresh)} if by_column else [(row,) for row in fresh]
-            ring.append(chunk)
-            assert (chunk["step"] if by_column else [row for (row,) in chunk]) == fresh, "the caller's rows are its own"
-            held += fresh
-            dropped += max(0, len(held) - limit)
-            held = held[max(0, len(held) - limit) :]
-        assert (len(ring), ring.dropped) == (len(held), dropped)
-    assert number == len(taken) + len(held) + dropped

@@ -128,14 +128,15 @@ def test_a_request_that_ends_tells_client_and_trace_the_same() -> None:
         "logprobs": "batch",
     }  # fmt: skip
     told = {"steps": 5, "repaired": 4, "verify_ms": 12.346, "kv_digest": "abc"}
-    assert summary == {**shared, **told}
+    assert {name: summary[name] for name in (*shared, *told)} == {**shared, **told}
+    assert not {"prompt_tokens", "output_tokens"} & set(summary), "SGLang tells them itself"
     traced = {
         "prompt_tokens": 3, "output_tokens": 5, "verify_ms": 12.3456, "time": 100.0, "ttft_ms": 500.0, "tpot_ms": 500.0,
         "e2e_ms": 2500.0, "prefill_ms": 7.0, "hold_ms": 0.0, "overhead_ms": 12.3456, "overhead_share": 12.3456 / 2500,
-        "request_id": "r", "prompt_digest": row["prompt_digest"], "output_digest": row["output_digest"], "steps": 5,
+        "request_id": "r", "prompt_digest": row["prompt_digest"], "output_digest": row["output_digest"], "steps": 5, "greedy": True,
         "max_tokens": 8, "repeat": 4, "finish_reason": "length", "prompt_text": "Hi",
     }  # fmt: skip
-    assert row == {**shared, **traced}
+    assert {name: row[name] for name in (*shared, *traced)} == {**shared, **traced}
     assert runtime.recorder.totals.requests == 1
     assert runtime.requests.finish(state, ended) is None, "it was closed before"
     assert len(sink.requests) == 1
@@ -280,3 +281,47 @@ def test_no_counter_is_made_where_sglang_shows_none() -> None:
     off.trace(1, 1)
     off.missed_bound(1.0)
     assert prometheus_client.REGISTRY.get_sample_value("margingate_steps_total", {"model_name": "m"}) is None
+
+
+def test_every_counter_says_what_it_counts(metrics: Metrics) -> None:
+    ours = {m.name: m for m in prometheus_client.REGISTRY.collect() if m.name.startswith("margingate_")}
+    counters = {
+        "steps", "triggers", "flips", "missed", "verify_passes", "verify_rows", "verify_seconds", "trace_dropped_rows",
+        "trace_write_errors", "host_seconds", "host_forwards",
+    }  # fmt: skip
+    assert {name for name, family in ours.items() if family.type == "counter"} == {f"margingate_{n}" for n in counters}
+    assert {name for name, family in ours.items() if family.type == "gauge"} == {"margingate_missed_bound"}
+    for family in ours.values():
+        text = family.documentation
+        assert text[:1].isupper(), text
+        assert not text.isupper()
+        assert text.endswith((".", "audited.")), text
+        assert "XX" not in text
+    kinds = {
+        sample.labels.get("kind", sample.labels.get("forward")) for sample in ours["margingate_host_seconds"].samples
+    }
+    assert kinds == {"decode", "prefill"}
+
+
+def test_a_scoring_request_and_one_that_was_cut_off_are_labelled_as_such() -> None:
+    runtime = a_runtime()
+    scoring = runtime.requests.open(Opened("r", None, True, most_tokens=0))
+    scoring.ledger.note_prefill(None)
+    scoring.ledger.counters.scored = 1
+    summary = runtime.requests.finish(scoring, Ended(0, "length", asked="prompt"))
+    assert summary is not None
+    assert (summary["guarantee"], summary["logprobs"]) == ("structural", "exact")
+    assert summary["guarantee_note"].startswith("no token was asked for")
+    cut = runtime.requests.open(Opened("r", None, True, most_tokens=5))
+    cut.ledger.note_prefill(None)
+    cut.ledger.counters.steps = 1
+    summary = runtime.requests.finish(cut, Ended(1, "abort"))
+    assert summary is not None
+    assert summary["guarantee_note"] == "the answer was cut off (aborted)"
+
+
+def test_a_seeded_draw_is_what_the_request_asked_for() -> None:
+    new = Opened("r", {"margingate_threshold": 0.25}, False, 0.75, 7, top_k=5, top_p=0.5, min_p=0.125)
+    draw = a_runtime().requests.open(new).draw
+    assert draw is not None
+    assert (draw.seed, draw.temperature, draw.top_k, draw.top_p, draw.min_p) == (7, 0.75, 5, 0.5, 0.125)

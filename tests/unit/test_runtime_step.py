@@ -372,6 +372,24 @@ def test_without_a_wait_the_argmax_is_enforced_beside_sampled_rows(unwaited: Ben
     assert observe(unwaited, [gated, sampled], PROMPT, sampling) == ([3, 3] if all_greedy else [3, 12])
 
 
+def test_with_an_audit_only_the_forwards_wait_in_which_a_step_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, state = Bench(audit=0.25, isolated=False), a_state()
+    monkeypatch.setattr(bench.recorder.clock, "late", True, raising=False)
+    bench.prefill(state, shape=ForwardShape(PROMPT, 64, True))
+    waited, late = [], []
+    for k in range(40):
+        view = ForwardView([state], True, time.time(), True, ForwardShape(1, 17, True))
+        bench.step.sample(view, FakeSampling([3], 9.0, [PROMPT + k]))
+        waited.append(view.waited)
+        late.append(state.late)
+    draws = AuditSampler(0.25)
+    assert waited == [draws.draw("1", k + 1) for k in range(40)]
+    assert 0 < sum(waited) < 40
+    assert len(bench.verifier.jobs) == sum(waited)
+    assert all(on_their_way == 0 for on_their_way, did in zip(late, waited) if did), "a verify knows what came before"
+    assert 2 in late, "the others' numbers are still on their way when the next forward begins"
+
+
 def test_what_waits_for_its_margin() -> None:
     """On a GPU these steps stop the host; nothing else does."""
     bench, state = Bench(isolated=False), a_state()

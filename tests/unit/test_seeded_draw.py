@@ -106,6 +106,11 @@ def test_greedy_rows_are_the_greedy_kernels():
     assert torch.equal(got.margin, want.margin)
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-12])
+def test_the_smallest_share_keeps_the_best_token(top_p):
+    assert draw_reference(LOGITS.unsqueeze(0), pack([Draw(1, 1.0, 0, top_p)], [3])).token.item() == 0
+
+
 def test_no_filter_of_a_larger_vocabulary_is_no_filter():
     logits, plain = random_rows(3, 50, 40), draw_reference
     free = plain(logits, pack([Draw(1, 1.0)] * 50, range(50)))

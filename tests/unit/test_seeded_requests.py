@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from margingate_kernels.seeded import Draw, draw_reference, pack
+from margingate_kernels.seeded import Draw, Drawn, draw_reference, pack
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Repair
 from sglang_margingate.gate.ledger import RequestLedger
@@ -22,6 +22,7 @@ from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.prefill import Chunk, PrefillRules
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.requests import Opened, Requests
+from sglang_margingate.runtime.seeded.draws import Drawer
 from sglang_margingate.runtime.state import RequestState, StepRow
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import KvDelta, VerifyJob, VerifyResult
@@ -303,6 +304,23 @@ def test_high_margins_and_structural_steps_are_not_verified(in_class):
     bench.prefill(state, logits)
     bench.decode([state], Sampling(logits, PROMPT), in_class)
     assert bench.verifier.jobs == 0
+
+
+def test_the_rows_parameters_move_on_with_their_requests():
+    """Steps of the same batch, a step of another, and the first batch again: always what a fresh start gives."""
+    drawer = Drawer()
+    one, two, greedy = seeded(), seeded(Draw(5, 1.2, 3)), RequestState(seeded().ledger)
+    batches = [([one, greedy, two], at) for at in (10, 11, 12, 12, 15, 16)] + [
+        ([two, one], 20),
+        ([one, greedy, two], 17),
+    ]
+    for number, (states, at) in enumerate(batches):
+        rows = [StepRow(i, 0, state, at + 3 * i, 1) for i, state in enumerate(states)]
+        logits = logits_of(len(rows), number)
+        out = Drawn(*(torch.zeros(len(rows), dtype=d) for d in (torch.int64, torch.int64, torch.float32)))
+        drawer.into(logits, rows, out)
+        want = draw_reference(logits, pack([s.draw for s in states], [row.position + 1 for row in rows]))
+        assert all(torch.equal(a, b) for a, b in zip(out, want))
 
 
 def test_log_draws_with_the_seed_and_verifies_nothing():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sglang_process import SGLangProcess
 
-from sglang_margingate.config import ConfigError, FastPathMode, Keep, MarginGateConfig, Policy, Radix
+from sglang_margingate.config import ConfigError, FastPathMode, Keep, MarginGateConfig, Policy, PrefillKind, Radix
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +112,23 @@ def test_prefill_graphs_are_on_unless_switched_off() -> None:
     assert "--margingate-prefill-graphs" not in given
     with pytest.raises(ConfigError, match="--margingate-prefill-graphs: 1 is not true or false"):
         MarginGateConfig(prefill_graphs=1)  # type: ignore[arg-type]
+
+
+def test_prefill_attention_is_chosen_on_a_gpu_only() -> None:
+    from sglang_margingate.serving.frontdoor import parse
+
+    gpu = ["--device", "cuda", "--model-path", "org/model"]
+    assert parse(gpu)[0].prefill_attention is PrefillKind.AUTO
+    config, given, _ = parse([*gpu, "--margingate-prefill-attention", "triton"])
+    assert config.prefill_attention is PrefillKind.TRITON
+    assert "--margingate-prefill-attention" not in given
+    assert MarginGateConfig(prefill_attention="fa3").prefill_attention is PrefillKind.FA3  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match="--margingate-prefill-attention: 'fa2' is unknown; use one of auto, triton, fa3"
+    ):
+        MarginGateConfig(prefill_attention="fa2")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--margingate-prefill-attention: a CPU has SGLang's own attention only"):
+        flags("--margingate-prefill-attention", "fa3")
 
 
 def test_the_window_and_what_is_kept() -> None:

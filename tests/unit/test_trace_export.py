@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from sglang_margingate.trace import Run, TraceError, TraceWriter, export_chrome_trace, export_csv, read_run
-from sglang_margingate.trace.export import harmless
+from sglang_margingate.trace.export import chrome_events, harmless
 
 
 @pytest.fixture
@@ -104,3 +104,58 @@ def test_missing_columns_and_bad_path(run: Run, tmp_path: Path) -> None:
     run.steps = run.steps.drop(columns=["step_ms"])
     with pytest.raises(TraceError, match="'step_ms'"):
         export_chrome_trace(run, tmp_path / "x.json")
+
+
+def test_every_event_of_a_request_field_by_field(run: Run) -> None:
+    """Perfetto shows what has these names and nothing else, and is silent about the rest."""
+    shown = {"token": None, "margin": 0.5, "threshold": None, "reason": None, "batch_rows": 2}
+    last = {**shown, "step": 2, "reason": "margin"}
+    verified = {**last, "flipped": True, "repaired": True}
+
+    def slice_(name: str, tid: int, ts: float, dur: float, args: dict[str, object]) -> dict[str, object]:
+        return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    def mark(name: str, ts: float, args: dict[str, object]) -> dict[str, object]:
+        return {"ph": "i", "s": "t", "pid": 1, "tid": 2, "name": name, "ts": ts, "args": args}
+
+    assert list(chrome_events(run, ["a"])) == [
+        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": run.path.name}},
+        {"ph": "M", "pid": 1, "tid": 2, "name": "thread_name", "args": {"name": "a"}},
+        {"ph": "M", "pid": 1, "tid": 3, "name": "thread_name", "args": {"name": "a (held)"}},
+        mark("arrived", 0.0, {}),
+        slice_("prefill", 2, 5_000.0, 10_000.0, {**shown, "step": 0}),
+        slice_("decode", 2, 15_000.0, 4_000.0, {**shown, "step": 1}),
+        slice_("decode", 2, 20_000.0, 3_000.0, last),
+        slice_("verify", 2, 23_000.0, 2_000.0, verified),
+        mark("flip", 25_000.0, verified),
+        slice_("hold", 3, 25_000.0, 1_000.0, {"step": 2}),
+    ]
+    assert [e["tid"] for e in chrome_events(run) if e["name"] == "thread_name"] == [2, 3, 4, 5]
+
+
+def test_times_are_thousandths_of_a_microsecond_and_slices_never_overlap(run: Run) -> None:
+    run.steps["step_ms"] = [10.0, 9.0, 5.0] * 2  # the second step says it began before the first had ended
+    run.steps["verify_ms"] = [0.0, 0.0, 1.23456789] * 2
+    track = [e for e in chrome_events(run, ["a"]) if e["ph"] == "X" and e["tid"] == 2]
+    assert [(e["ts"], e["dur"]) for e in track] == [
+        (5_000.0, 10_000.0), (15_000.0, 4_000.0), (20_000.0, 3_765.432), (23_765.432, 1_234.568),
+    ]  # fmt: skip
+    run.steps["verify_ms"] = [0.0, 0.0, 50.0] * 2
+    track = [e for e in chrome_events(run, ["a"]) if e["ph"] == "X" and e["tid"] == 2]
+    assert [(e["ts"], e["dur"]) for e in track[2:]] == [(20_000.0, 0.0), (20_000.0, 5_000.0)], (
+        "a verify is part of its step"
+    )
+
+
+def test_an_arrival_after_the_first_slice_is_marked_where_it_was(run: Run) -> None:
+    run.requests["time"] = run.requests["time"] + pd.Timedelta(milliseconds=10)
+    assert next(e["ts"] for e in chrome_events(run) if e["name"] == "arrived") == 5_000.0
+    run.requests = run.requests.drop(columns=["time"])
+    assert not [e for e in chrome_events(run) if e["name"] == "arrived"]
+
+
+def test_a_step_that_was_neither_held_nor_timed_has_no_second_track(run: Run) -> None:
+    run.steps = run.steps.assign(hold_ms=float("nan"), step_ms=float("nan"), verify_ms=float("nan"))
+    events = list(chrome_events(run, ["b"]))
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == ["b"]
+    assert [e["dur"] for e in events if e["ph"] == "X"] == [0.0, 0.0, 0.0]

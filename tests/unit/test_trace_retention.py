@@ -196,3 +196,43 @@ def test_the_server_hands_its_limits_to_the_writer(tmp_path: Path, monkeypatch: 
     arguments = [config, scheduler, *[None] * (len(inspect.signature(setup._writer).parameters) - 2)]
     setup._writer(*arguments)
     assert given == [parse_keep("2d")]
+
+
+def size_of(run: Path) -> int:
+    return sum(file.stat().st_size for file in run.iterdir())
+
+
+def test_a_folder_of_exactly_the_limit_keeps_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = [a_run(tmp_path, name, ended=end) for name, end in (("a", 300.0), ("b", 200.0))]
+    (runs[0] / "steps-000000010-000000019.parquet").symlink_to(
+        "/dev/null"
+    )  # a link has no bytes of its own to give back
+    whole = sum(
+        (run / name).stat().st_size for run in runs for name in os.listdir(run) if not (run / name).is_symlink()
+    )
+    with caplog.at_level(logging.INFO):
+        assert limit_folder(tmp_path, Keep(None, whole)) == []
+        assert caplog.records == []
+        (gone,) = limit_folder(tmp_path, Keep(None, whole - 1))
+    assert (gone.path.name, gone.size) == ("a", size_of(runs[1]))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"margingate trace: removed run a ({gone.size / 1e6:.1f} MB): beyond the size of --margingate-trace-keep "
+        f"None s, {whole - 1} bytes"
+    ]
+
+
+def test_the_age_of_a_run_is_judged_at_the_moment_that_is_asked_about(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "a", ended=300.0)
+    ended = datetime.fromisoformat(str(read_manifest(run)["closed_at"])).timestamp()
+    assert limit_folder(tmp_path, Keep(DAY), now=ended + DAY) == [], "not older than the limit"
+    assert [r.path.name for r in limit_folder(tmp_path, Keep(DAY), now=ended + DAY + 1)] == ["a"]
+
+
+def test_what_cannot_be_brought_within_the_limit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a_run(tmp_path, "live", ended=None, size=2_000_000)
+    with caplog.at_level(logging.INFO):
+        assert limit_folder(tmp_path, Keep(None, 1e6)) == []
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"{tmp_path} holds 2.0 MB, above --margingate-trace-keep None s, 1000000.0 bytes" in record.getMessage()
+    assert limit_folder(tmp_path / "nowhere", Keep(None, 1.0)) == []

@@ -58,6 +58,8 @@ REQUESTS = (
     "guarantee",
     "guarantee_note",
     "finish_reason",
+    "temperature",
+    "seed",
 )
 
 
@@ -252,6 +254,7 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
                 milliseconds(number(request["ttft_ms"])),
                 f"time to first token; then TPOT {milliseconds(number(request['tpot_ms']))}",
             ),
+            _sampling(request),
             Card(
                 "Guarantee",
                 str(request["guarantee"]),
@@ -264,6 +267,20 @@ def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
         running = Card("Status", "running", "times appear when it has finished")
         items.append(running if live else Card("Status", "no row", "the run ended before this request did"))
     ui.cards(items)
+
+
+def _sampling(request: pd.Series) -> Card:
+    """Say how the request's tokens were chosen."""
+    temperature, seed = request["temperature"], request["seed"]
+    if pd.isna(temperature):
+        return Card("Sampling", "not recorded", "the run was made before temperatures were")
+    if not temperature:
+        return Card("Sampling", "greedy", "temperature 0; the margin is that of the logits")
+    if pd.isna(seed):
+        return Card("Sampling", f"temperature {temperature:g}", "without a seed: no margin, nothing to repeat")
+    return Card(
+        "Sampling", f"temperature {temperature:g}", f"seed {int(seed)}; the margin is that of logits plus noise"
+    )
 
 
 def _unobserved(page: Page, chosen: int) -> None:
@@ -282,6 +299,7 @@ def _unobserved(page: Page, chosen: int) -> None:
                 milliseconds(number(request["e2e_ms"])),
                 f"largest batch {int(number(request['max_batch_rows'], 0))}",
             ),
+            _sampling(request),
             Card("Guarantee", str(request["guarantee"]), str(why)),
         ]
     )

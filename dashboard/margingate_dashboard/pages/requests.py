@@ -16,6 +16,7 @@ REQUESTS = (
     "request", "request_id", "dataset", "policy", "guarantee", "finish_reason", "flips", "missed", "triggers", "verified",
     "prompt_tokens", "cached_tokens", "output_tokens", "ttft_ms", "tpot_ms", "e2e_ms", "overhead_ms", "overhead_share",
     "max_batch_rows", "retractions", "repeat", "prompt_digest", "output_digest", "time", "guarantee_note",
+    "temperature", "seed",
 )  # fmt: skip
 SHOWN_TEXT = 120
 """Signs of a prompt in the table."""
@@ -87,6 +88,9 @@ def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
             "overhead": 100 * requests["overhead_share"].astype(float).to_numpy(),
             "largest batch": requests["max_batch_rows"].to_numpy(),
             "repeat": requests["repeat"].to_numpy(),
+            "temperature": requests["temperature"].to_numpy(),
+            # As text: a seed may have more digits than a browser's numbers keep.
+            "seed": [None if pd.isna(seed) else str(int(seed)) for seed in requests["seed"]],
             "prompt": [str(prompts.get(n))[:SHOWN_TEXT] if isinstance(prompts.get(n), str) else None for n in numbers],
             "note": requests["guarantee_note"].to_numpy(),
             "prompt digest": requests["prompt_digest"].to_numpy(),
@@ -151,6 +155,10 @@ def _page() -> None:
             "TPOT": number(format="%.2f ms"),
             "end to end": number(format="%.1f ms"),
             "overhead": number(format="%.1f%%", help="Verify and hold time over end-to-end time"),
+            "temperature": number(format="%.2f", help="0 is greedy"),
+            "seed": st.column_config.TextColumn(
+                help="The seed that its tokens were drawn with; empty where none was used"
+            ),
             "repeat": number(help="Which pass over the prompts it belongs to (margingate_repeat)"),
             "arrived": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss.SSS"),
         },

@@ -47,6 +47,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,8 @@ WORDS = 12
 """int32 words of a packed row; see :func:`pack`."""
 FILTERED = 1
 """Bit of the flags: some filter is on."""
+LEAST_SHARE = 1e-30
+"""A smaller top-p, which fp32 may not hold, keeps the same tokens: the best."""
 NUCLEUS = 2
 """Bit of the flags: top-p is on."""
 
@@ -118,22 +121,24 @@ def _signed(word: int) -> int:
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
+@lru_cache(4096)
 def _constants(draw: Draw | None) -> tuple[int, ...]:
-    """Return all words of a row but its position."""
+    """Return all words of a row but its position; the same at every step of a request."""
     if draw is None or not draw.temperature > 0:
         return (0,) * (WORDS - 1)
     temperature = struct.unpack("<f", struct.pack("<f", draw.temperature))[0]
     nucleus = draw.top_p < 1
     flags = FILTERED * draw.filtered | NUCLEUS * nucleus
     reach = min(max(draw.reach, 2.0**-10), 2.0**10)
-    odds = math.log(draw.top_p / (1 - draw.top_p)) if nucleus else math.inf
+    top_p = max(draw.top_p, LEAST_SHARE)
+    odds = math.log(top_p / (1 - top_p)) if nucleus else math.inf
     wide = 1 / (1 + math.exp(-min(odds + reach / temperature, 700.0)))
     # Rounded up: a larger share only makes the margin smaller.
     share = torch.nextafter(torch.tensor(wide), torch.tensor(2.0)).item() if nucleus else 1.0
     span = -temperature * math.log(draw.min_p) if draw.min_p > 0 else math.inf
     return (
         _signed(draw.seed), _signed(draw.seed >> 32), _single(temperature), flags, min(draw.top_k, 2**31 - 1),
-        _single(draw.top_p), _single(share), _single(odds), _single(span), _single(reach),
+        _single(top_p), _single(share), _single(odds), _single(span), _single(reach),
         _single(math.log2(math.e) / temperature),
     )  # fmt: skip
 

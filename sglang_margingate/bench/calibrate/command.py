@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
             raise ServerError(f"{client.base_url} is no margingate server; calibration needs one")
         status = check_server(client)
         binding = read_binding(client, status)
+        fingerprint = str((status.get("fingerprint") or {}).get("system_fingerprint") or "")
         calibrator, store = _prepare(args, client, plain, goal, binding, status)
         start = _start(args, float(status["threshold"]))
         if store.resumed:
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
             kept = sum(len(rows) for rows in store.rows.values())
             console.print(f"kept {kept:,} measured prompts in {store.path}; the same command goes on from there")
             raise
-    return _finish(args, calibrator, binding)
+    return _finish(args, calibrator, binding, fingerprint)
 
 
 def _start(args: argparse.Namespace, threshold: float) -> float:
@@ -220,7 +222,7 @@ def _passes(
             calibrator.carry(args.transfer, default_threshold(calibrator.results))
 
 
-def _finish(args: argparse.Namespace, calibrator: Calibrator, binding: Binding) -> int:
+def _finish(args: argparse.Namespace, calibrator: Calibrator, binding: Binding, fingerprint: str = "") -> int:
     from sglang_margingate.bench.calibrate import report
 
     results = calibrator.results
@@ -235,7 +237,7 @@ def _finish(args: argparse.Namespace, calibrator: Calibrator, binding: Binding) 
     if len(results) > 1:
         print(f"{report.transfer_table(calibrator)}\n")
         print("(rows of another dataset are approximate: its steps were recorded at its own threshold)")
-    profile = report.build_profile(binding, results)
+    profile = replace(report.build_profile(binding, results), system_fingerprint=fingerprint)
     options.write(args.out, json.dumps(profile.to_dict(), indent=2) + "\n")
     if args.json:
         options.write(args.json, json.dumps(report.to_dict(calibrator, binding), indent=2, default=str) + "\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sglang_margingate.bench import options
 
@@ -27,6 +29,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     add("--model", metavar="NAME", help="model to ask an OpenAI-compatible server for (its first)")
     options.add_prompts(p, "arith,code,story", 50)
+    add = p.add_argument_group("what is compared beside tokens").add_argument
+    add("--logprobs", type=options.whole(0), metavar="K",
+        help="log-probabilities in every bit: of the tokens, of the best K, and of the prompt (native API)")  # fmt: skip
+    add(
+        "--record", type=Path, metavar="FILE", help="keep the first answer of each prompt, and the server's fingerprint"
+    )
+    add("--against", type=Path, metavar="FILE",
+        help="compare with answers recorded earlier or elsewhere; leads with what differs in the fingerprints")  # fmt: skip
     add = p.add_argument_group("phases").add_argument
     add("--phases", type=options.names, default=None, metavar="NAME[,NAME]",
         help="alone, together, staggered, traffic, cached, prefix (all)")  # fmt: skip
@@ -54,8 +64,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     add("--junit", type=Path, metavar="FILE", help="write JUnit XML for CI")
 
 
+def asked(best: int | None) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a request that asks for log-probabilities, the ``best`` of each position among them."""
+    return () if best is None else (("return_logprob", True), ("logprob_start_len", 0), ("top_logprobs_num", best))
+
+
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the check, print the verdict, return the exit status."""
+    from sglang_margingate.bench.check import recorded
+    from sglang_margingate.bench.check.identity import Runs
     from sglang_margingate.bench.check.phases import PHASES, Plan, run_check
     from sglang_margingate.bench.check.verdict import judge, render, to_dict, to_junit
     from sglang_margingate.bench.console import bar, make_console
@@ -78,9 +95,20 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         args.fail_fast,
     )
     plain = prompts_of(args)
+    known = None if args.against is None else recorded.load(args.against)
+    lead: list[str] = []
+    runs = Runs()
     console = make_console()
     with options.server(args, console) as client:
         prompts, template = rendered(args, plain, served_model(client), client)
+        prompts = [replace(p, asks=asked(args.logprobs)) for p in prompts]
+        here = recorded.fingerprint_of(client) if args.record or known else recorded.NO_FINGERPRINT
+        if known is not None:
+            count = recorded.put_first(known, prompts, runs, args.max_tokens)
+            lead = [
+                *recorded.compare(known, here),
+                f"recorded: {count:,} of these {len(prompts):,} prompts, in {known.path}",
+            ]
         facts = {**options.server_facts(client), "template": f"chat template {template}"}
         gauge = Gauge(client.base_url)
         with bar(console) as progress:
@@ -92,9 +120,19 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 gauge,
                 lambda label, total: progress.reset(task, description=label, total=total),
                 lambda: progress.advance(task),
+                runs,
             )
     verdict = judge(result, args.expect_fail)
-    command = ["margingate", "check", *options.given(args, parser, ("phases", "json", "junit", "port", "server_log"))]
+    command = [
+        "margingate",
+        "check",
+        *options.given(args, parser, ("phases", "json", "junit", "record", "port", "server_log")),
+    ]
+    for line in lead:
+        print(line)
+    if args.record:
+        count = recorded.record(args.record, here, prompts, result.runs, args.max_tokens)
+        console.print(f"{count:,} answers recorded in {args.record}")
     print(render(result, verdict, command, facts))
     if args.json:
         document = to_dict(result, verdict, command, facts)

@@ -1,10 +1,12 @@
-"""What "the same" means, in one place: equal token ids and equal finish reasons, over all pairs of a prompt's runs.
+"""What "the same" means, in one place: equal token ids and equal finish reasons, over all pairs of a prompt's runs; where
+log-probabilities were asked for, those in every bit too.
 
 Where a server gives no token ids, equal texts stand in for them, and :attr:`Runs.by` says so.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -33,6 +35,8 @@ class Difference(NamedTuple):
     def describe(self) -> str:
         """Return what differs, in one line."""
         a, b = self.first.completion, self.second.completion
+        if self.position is None and a.finish_reason == b.finish_reason:
+            return f"log-probabilities: {_where(a.logprobs, b.logprobs)}"
         if self.position is None:
             return f"finish reason: {a.finish_reason} is not {b.finish_reason}"
         if a.tokens or b.tokens:
@@ -41,9 +45,23 @@ class Difference(NamedTuple):
         return f"character {self.position} of the text"
 
 
+def _where(a: str, b: str) -> str:
+    """Say where two texts of log-probabilities part."""
+    x, y = (json.loads(text) if text else {} for text in (a, b))
+    for name in dict.fromkeys([*x, *y]):
+        left, right = (found.get(name) or [] for found in (x, y))
+        pairs = enumerate(zip(left, right)) if isinstance(left, list) and isinstance(right, list) else ()
+        at = next((i for i, (p, q) in pairs if p != q), None)
+        if at is not None:
+            return f"{name}[{at}]: {str(left[at])[:60]} is not {str(right[at])[:60]}"
+        if left != right:
+            return f"{name}: not the same entries"
+    return "none in one of them"
+
+
 def identity(completion: Completion) -> tuple[object, str]:
     """Return the key that two completions share exactly when they are the same."""
-    return (completion.tokens or completion.text, completion.finish_reason)
+    return (completion.tokens or completion.text, completion.finish_reason + completion.logprobs)
 
 
 def first_difference(a: Observation, b: Observation) -> Difference:
@@ -72,8 +90,12 @@ class Runs:
     @property
     def by(self) -> str:
         """What was compared."""
-        some = any(o.completion.tokens for seen in self.by_prompt.values() for o in seen)
-        return "token ids and finish reasons" if some else "texts and finish reasons (the server gives no token ids)"
+        every = [o.completion for seen in self.by_prompt.values() for o in seen]
+        scored = ", and log-probabilities in every bit" if any(c.logprobs for c in every) else ""
+        some = any(c.tokens for c in every)
+        return (
+            "token ids and finish reasons" if some else "texts and finish reasons (the server gives no token ids)"
+        ) + scored
 
     @property
     def outputs(self) -> int:

@@ -102,6 +102,7 @@ def run_check(
     gauge: Gauge,
     tell: Callable[[str, int], None] = lambda phase, total: None,
     done: Callable[[], None] = lambda: None,
+    runs: Runs | None = None,
 ) -> CheckResult:
     """Run the phases; a dying server or Ctrl-C ends the check early and keeps what it has.
 
@@ -111,8 +112,10 @@ def run_check(
         Called at each phase's start with its label and number of requests.
     done
         Called after each request.
+    runs
+        Answers to compare with, such as recorded ones.
     """
-    result = CheckResult(plan)
+    result = CheckResult(plan, runs or Runs())
     try:
         for number, (name, repeat) in enumerate(product(plan.phases, range(plan.repeats))):
             tell(f"{name} #{repeat + 1}", len(prompts))

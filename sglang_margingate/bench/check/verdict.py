@@ -10,6 +10,7 @@ from xml.etree import ElementTree as xml
 from sglang_margingate.bench import tables
 from sglang_margingate.bench.check.identity import Difference
 from sglang_margingate.bench.check.phases import LOADED, CheckResult
+from sglang_margingate.bench.check.recorded import RUN
 from sglang_margingate.bench.servers.gauges import BatchProof
 from sglang_margingate.gate.stats import Rate, percent
 
@@ -69,7 +70,7 @@ def reproduce(command: list[str], difference: Difference | None) -> list[str]:
     """
     if difference is None:
         return command
-    phases = dict.fromkeys(o.run.split(" #")[0] for o in (difference.first, difference.second))
+    phases = dict.fromkeys(o.run.split(" #")[0] for o in (difference.first, difference.second) if o.run != RUN)
     cut = command.index("--") if "--" in command else len(command)  # the server's own flags come last
     return [*command[:cut], "--phases", ",".join(phases), *command[cut:]]
 

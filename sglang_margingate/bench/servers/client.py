@@ -72,6 +72,8 @@ class Completion:
     text: str = ""
     seconds: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
+    kept: str = field(default="", compare=False)
+    """What :attr:`logprobs` was, of an answer that was read from a file."""
 
     @property
     def logprobs(self) -> str:
@@ -80,7 +82,7 @@ class Completion:
         JSON gives a float in the digits that read back as the same bits, so equal texts are equal bits.
         """
         found = {name: self.meta[name] for name in LOGPROBS if self.meta.get(name)}
-        return json.dumps(found, sort_keys=True) if found else ""
+        return json.dumps(found, sort_keys=True) if found else self.kept
 
     @property
     def margingate(self) -> dict[str, Any]:

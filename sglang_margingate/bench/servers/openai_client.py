@@ -66,6 +66,9 @@ class OpenAIClient:
         body["max_tokens"] = body.pop("max_new_tokens")  # OpenAI's word; ignore_eos is SGLang's and vLLM's
         if "sampling_seed" in body:
             body["seed"] = body.pop("sampling_seed")
+        best = dict(prompt.asks).get("top_logprobs_num")
+        if best is not None:
+            body["logprobs"] = best  # of the answer's tokens: OpenAI's way to the prompt's is SGLang's and vLLM's echo
         start = time.perf_counter()
         code, out = self._post({**body, **(sampling or {}), **self._extra})
         if code in (400, 422) and self._extra:
@@ -89,6 +92,7 @@ class OpenAIClient:
                 choice["text"],
                 time.perf_counter() - start,
                 {
+                    "logprobs": choice.get("logprobs"),
                     "completion_tokens": usage.get("completion_tokens", len(tokens)),
                     "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
                 },

@@ -62,7 +62,7 @@ def markdown(results: Results, work: Work, facts: Mapping[str, Any]) -> str:
         out += [tables.markdown(head, rows, left=(0, 1)), ""]
         base = results.labels[0]
         remarks.append(
-            f"Numbers are medians of {work.rounds} round{'s' * (work.rounds != 1)}; `of {base}` is the median of the "
+            f"Numbers are medians of {_rounds(cells, work.rounds)}; `of {base}` is the median of the "
             "ratios round by round, in brackets the smallest and the largest. "
             + "; ".join(text for column, text in LEGEND.items() if column in head)
             + "."
@@ -79,6 +79,14 @@ def markdown(results: Results, work: Work, facts: Mapping[str, Any]) -> str:
         remarks.append(f"This client was on a CPU for up to {busy:.0%} of the time: it may be what was measured.")
     remarks += results.notes
     return "\n".join(out) + "\n" + "\n\n".join("\n".join(wrap(r)) for r in remarks)
+
+
+def _rounds(cells: list[Cell], wanted: int) -> str:
+    """Return how many rounds were run, which a budget or a failure may have made fewer than asked for."""
+    seen = sorted({len(c.rounds) for c in cells})
+    ran = f"{seen[0]}" if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
+    short = f" ({wanted} were asked for)" if seen != [wanted] else ""
+    return f"{ran} round{'s' * (seen != [1])}{short}"
 
 
 def _stopped(results: Results, label: str) -> str:
@@ -102,8 +110,16 @@ def _conditions(results: Results, work: Work, facts: Mapping[str, Any]) -> list[
         out += wrap(f"{label} also: {' '.join(flags)}")
     for label, found in results.servers.items():
         pool = f"{found['pool_tokens']:,} tokens" if found["pool_tokens"] else "a pool of unknown size"
-        out += wrap(f"{label}: attention {found['attention_backend'] or 'unknown'}, {pool}.")
+        out += wrap(f"{label}: attention {_attention(found)}, {pool}.")
     return out
+
+
+def _attention(server: Mapping[str, Any]) -> str:
+    """Return a server's attention back end, and what attends in its place where the server says so."""
+    path = (server.get("status") or {}).get("invariance") or {}
+    parts = {"prefills": path.get("prefill_attention"), "decode graphs": path.get("decode_attention")}
+    said = [f"{what}: {who}" for what, who in parts.items() if who and who != "sglang"]
+    return (server["attention_backend"] or "unknown") + (f" ({', '.join(said)})" if said else "")
 
 
 def _range(values: list[int]) -> str:

@@ -36,6 +36,9 @@ class Drawer:
 
     def __init__(self) -> None:
         self._workspace: DrawWorkspace | None = None
+        self._draws: list[Draw | None] = []
+        self._next: list[int] = []
+        self._packed = torch.empty(0)
 
     def into(self, logits: torch.Tensor, rows: Sequence[StepRow], out: Drawn) -> None:
         """Draw every row of a forward on its device; those that are not among ``rows``, or not seeded, as greedy ones.
@@ -57,7 +60,16 @@ class Drawer:
         if work is None or work.max_rows < len(logits) or work.device != logits.device:
             work = self._workspace = DrawWorkspace(max(len(logits), 64), logits.shape[1], logits.device)
         filtered = any(d is not None and d.filtered for d in draws)
-        draw(logits, packed(draws, positions, logits.device), filtered, work, out)
+        draw(logits, self._on_device(draws, positions, logits.device), filtered, work, out)
+
+    def _on_device(self, draws: list[Draw | None], positions: list[int], device: torch.device) -> torch.Tensor:
+        """Return the rows' parameters; from one decode to the next of the same requests only the positions move on."""
+        if draws == self._draws and positions == self._next and self._packed.device == device:
+            self._packed[:, 0].add_(1)
+        else:
+            self._draws, self._packed = draws, packed(draws, positions, device)
+        self._next = [position + (d is not None) for d, position in zip(draws, positions)]
+        return self._packed
 
     @staticmethod
     def on_host(

@@ -76,12 +76,18 @@ def _settled(
     configs = list({words(c): c for _, c in table.steps}.values())
     kind = bank_kind(name, module, shape.top_k)
     assert kind is not None
-    bits = kind.bits_of([partial(_try, shape, c) for c in configs], BITS_ROWS)
+    bits = dict(zip(map(words, configs), kind.bits_of([partial(_try, shape, c) for c in configs], BITS_ROWS)))
     try:
-        table = united(table, dict(zip(map(words, configs), bits)), words)
+        table = united(table, bits, words)
     except TableError as error:
         log.warning("margingate: %s: %s; %s", name, error, "its steps are gated by their margin")
         return table
+    used = {words(c) for _, c in table.steps}
+    left = [f"{c}{' (depends on companions)' if found is None else ''}" for c, found in bits.items() if c not in used]
+    if left:
+        log.info(
+            "margingate: %s: of SGLang's %d configurations these have other bits: %s", name, len(bits), ", ".join(left)
+        )
     if config.map_dir is not None and not TestKnobs().active and sgl.tp_rank() == 0:
         path = table_path(config.map_dir, shape, environment)
         try:
@@ -103,9 +109,19 @@ def words(config: Config) -> str:
 
 
 def break_experts(rows: int) -> None:
-    """Let banks of up to ``rows`` rows run with the configuration of the largest ones, on purpose: not what was probed."""
+    """Let banks of up to ``rows`` rows round otherwise than when they were probed, on purpose."""
     global _broken_rows
+    if rows:
+        log.warning("margingate: experts of up to %d rows round otherwise on purpose", rows)
     _broken_rows = rows
+
+
+def run(original: Any, bank: Any, given: Any) -> Any:
+    """Run a bank of experts."""
+    out = original(bank, given)
+    if len(given.hidden_states) > _broken_rows:
+        return out
+    return out._replace(hidden_states=(out.hidden_states.float() * (1 + 2**-8)).to(out.hidden_states.dtype))
 
 
 def is_known(module: Any) -> bool:
@@ -197,9 +213,7 @@ def prepare(
     table = _tables.get(BankShape(experts, inner, width, chosen.shape[1], dtype))
     if table is None:
         return original(hidden, up, down, chosen, **kwargs)
-    rows = len(hidden)
-    config = table.steps[-1][1] if rows <= _broken_rows else table.at(rows)
-    with override_config(dict(config)):
+    with override_config(dict(table.at(len(hidden)))):
         return original(hidden, up, down, chosen, **kwargs)
 
 

@@ -171,14 +171,14 @@ def shape_in(model: str) -> BankShape:
     ValueError
         It has none.
     """
-    from transformers import AutoConfig
+    from transformers import PretrainedConfig
 
-    c = AutoConfig.from_pretrained(model)
-    experts = next((getattr(c, n) for n in ("num_experts", "num_local_experts") if getattr(c, n, 0)), 0)
+    c, _ = PretrainedConfig.get_config_dict(model)
+    experts = next((c[n] for n in ("num_experts", "num_local_experts") if c.get(n)), 0)
     if not experts:
         raise ValueError(f"{model} is no mixture of experts")
-    inner = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
-    return BankShape(int(experts), int(inner), int(c.hidden_size), int(c.num_experts_per_tok))
+    inner = c.get("moe_intermediate_size") or c["intermediate_size"]
+    return BankShape(int(experts), int(inner), int(c["hidden_size"]), int(c["num_experts_per_tok"]))
 
 
 def main(model: str, share: int) -> None:

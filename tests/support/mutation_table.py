@@ -2,8 +2,8 @@
 
 ::
 
-    python tests/support/mutants.py                 the table; exit status 1 where less than 85% of a room were killed
-    python tests/support/mutants.py gate/audit      and each survivor of these files as a diff
+    python tests/support/mutation_table.py                 the table; exit status 1 where less than 85% of a room were killed
+    python tests/support/mutation_table.py gate/audit      and each survivor of these files as a diff
 """
 
 from __future__ import annotations

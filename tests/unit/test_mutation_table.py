@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mutants
+import mutation_table
 import pytest
 
 CODE = """
@@ -30,11 +30,11 @@ def test_what_counts_as_killed(
     codes: list[int | None], killed: str, share: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(mutants, "FOLDER", tmp_path)
+    monkeypatch.setattr(mutation_table, "FOLDER", tmp_path)
     (tmp_path / "gate").mkdir()
     tried = {f"gate.a.x_f__mutmut_{number}": code for number, code in enumerate(codes, 1)}
     (tmp_path / "gate" / "a.py.meta").write_text(json.dumps({"exit_code_by_key": tried}))
-    assert mutants.main([]) == status
+    assert mutation_table.main([]) == status
     file, room = capsys.readouterr().out.splitlines()[1:]
     assert file.split()[2:] == room.split()[2:] == [killed, share]
 
@@ -42,18 +42,18 @@ def test_what_counts_as_killed(
 def test_survivors_are_shown_as_what_was_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(mutants, "FOLDER", tmp_path)
+    monkeypatch.setattr(mutation_table, "FOLDER", tmp_path)
     (tmp_path / "gate").mkdir()
     (tmp_path / "gate" / "a.py").write_text(CODE)
     tried = {"gate.a.x_f__mutmut_1": 1, "gate.a.x_f__mutmut_2": 0}
     (tmp_path / "gate" / "a.py.meta").write_text(json.dumps({"exit_code_by_key": tried}))
-    mutants.main(["gate/*"])
+    mutation_table.main(["gate/*"])
     shown = capsys.readouterr().out.partition("\n\n")[2].splitlines()
     assert shown == ["gate/a x_f__mutmut_2 (survived)", "    -    return a + 1", "    +    return a + 2"]
-    mutants.main(["trace/*"])
+    mutation_table.main(["trace/*"])
     assert "survived" not in capsys.readouterr().out
 
 
 def test_a_run_that_tried_nothing_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mutants, "FOLDER", tmp_path)
-    assert mutants.main([]) == 1
+    monkeypatch.setattr(mutation_table, "FOLDER", tmp_path)
+    assert mutation_table.main([]) == 1
