@@ -152,7 +152,9 @@ class Recorder:
                 continue  # overlap ran one step too many
             if state.pending is not None:
                 self._commit(state, state.pending)
-            state.hold(row)
+            # No circle, which nobody would collect: a request may be dropped by SGLang without an end.
+            row.state = None  # type: ignore[assignment]
+            state.pending = row
         self._settle_when_due(time.time())
 
     # ---- pending --------------------------------------------------------------------------------------------------
@@ -169,8 +171,7 @@ class Recorder:
 
     def _commit(self, state: RequestState, row: StepRow) -> None:
         """A request's pending step is shown."""
-        state.release(row)
-        forward = row.forward
+        row.state, forward = state, row.forward
         assert forward is not None
         if state.first_token_time is None:
             state.first_token_time = forward.time

@@ -62,7 +62,7 @@ class StepRow(msgspec.Struct, gc=False, eq=False):
 
     Opened before the token is chosen, it is the request's pending step afterwards: its token may never be shown, as
     overlap may run one step too many. Thousands are made a second, so the garbage collector does not look at them: a
-    pending row must not name its request (:meth:`RequestState.hold`), and nothing else in it leads back to a row.
+    pending row must not name its request (record.py), and nothing else in it leads back to a row.
     """
 
     index: int
@@ -176,16 +176,6 @@ class RequestState:
 
     observed: bool = field(init=False)
     """Whether the margins of this request's steps are taken."""
-
-    def hold(self, row: StepRow) -> None:
-        """Make a row the pending one; until it is released it does not name this request."""
-        row.state = None  # type: ignore[assignment]  # no circle: a request may be dropped by SGLang without an end
-        self.pending = row
-
-    def release(self, row: StepRow) -> None:
-        """Give a row that is pending no more its request back."""
-        row.state = self
-        self.pending = None
 
     def __post_init__(self) -> None:
         self.observed = self.plain and self.ledger.params.policy is not Policy.OFF

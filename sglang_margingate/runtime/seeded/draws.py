@@ -22,7 +22,7 @@ def reach(threshold: float) -> float:
 
 def any_seeded(rows: Sequence[StepRow]) -> bool:
     """Return whether some row is drawn."""
-    return any(row.state.draw is not None for row in rows)
+    return bool([row for row in rows if row.state.draw is not None])  # a generator costs a call a row
 
 
 def packed(draws: Sequence[Draw | None], positions: Sequence[int], device: torch.device) -> torch.Tensor:
