@@ -73,6 +73,8 @@ def build_runtime(scheduler: Any) -> Runtime:
     canonical = config.fast_path is FastPathMode.CANONICAL
     if canonical:
         config = replace(config, verify_rows=shape_hooks.probed(model_runner, config).verify_rows)
+    if config.policy.verifies:
+        sgl.one_way_to_prompt_logprobs(model_runner.model)
     verifier, self_test = _verifier(config, model_runner)
     fast = _fast_path(config, scheduler, verifier) if canonical and verifier is not None else None
     if verifier is not None:

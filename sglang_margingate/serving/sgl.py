@@ -190,3 +190,13 @@ def forget_observation(logits_output: Any) -> None:
     """Drop what an observer left on an output that graph runners use again, as ``ModelRunner.sample`` does."""
     if getattr(logits_output, "auxiliary_device_output", None) is not None:
         logits_output.auxiliary_device_output = None
+
+
+def one_way_to_prompt_logprobs(model: Any) -> None:
+    """Let log-probabilities of prompts be computed in one way, whatever the neighbours ask for.
+
+    Since 0.5.20 a fused kernel sums a row otherwise than the one beside it, and which is taken follows the largest k in the batch.
+    """
+    processor = getattr(getattr(model, "logits_processor", None), "input_logprob_processor", None)
+    if getattr(processor, "enable_fast_input_logprobs", False):
+        processor.enable_fast_input_logprobs = False

@@ -172,6 +172,8 @@ NAMES = (
     Touch(SRT + "layers.vocab_parallel_embedding", ("VocabParallelEmbedding",)),
     Touch(SRT + "layers.quantization.unquant", ("F",)),
     Touch(SRT + "layers.logits_processor.LogitsProcessorOutput", ("next_token_logits", "auxiliary_device_output")),
+    Touch(SRT + "layers.logits_processor.LogitsProcessor", ("input_logprob_processor",)),
+    Touch(SRT + "layers.logprob_processor.InputLogprobProcessor", ("enable_fast_input_logprobs",)),
     Touch(SRT + "layers.rotary_embedding.base", ("_is_cpu",)),
     Touch(SRT + "constrained.xgrammar_backend", ("get_bitmask_shape", "bitmask_dtype")),
     Touch(SRT + "sampling.sampling_batch_info.SamplingBatchInfo", (

@@ -199,3 +199,12 @@ def test_grammars_are_hooked_only_where_sglang_has_no_cpu_branch(
     cpu.grammars_need_a_gpu.cache_clear()
     assert ("sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask" in wanted) is needed
     assert "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__" in wanted
+
+
+def test_prompt_log_probabilities_are_computed_in_one_way() -> None:
+    fused, old = Some(enable_fast_input_logprobs=True), Some()
+    for processor in (fused, old):
+        sgl.one_way_to_prompt_logprobs(Some(logits_processor=Some(input_logprob_processor=processor)))
+    sgl.one_way_to_prompt_logprobs(Some())
+    assert not fused.enable_fast_input_logprobs
+    assert vars(old) == {}
