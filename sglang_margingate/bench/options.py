@@ -101,6 +101,9 @@ def add_prompts(p: argparse.ArgumentParser, dataset: str | None, limit: int | No
     add("--tokenizer", metavar="PATH", help="tokenizer with the chat template, where it is not the served model's")
 
 
+SAMPLED = "--sampled"
+
+
 @contextmanager
 def server(args: argparse.Namespace, console: Console, flags: Sequence[str] = ()) -> Iterator[Client | OpenAIClient]:
     """Give a client of ``--base-url``, or of a server started with ``flags`` and the flags after ``--``."""

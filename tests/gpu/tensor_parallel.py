@@ -221,14 +221,18 @@ class Run:
         self.check(f"{name}: identical and structural", problems, seen)
 
     def broken_reduce(self, server: Server) -> None:
-        """A sum that rounds otherwise at few rows is named, and those rows are not used."""
+        """A sum that rounds otherwise at few rows is named, and sums of a decode step are gathered instead."""
         log = (self.out / "broken-reduce.log").read_text(errors="replace")
         said = re.search(r"margingate: (all-reduce over .*)", log)
         status = server.client.status()
         text = said[1] if said else "nothing"
         problems = [] if f"another order (1) at 1-{REDUCE_ROWS} rows" in text else [f"the log says {text}"]
         classes = [x["classes"][:3] for x in status["invariance"]["map"]["layers"] if x["name"] == "all-reduce"]
-        self.check("a broken all-reduce is found and named", problems, {"log": text[:160], "classes": classes})
+        if "are gathered" not in log or any(len(each) != 1 for each in classes):
+            problems.append(f"it was not made otherwise: classes {classes}")
+        self.check(
+            "a broken all-reduce is found, named and gathered", problems, {"log": text[:160], "classes": classes}
+        )
 
     def broken_layer(self, model: Path) -> None:
         """A layer that leaks on the last rank alone: every rank refuses, and it is named."""

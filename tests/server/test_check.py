@@ -47,6 +47,15 @@ def test_gated_server_passes_with_proof(
     assert capsys.readouterr().out.startswith("PASS: 12/12 prompts")
 
 
+def test_gated_server_passes_with_seeds(gate_server: Server, tmp_path: Path) -> None:
+    report = tmp_path / "check.json"
+    words = ["--sampled", "--phases", "alone,together,traffic", "--repeats", "1", "--json", str(report)]
+    assert main(["check", "--base-url", gate_server.base_url, *FEW, *words]) == 0
+    found = json.loads(report.read_text())
+    assert found["batches"]["largest"] >= 8
+    assert found["guarantees"] == {"gated": 36}
+
+
 def test_gated_server_passes_over_the_openai_api(gate_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--api", "openai", "--phases", "alone,together", "--repeats", "1"]
     assert main(["check", "--base-url", gate_server.base_url, *FEW, *words]) == 0
@@ -118,6 +127,7 @@ def test_bad_server_fails_and_the_inverse_test_passes(tmp_path: Path, capsys: py
         words = ["check", "--base-url", server.base_url, *FEW, "--phases", "alone,together", "--repeats", "1"]
         assert main([*words, "--junit", str(tmp_path / "c.xml")]) == 1
         assert main([*words, "--expect-fail"]) == 0
+        assert main([*words, "--sampled", "--expect-fail"]) == 0, "seeds alone do not keep a batch out"
     out = capsys.readouterr().out
     assert out.startswith("margingate check --base-url http://127.0.0.1:")
     assert "TEST KNOBS: flip_rate" in " ".join(out.split())

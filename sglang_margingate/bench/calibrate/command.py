@@ -68,6 +68,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N[,N]",
         help="levels of requests in flight; prompts are dealt over them (1,4,16)",
     )
+    add(options.SAMPLED, action="store_true",
+        help="ask each prompt with a seed and sampling parameters as well: the threshold covers greedy and sampled traffic")  # fmt: skip
     add("--seed", type=int, default=0, help="order of prompts, and random prompts (%(default)s)")
     add = p.add_argument_group("output").add_argument
     add(
@@ -155,6 +157,7 @@ def _prepare(
     from sglang_margingate.bench.servers.openai_client import served_model
 
     prompts, template = rendered(args, plain, served_model(client), client)
+    prompts += also_drawn(args, prompts)
     bound = {
         **binding._asdict(),
         "verify_rows": status.get("verify_rows"),
@@ -162,6 +165,7 @@ def _prepare(
         "template": template,
         "max_tokens": goal.max_tokens,
         "concurrency": list(goal.levels),
+        "sampled": args.sampled,
         # The same names with another seed or vocabulary are other prompts.
         "random_ids": digest(prompts) if any(p.ids for p in prompts) else None,
     }
@@ -169,6 +173,15 @@ def _prepare(
     store = SampleStore(_samples(args), bound, also=also)
     store.open(args.fresh)
     return Calibrator(client, prompts, goal, store), store
+
+
+def also_drawn(args: argparse.Namespace, prompts: list[Prompt]) -> list[Prompt]:
+    """Return the same prompts with seeds, under names of their own, where ``--sampled`` asks for them."""
+    from sglang_margingate.bench.prompts.chosen import drawn
+
+    if not args.sampled:
+        return []
+    return [replace(p, id=f"{p.id}+seed") for p in drawn(args, prompts)]
 
 
 def offline_key(args: argparse.Namespace, plain: list[Prompt]) -> dict[str, Any]:
@@ -184,6 +197,7 @@ def offline_key(args: argparse.Namespace, plain: list[Prompt]) -> dict[str, Any]
         "versions": versions(),
         "prompts": digest(sorted(plain, key=lambda p: (p.dataset, p.id))),
         "template": [args.no_template, args.tokenizer, args.vocab, args.seed],
+        "sampled": args.sampled,
     }
 
 
@@ -204,7 +218,8 @@ def offline(args: argparse.Namespace, plain: list[Prompt], goal: Goal) -> tuple[
     store = SampleStore(_samples(args), header, also=also)
     store.open()
     binding = Binding(*(header[name] for name in Binding._fields))
-    return Calibrator(NoServer(), plain, goal, store), binding, _start(args, float(also["threshold"]))
+    prompts = [*plain, *also_drawn(args, plain)]
+    return Calibrator(NoServer(), prompts, goal, store), binding, _start(args, float(also["threshold"]))
 
 
 def _passes(

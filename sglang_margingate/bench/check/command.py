@@ -58,6 +58,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="orders, delays and random prompts (%(default)s)")
     add("--fail-fast", action="store_true", help="stop at the first difference")
+    add(options.SAMPLED, action="store_true",
+        help="seeds and mixed sampling parameters instead of temperature 0: the same seed must give the same tokens")  # fmt: skip
     add = p.add_argument_group("verdict").add_argument
     add("--expect-fail", action="store_true", help="the inverse test: an ungated server must fail")
     add("--json", type=Path, metavar="FILE", help="write everything as JSON")
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from sglang_margingate.bench.check.phases import PHASES, Plan, run_check
     from sglang_margingate.bench.check.verdict import judge, render, to_dict, to_junit
     from sglang_margingate.bench.console import bar, make_console
-    from sglang_margingate.bench.prompts.chosen import prompts_of, rendered
+    from sglang_margingate.bench.prompts.chosen import drawn, prompts_of, rendered
     from sglang_margingate.bench.servers.gauges import Gauge
     from sglang_margingate.bench.servers.openai_client import served_model
 
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     console = make_console()
     with options.server(args, console) as client:
         prompts, template = rendered(args, plain, served_model(client), client)
+        prompts = drawn(args, prompts, client)
         prompts = [replace(p, asks=asked(args.logprobs)) for p in prompts]
         here = recorded.fingerprint_of(client) if args.record or known else recorded.NO_FINGERPRINT
         if known is not None:

@@ -199,4 +199,5 @@ def _head(prompt: Prompt) -> Prompt:
 
 
 def _background(prompts: Sequence[Prompt], plan: Plan) -> list[Prompt]:
-    return random.Random(plan.seed).sample(list(prompts), min(plan.background, len(prompts)))
+    chosen = random.Random(plan.seed).sample(list(prompts), min(plan.background, len(prompts)))
+    return [replace(prompt, draw=()) for prompt in chosen]  # they have no seed

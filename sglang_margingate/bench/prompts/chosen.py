@@ -9,6 +9,7 @@ from typing import Any
 from sglang_margingate.bench import options
 from sglang_margingate.bench.prompts.datasets import load
 from sglang_margingate.bench.prompts.random_ids import check_context, draw, model_facts, vocabulary_of
+from sglang_margingate.bench.prompts.sampled import seeded
 from sglang_margingate.bench.prompts.template import NO_TEXT, PLAIN, find_template
 from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
 from sglang_margingate.bench.servers.openai_client import OpenAIClient
@@ -60,6 +61,13 @@ def rendered(
         return list(prompts), NO_TEXT.name
     template = PLAIN if args.no_template else find_template(model, args.tokenizer)
     return template.apply(prompts), template.name
+
+
+def drawn(args: argparse.Namespace, prompts: Sequence[Prompt], client: object = None) -> list[Prompt]:
+    """Return the prompts with seeds and mixed sampling parameters where ``--sampled`` asks for them, else as they are."""
+    if not args.sampled:
+        return list(prompts)
+    return seeded(prompts, args.seed, common=isinstance(client, OpenAIClient))
 
 
 def _context(args: argparse.Namespace, info: dict[str, Any]) -> int | None:
