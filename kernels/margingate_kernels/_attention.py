@@ -8,9 +8,13 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Return whether the kernels exist for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
+    """Return whether the kernels exist for this shape.
+
+    head_dim a power of 2 from 16 to 256; at most 64 query heads a K/V head, 32 where head_dim is 256: more would not fit
+    the shared memory of small cards (``kernels/benchmarks/compile_cards.py``).
+    """
     fits = head_dim in (16, 32, 64, 128, 256)
-    return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= 64
+    return fits and kv_heads > 0 and q_heads % kv_heads == 0 and q_heads // kv_heads <= min(64, 8192 // head_dim)
 
 
 def check_indptr(name: str, indptr: torch.Tensor, device: torch.device) -> None:

@@ -27,6 +27,9 @@ BLOCK = 64
 
 PROGRAMS_PER_SM = 4
 WARPS, STAGES = 2, 3
+WIDE_SUMS = 16 * 128
+"""Numbers that a program sums at once (query heads times head_dim) with ``WARPS``; more get more warps, so that they fit registers."""
+
 WIDE = 8
 """Stored chunks that are loaded before they are joined."""
 
@@ -76,7 +79,7 @@ class DecodeAttention:
 
     @staticmethod
     def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
-        """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
+        """Return whether the kernel exists for this shape: head_dim a power of 2 up to 256, at most 64 query heads a K/V head (32 at 256)."""
         return supports(q_heads, kv_heads, head_dim)
 
     def plan(self, indptr: torch.Tensor) -> None:
@@ -143,12 +146,16 @@ class DecodeAttention:
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         group = self.q_heads // self.kv_heads
+        dot_rows = max(16, power_of_2(group))
+        sums = dot_rows * self.head_dim
+        # Two loads in flight where three would not fit the shared memory of the cards that have least.
+        warps, stages = WARPS * max(1, sums // WIDE_SUMS), STAGES if sums <= 2 * WIDE_SUMS else 2
         with on_device(q):
             decode_kernel[(self._programs,)](
                 q, k, v, indices, self._items, self._count, out, self._parts, self._sums, self._counters,
                 scale * math.log2(math.e), q.stride(0),
-                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), DOT_ROWS=max(16, power_of_2(group)),
-                DIM=self.head_dim, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=STAGES, WIDE=WIDE, num_warps=WARPS,
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), DOT_ROWS=dot_rows,
+                DIM=self.head_dim, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=stages, WIDE=WIDE, num_warps=warps,
             )  # fmt: skip
         return out
 

@@ -23,6 +23,9 @@ BLOCK = 32
 """Columns of K/V that a program reads at once."""
 
 WARPS, STAGES, FEW_STAGES = 4, 5, 3
+WIDE_HEAD_ROWS = 64
+"""Rows of a tile for heads of more than 128: a program's sums of ``ROWS`` rows would fit neither registers nor shared memory."""
+
 STAGES_BYTES = 160 * 1024
 """Shared memory of a multiprocessor from which on there are ``STAGES`` loads in flight, for heads of up to 128; else ``FEW_STAGES``."""
 
@@ -41,6 +44,8 @@ class PrefillAttention:
         Shape of the model's attention; see :meth:`supports`.
     device
         Where everything lives.
+    shared_sm
+        Bytes of shared memory of a multiprocessor; by default the device's.
 
     Raises
     ------
@@ -48,7 +53,9 @@ class PrefillAttention:
         The shape is not supported.
     """
 
-    def __init__(self, q_heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+    def __init__(
+        self, q_heads: int, kv_heads: int, head_dim: int, device: torch.device | str, *, shared_sm: int | None = None
+    ) -> None:
         if not self.supports(q_heads, kv_heads, head_dim):
             raise ValueError(f"{q_heads} / {kv_heads} heads of {head_dim}: not supported")
         self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, head_dim
@@ -56,14 +63,14 @@ class PrefillAttention:
         self._count = torch.zeros(2, dtype=torch.int32, device=device)
         self._tiles = torch.zeros(0, 4, dtype=torch.int32, device=device)
         self._queries = self._begins = self._ends = torch.zeros(1, dtype=torch.int32, device=device)
-        shared = 0
-        if self.device.type == "cuda":
-            shared = torch.cuda.get_device_properties(self.device).shared_memory_per_multiprocessor
-        self._stages = STAGES if shared >= STAGES_BYTES and head_dim <= 128 else FEW_STAGES
+        if shared_sm is None:
+            on_gpu = self.device.type == "cuda"
+            shared_sm = torch.cuda.get_device_properties(self.device).shared_memory_per_multiprocessor if on_gpu else 0
+        self._stages = STAGES if shared_sm >= STAGES_BYTES and head_dim <= 128 else FEW_STAGES
 
     @staticmethod
     def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
-        """Return whether the kernel exists for this shape: head_dim a power of 2 from 16 to 256, at most 64 q heads a K/V head."""
+        """Return whether the kernel exists for this shape: head_dim a power of 2 up to 256, at most 64 query heads a K/V head (32 at 256)."""
         return supports(q_heads, kv_heads, head_dim)
 
     def plan(
@@ -148,13 +155,16 @@ class PrefillAttention:
             prefill_kernel[(tiles * self.kv_heads,)](
                 q, k, v, indices, self._tiles, self._count, out, scale * math.log2(math.e), q.stride(0),
                 len(q),
-                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), ROWS=ROWS, DIM=self.head_dim,
+                KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), ROWS=self._rows(), DIM=self.head_dim,
                 BLOCK=BLOCK, STAGES=self._stages, num_warps=WARPS,
             )  # fmt: skip
         return out
 
     def _tile_tokens(self) -> int:
-        return ROWS // power_of_2(self.q_heads // self.kv_heads)
+        return self._rows() // power_of_2(self.q_heads // self.kv_heads)
+
+    def _rows(self) -> int:
+        return ROWS if self.head_dim <= 128 else WIDE_HEAD_ROWS
 
 
 def prefill_attention_reference(
