@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import margingate_kernels as mk
 import torch
 from margingate_kernels.cards import CARDS, REGISTERS, Card
+from margingate_kernels.seeded import Draw, draw, pack
 
 BIN = "backends/nvidia/bin"
 TYPES = {
@@ -79,8 +80,8 @@ def caught() -> Iterator[list[Launch]]:
 
     found: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for info in pkgutil.iter_modules(mk.__path__):
-            module = importlib.import_module(f"margingate_kernels.{info.name}")
+        for info in pkgutil.walk_packages(mk.__path__, "margingate_kernels."):
+            module = importlib.import_module(info.name)
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction) and name.endswith("_kernel"):
                     stack.enter_context(mock.patch.object(module, name, _Caught(value, found)))
@@ -110,6 +111,15 @@ def _digest(dtype: torch.dtype) -> None:
     mk.row_digest(torch.zeros(4, 4096, dtype=dtype))
 
 
+def _sum() -> None:
+    mk.rank_sum(torch.zeros(4, 64, 4096, dtype=torch.bfloat16))
+
+
+def _draw(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    how = [Draw(seed=1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.1)] * rows
+    draw(torch.zeros(rows, vocab, dtype=dtype), pack(how, range(rows)))
+
+
 def _decode(heads: tuple[int, int, int], rows: int) -> None:
     attend = mk.DecodeAttention(rows, *heads, "cpu")
     attend.plan(torch.zeros(rows + 1, dtype=torch.int32))
@@ -135,6 +145,9 @@ CASES: dict[str, Callable[[Card], None]] = {
     "top2_margin, 64 rows of 151,936": lambda _: _top2(64, 151_936, torch.bfloat16),
     "kv_column, bf16": lambda _: _kv(torch.bfloat16, 1024),
     "kv_column, fp32": lambda _: _kv(torch.float32, 96),
+    "seeded draw, 1 row of 128,256": lambda _: _draw(1, 128_256, torch.float32),
+    "seeded draw, 64 rows of 151,936": lambda _: _draw(64, 151_936, torch.bfloat16),
+    "sum over 4 ranks": lambda _: _sum(),
     "row_digest, bf16": lambda _: _digest(torch.bfloat16),
     "row_digest, fp32": lambda _: _digest(torch.float32),
     **{f"decode attention, {name}": lambda _, h=h: _decode(h, 64) for name, h in HEADS.items()},
@@ -151,11 +164,10 @@ def compile_for(case: str, launch: Launch, card: Card) -> Result:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, options = launch.kernel, dict(launch.options)
-    warps = options.pop("num_warps", 4)
-    stages = options.pop("num_stages", 3)
-    names = [p.name for p in kernel.params]
-    values = dict(zip(names, launch.args)) | options
+    kernel, names = launch.kernel, [p.name for p in launch.kernel.params]
+    values = dict(zip(names, launch.args)) | {n: v for n, v in launch.options.items() if n in names}
+    options = {n: v for n, v in launch.options.items() if n not in names}
+    warps = options.setdefault("num_warps", 4)
     fixed = {p.name for p in kernel.params if p.is_constexpr}
     signature = {n: "constexpr" if n in fixed or values[n] is None else _type(values[n]) for n in names}
     constants = {(i,): values[n] for i, n in enumerate(names) if signature[n] == "constexpr"}
@@ -163,7 +175,7 @@ def compile_for(case: str, launch: Launch, card: Card) -> Result:
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if _wide(values[n], signature[n])}
     made = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", card.capability, 32), options={"num_warps": warps, "num_stages": stages},
+        target=GPUTarget("cuda", card.capability, 32), options=options,
     )  # fmt: skip
     registers, spilled = _resources(made.asm["cubin"])
     problem = ""
