@@ -325,3 +325,20 @@ def test_a_seeded_draw_is_what_the_request_asked_for() -> None:
     draw = a_runtime().requests.open(new).draw
     assert draw is not None
     assert (draw.seed, draw.temperature, draw.top_k, draw.top_p, draw.min_p) == (7, 0.75, 5, 0.5, 0.125)
+
+
+def test_a_server_of_which_nothing_is_known_claims_nothing(caplog: Any) -> None:
+    runtime = a_runtime(max_miss=0.5, audit_rate=0.5)
+    shown: list[float] = []
+    runtime.metrics.missed_bound = shown.append  # type: ignore[method-assign]
+    bare = Labels(runtime.config, runtime.recorder, runtime.metrics).claims()
+    assert (bare.prefill, bare.decode, bare.output_scores, bare.prompt_scores) == (None, False, False, False)
+    assert shown == [1.0]
+    for _ in range(100):
+        runtime.recorder.audit.add_untriggered(audited=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        within = Labels(runtime.config, runtime.recorder, runtime.metrics)
+        assert within.claims().gated_note is None
+    assert caplog.records == [], "nothing has changed, so there is nothing to say"
+    assert shown[1] == pytest.approx(0.0295, abs=1e-4)

@@ -26,6 +26,7 @@ def test_name_spaces_keep_apart_what_must_not_share() -> None:
     assert namespace(False, None, None, 1) == namespace(False, None), "ungated columns are shared as SGLang does"
     assert namespace(True, "keylora", "lora") == '["gated", 0, "lora", "key"]'
     assert namespace(True, "") == namespace(True, None) == '["gated", 0, null, null]'
+    assert namespace(False, None, None, 1) == '["ungated", 0, null, null]'
     assert not opened_gated(None)
 
 
@@ -122,3 +123,13 @@ def test_faults_of_layers_attention_and_sums_change_what_they_should() -> None:
     assert torch.allclose(model["second"](given), alone + alone.mean(0, keepdim=True) * 0.01)
     with pytest.raises(ConfigError, match=r"^MARGINGATE_TEST_BREAK: no layer's name ends with 'third'$"):
         faults.leak_companions(model, "third")
+
+
+def test_a_row_that_is_alone_is_not_spoilt_by_chance() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    alone = [SimpleNamespace(index=0, step=3, state=SimpleNamespace(draw=None))]
+    faults.spoil(TestKnobs(flip_rate=1.0), alone, logits, None, None)
+    assert logits.tolist() == [[1.0, 3.0, 2.0]]
+    both = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    faults.spoil(TestKnobs(flip_rate=1.0), alone, both, None, None)
+    assert both.argmax(-1).tolist() == [2, 1], "one row of two, and the other left alone"

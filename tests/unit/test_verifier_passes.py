@@ -108,3 +108,33 @@ def test_the_best_five_stand_in_the_order_of_argmax() -> None:
     assert tied[0][0] == int(logits[0].argmax())
     assert rising[0] == [39, 38, 37, 36, 35]
     assert rising[1][0] - rising[1][4] == pytest.approx(4.0, abs=1e-4)
+
+
+def test_columns_are_read_and_written_layer_by_layer() -> None:
+    buffers = {("k", layer): torch.arange(8.0).view(4, 2) + 10 * layer for layer in (3, 4)}
+    buffers |= {("v", layer): torch.arange(8.0).view(4, 2) + 100 * layer for layer in (3, 4)}
+    pool = SimpleNamespace(
+        start_layer=3, layer_num=2, get_key_buffer=lambda layer: buffers["k", layer],
+        get_value_buffer=lambda layer: buffers["v", layer],
+    )  # fmt: skip
+    access, slots = KvAccess.of(pool), torch.tensor([2, 0])
+    assert list(access.layers) == [3, 4]
+    read = access.read(slots)
+    wanted = [buffers[kind, layer][[2, 0]] for layer in (3, 4) for kind in ("k", "v")]
+    assert [column.tolist() for column in read] == [column.tolist() for column in wanted]
+    access.write(slots, [column + 1 for column in read])
+    assert [column.tolist() for column in access.read(slots)] == [(column + 1).tolist() for column in wanted]
+    assert buffers["k", 3][1].tolist() == [32.0, 33.0], "other slots are left alone"
+
+
+def test_a_pass_is_padded_with_rows_that_write_slot_0() -> None:
+    asked: list[tuple[Any, ...]] = []
+    engine: Any = SimpleNamespace(
+        kv=None, prepare=lambda *batch: asked.append(batch), run=lambda _: torch.arange(8.0).view(4, 2)
+    )
+    verifier = Verifier(engine, 4)
+    assert verifier.forward([7, 8], [5, 6], [50, 60]).tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert asked == [([7, 8, 0, 0], [5, 6, 0, 0], [50, 60, 0, 0], 2)]
+    assert (verifier.counters.passes, verifier.counters.rows, verifier.counters.padded_rows) == (1, 2, 2)
+    with pytest.raises(ValueError, match=r"^5 rows do not fit a pass of 4$"):
+        verifier.forward([1] * 5, [1] * 5, [1] * 5)
