@@ -12,7 +12,9 @@ import pytest
 
 from sglang_margingate.gate.policy import triggers
 from sglang_margingate.trace import REQUEST_SCHEMA, STEP_SCHEMA, RunFollower, read_run
+from sglang_margingate.trace import upgrade as upgrade_module
 from sglang_margingate.trace.tables import VERSION_KEY
+from sglang_margingate.trace.upgrade import Numbers, inputs, is_old, numbers_of, upgrade
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {
@@ -85,3 +87,55 @@ def test_the_sample_run_is_read_without_a_warning() -> None:
     run = read_run(ROOT / "traces" / "sample")
     assert run.warnings == []
     assert run.steps["request"].nunique() == run.steps["request_id"].nunique()
+
+
+def test_what_each_column_of_1x_becomes() -> None:
+    """Written out, value by value: nulls, steps without a threshold, prefills."""
+    table = pa.table(
+        {
+            "margin": pa.array([0.5, 0.5, None, 0.5, 0.5], pa.float32()),
+            "threshold": pa.array([0.5, math.nan, 0.5, None, 0.5], pa.float32()),
+            "canonical": pa.array([True, True, None, True, False]),
+            "prefill": pa.array([False, False, False, None, True]),
+        }
+    )
+    made = upgrade(table, ["triggered", "structural", "canonical", "padded_rows", "other"], None, True)
+    assert made["triggered"].to_pylist() == [True, False, False, False, False]
+    assert made["structural"].to_pylist() == [False, True, False, True, False]
+    assert made["canonical"].to_pylist() == [True, True, None, True, None]
+    assert made["canonical"].type == pa.bool_()
+    assert made["padded_rows"].to_pylist() == [None] * 5
+    assert made["padded_rows"].type == pa.int32()
+    assert "other" not in made.column_names
+    without = upgrade(
+        table.drop_columns(["canonical", "prefill"]), ["structural", "triggered", "canonical"], None, True
+    )
+    assert without["structural"].to_pylist() == [False, True, False, True, False]
+    assert without["triggered"].to_pylist() == [True, False, False, False, True], "nothing says that it was a prefill"
+    assert "canonical" not in without.column_names
+    requests = pa.table({"ttft_ms": [70.0, 5.0, 6.0], "tpot_ms": [0.0, 2.0, None]})
+    assert upgrade(requests, ["ttft_ms", "tpot_ms"], None, False).to_pydict() == {
+        "ttft_ms": [None, 5.0, 6.0], "tpot_ms": [None, 2.0, None],
+    }  # fmt: skip
+    assert upgrade(requests, ["ttft_ms"], None, True).to_pydict() == requests.to_pydict(), "steps have no such times"
+
+
+def test_numbers_are_those_of_first_appearance_and_stay(tmp_path: Path) -> None:
+    numbers = Numbers(tmp_path)
+    found = numbers.of(pa.chunked_array([pa.array(["b", None, "a"]), pa.array(["b"])]))
+    assert found.to_pylist() == [1, None, 2, 1]
+    assert found.type == pa.int32()
+    assert numbers.of(pa.chunked_array([pa.array(["c", "a"]).dictionary_encode()])).to_pylist() == [3, 2]
+    assert numbers_of(tmp_path) is numbers_of(tmp_path)
+    assert numbers_of(tmp_path / "a") is not numbers_of(tmp_path / "b")
+    for name in range(40):
+        numbers_of(tmp_path / str(name))
+    assert len(upgrade_module._NUMBERS) == 32, "the oldest are forgotten"
+
+
+def test_which_columns_of_an_old_file_are_read() -> None:
+    assert is_old(["request_id", "step"])
+    assert not is_old(["request", "request_id"])
+    have = ["margin", "threshold", "prefill", "canonical", "request_id", "step"]
+    assert set(inputs(["triggered"], have)) == {"margin", "threshold", "prefill"}
+    assert inputs(["step", "nothing"], have) == ["step"]
