@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sglang_margingate.trace import RunFollower, TraceError, TraceWriter, read_run
 from sglang_margingate.trace import compact as compact_module
-from sglang_margingate.trace.compact import FAN, TIERS, compact, due, merge, small_tail
+from sglang_margingate.trace.compact import FAN, TIERS, ClosedFiles, compact, due, merge, small_tail
 from sglang_margingate.trace.files import list_files, name_of
 from sglang_margingate.trace.ring import StepRing
 from sglang_margingate.trace.tables import chunk_len, steps_batch, write_whole
@@ -258,3 +258,70 @@ def test_rows_into_the_ring_are_rows_out_and_dropped(
     assert len(got) + ring.dropped == put
     assert got == sorted(set(got)), "in order, none twice"
     assert not put or not got or got[-1] == put - 1 or ring.dropped == 0, "the newest stay"
+
+
+def files_of(folder: Path) -> list[tuple[int, int]]:
+    return [(f.first or 0, f.last or 0) for f in list_files(folder, "steps").files]
+
+
+def test_a_merged_file_takes_the_place_of_its_parts(tmp_path: Path) -> None:
+    closed = ClosedFiles()
+    for k in range(FAN):
+        closed.add("steps", part(tmp_path, 10 * k, 10))
+    assert (len(closed), closed.merging) == (FAN, False)
+    closed.merge_some(tmp_path)
+    assert closed.merging
+    while closed.merging:
+        closed.merge_some(tmp_path)
+    assert len(closed) == 1
+    assert files_of(tmp_path) == [(0, 10 * FAN - 1)]
+    for k in (FAN, FAN + 1):
+        closed.add("steps", part(tmp_path, 10 * k, 10))
+    assert closed.merge_small(tmp_path, 25), "the small ones at the end"
+    assert files_of(tmp_path) == [(0, 10 * FAN - 1), (10 * FAN, 10 * FAN + 19)]
+    assert closed.merge_small(tmp_path, 10**6), "what was merged can be merged again"
+    assert files_of(tmp_path) == [(0, 10 * FAN + 19)]
+    assert not closed.merge_small(tmp_path, 10**6)
+    assert numbers(tmp_path) == list(range(10 * FAN + 20))
+    closed.clear()
+    assert len(closed) == 0
+
+
+def test_compacting_joins_small_neighbours_alone(tmp_path: Path) -> None:
+    for first, rows in ((0, 4), (4, 5), (9, 4), (13, 4), (30, 4), (34, 4)):
+        part(tmp_path, first, rows)
+    (tmp_path / "manifest.json").write_text("{}")
+    assert compact(tmp_path, 5) == (6, 4)
+    assert files_of(tmp_path) == [(0, 3), (4, 8), (9, 16), (30, 37)], "one of five rows is not small, and a gap stays"
+    part(tmp_path, 9, 4)  # a part that its merge should have removed
+    assert compact(tmp_path, 5) == (5, 4)
+    assert compact(tmp_path, 100) == (4, 2)
+    assert files_of(tmp_path) == [(0, 16), (30, 37)]
+
+
+def test_a_run_that_cannot_be_compacted_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise pa.ArrowInvalid("no room\nand more")
+
+    part(tmp_path, 0, 3)
+    part(tmp_path, 3, 3)
+    monkeypatch.setattr(compact_module.pq, "ParquetWriter", full)
+    with pytest.raises(TraceError) as caught:
+        compact(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: cannot merge its files (no room); they stay as they are"
+    monkeypatch.undo()
+    assert files_of(tmp_path) == [(0, 2), (3, 5)]
+    os.truncate(tmp_path / name_of("steps", 3, 5), 0)
+    with pytest.raises(TraceError, match="cannot merge its files"):
+        compact(tmp_path)
+
+
+def test_a_merge_that_found_other_rows_than_its_names_say(tmp_path: Path) -> None:
+    spans = [part(tmp_path, 0, 3), part(tmp_path, 3, 3), part(tmp_path, 6, 3)]
+    wrong = [(0, 2), (3, 5), (6, 9)]
+    (tmp_path / name_of("steps", *spans[2])).rename(tmp_path / name_of("steps", *wrong[2]))
+    with pytest.raises(pa.ArrowInvalid) as caught:
+        list(merge(tmp_path, "steps", wrong))
+    names = name_of("steps", 0, 2), name_of("steps", 6, 9)
+    assert str(caught.value) == f"{tmp_path.name}: files {names[0]} to {names[1]} hold 9 rows"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(name_of("steps", *span) for span in wrong)
