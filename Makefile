@@ -84,7 +84,8 @@ test-versions: overlays  ## serve every tested SGLang on the CPU (10 minutes a v
 # Hours on one core: ROOMS=gate takes a part. tests/MUTANTS.md has the last numbers and says why survivors may live.
 ROOMS ?= gate trace runtime
 mutants: install  ## break the code of pure rooms on purpose, line by line, and count what no test notices
-	@mkdir -p mutants
+	@$(INSTALL) 'mutmut>=3.8,<4'
+	@mkdir -p mutants && rm -rf mutants/tests mutants/traces mutants/kernels
 	@env PYTHONPATH=$(CURDIR)/mutants:$(CURDIR)/mutants/kernels $(BIN)/mutmut run --max-children 1 $(ROOMS:%='sglang_margingate.%.*')
 	@$(BIN)/python tests/support/mutation_table.py
 
