@@ -6,7 +6,7 @@ import pytest
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.ledger import Counters, LedgerError, RequestLedger
-from sglang_margingate.gate.policy import decide, missed, triggers
+from sglang_margingate.gate.policy import decide, missed, outcome, triggers
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.words import Reason
 
@@ -190,3 +190,20 @@ def test_decisions_are_what_ranks_must_agree_on() -> None:
     assert found["steps"] == 3
     assert "verify_ms" not in found, "every rank has its own time"
     assert len(found) == len(vars(Counters())) - 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "triggered", "flipped", "repaired", "word"),
+    [
+        (Reason.MARGIN, True, True, True, "repaired"),
+        (Reason.ALWAYS, False, True, True, "repaired"),
+        (Reason.AUDIT, False, True, False, "missed"),
+        (Reason.RESUME, False, True, False, "flipped"),
+        (Reason.AUDIT, True, True, False, "flipped"),
+        (Reason.MARGIN, True, False, True, "triggered"),
+        (Reason.NONE, True, False, False, "would trigger"),
+        (Reason.AUDIT, False, False, False, "stable"),
+    ],
+)
+def test_what_became_of_a_step(reason: Reason, triggered: bool, flipped: bool, repaired: bool, word: str) -> None:
+    assert outcome(reason, triggered, flipped, repaired) == word
