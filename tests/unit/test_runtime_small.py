@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Radix
+from sglang_margingate.gate.audit import AuditSampler
 from sglang_margingate.runtime import faults
 from sglang_margingate.runtime.faults import TestKnobs
 from sglang_margingate.runtime.namespaces import namespace, opened_gated, uses_backend
+from sglang_margingate.runtime.prefill import PrefillRules
 
 # ---- name spaces --------------------------------------------------------------------------------------------------------
 
@@ -133,3 +135,17 @@ def test_a_row_that_is_alone_is_not_spoilt_by_chance() -> None:
     both = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
     faults.spoil(TestKnobs(flip_rate=1.0), alone, both, None, None)
     assert both.argmax(-1).tolist() == [2, 1], "one row of two, and the other left alone"
+
+
+def test_a_chunk_ends_at_the_grid_and_at_the_prompts_end() -> None:
+    rules = PrefillRules(64)
+    assert [rules.chunk_limit(prefix, 150) for prefix in (0, 1, 63, 64, 128, 149)] == [64, 63, 1, 64, 22, 1]
+    assert [rules.chunk_limit(prefix, 150) for prefix in (150, 151)] == [None, None], (
+        "behind the prompt any number is fine"
+    )
+
+
+def test_steps_that_trigger_by_share_are_drawn_with_a_seed_of_their_own() -> None:
+    drawn = [step for step in range(40) if TestKnobs().draws("r", step, 0.25)]
+    assert drawn == [step for step in range(40) if AuditSampler(0.25, seed=1).draw("r", step)]
+    assert drawn != [step for step in range(40) if AuditSampler(0.25).draw("r", step)], "an audit draws others"
