@@ -1,6 +1,6 @@
 """An inspect_ai task against a server with margingate: seeded, so that a sample can be looked into again.
 
-pip install inspect-ai openai
+pip install inspect-ai "openai>=3.4"
 SGLANG_BASE_URL=http://127.0.0.1:30000/v1 SGLANG_API_KEY=none \
         inspect eval examples/inspect_story.py --model openai-api/sglang/default --seed 7 --max-connections 16
 """

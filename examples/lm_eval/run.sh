@@ -3,7 +3,7 @@
 #   pip install 'lm-eval[api]==0.4.13'; bash examples/lm_eval/run.sh http://127.0.0.1:30000 out [MODEL FOLDER with the tokenizer]
 set -e
 url=$1; out=$2; model=${3:-sglang_margingate/demo/model}
-python examples/lm_eval/make_data.py
+[ -f examples/lm_eval/generate.jsonl ] || python examples/lm_eval/make_data.py
 for flight in 1 16; do
   python -m lm_eval --model local-completions --include_path examples/lm_eval --tasks margingate_generate,margingate_loglikelihood \
     --model_args "model=default,base_url=$url/v1/completions,num_concurrent=$flight,max_retries=1,tokenizer=$model,max_length=2048" \
