@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-warn-conflicts
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: help install demo serve dashboard test test-unit test-versions test-gpu mutants overlays lint clean
+.PHONY: help install demo serve dashboard test test-unit test-versions test-gpu mutants overlays lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -47,6 +47,9 @@ dashboard: install  ## open the dashboard on traces/
 
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: install  ## the documentation as a site, in out/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q && echo "out/site/index.html"
 
 # The serving environment has no Triton on a CPU (SGLang brings a stand-in); its interpreter runs in an environment beside it.
 TRITON_VENV := $(VENV)-triton

@@ -1,0 +1,145 @@
+"""Hooks of mkdocs: pages that are made from the code or lie elsewhere in the repository, and the links between all of them.
+
+Flags, commands and metrics are read from the parsers and the registry themselves, so that no page can name one that is gone or leave
+one out. A link to a file of the repository that is no page becomes its path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import posixpath
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+ELSEWHERE = {
+    "README.md": "index.md",
+    "traces/README.md": "trace-columns.md",
+    "examples/README.md": "examples.md",
+    "kernels/benchmarks/RESULTS.md": "kernels.md",
+}
+"""Pages that lie elsewhere in the repository, and their names on the site."""
+
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that do not lie in docs/."""
+    pages = {page: (ROOT / source).read_text("utf-8") for source, page in ELSEWHERE.items()}
+    pages |= {"flags.md": flags(), "commands.md": commands(), "metrics.md": metrics()}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Let links between files of the repository be links between pages; a file that is no page stays as its path."""
+    page_name = page.file.src_uri
+    source = next((source for source, name in ELSEWHERE.items() if name == page_name), f"docs/{page_name}")
+
+    def rewritten(match: re.Match[str]) -> str:
+        image, text, target = match.groups()
+        path, _, anchor = target.partition("#")
+        if not path or "://" in target or target.startswith("mailto:"):
+            return match[0]
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if not (ROOT / place).exists():
+            return match[0]  # mkdocs says that it leads nowhere
+        if place.startswith("docs/") and not (ROOT / place).is_dir():
+            name = place.removeprefix("docs/")
+        elif place in ELSEWHERE:
+            name = ELSEWHERE[place]
+        else:
+            return f"{text} (`{place}`)" if text.strip("`") != place else f"`{place}`"
+        to = posixpath.relpath(name, posixpath.dirname(page_name) or ".")
+        return f"{image}[{text}]({to}{'#' + anchor if anchor else ''})"
+
+    return LINK.sub(rewritten, markdown)
+
+
+def flags() -> str:
+    """Return the page of the server's own flags."""
+    from sglang_margingate.serving.frontdoor import build_parser
+
+    return (
+        "# Flags\n\nOf `python -m sglang_margingate.launch_server`, beside all of SGLang's. Made from the parser.\n\n"
+        + _options(build_parser())
+    )
+
+
+def commands() -> str:
+    """Return the page of the commands and their options."""
+    from sglang_margingate.cli import COMMANDS, _parser
+
+    parts = ["# Commands\n\nOf `margingate`. Made from the parsers.\n"]
+    for name, command in COMMANDS.items():
+        parts.append(
+            f"## {name}\n\n{command.help[0].upper()}{command.help[1:]}{'' if command.help.endswith('?') else '.'}\n"
+        )
+        if command.module:
+            subparsers = next(a for a in _parser(name)._actions if isinstance(a, argparse._SubParsersAction))
+            parts.append(_options(subparsers.choices[name]))
+    return "\n".join(parts)
+
+
+def _options(parser: argparse.ArgumentParser) -> str:
+    rows = ["| option | default | what it does |", "| --- | --- | --- |"]
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or "-h" in action.option_strings:
+            continue
+        rows.append(_row(action))
+    return "\n".join(rows) + "\n"
+
+
+def _row(action: argparse.Action) -> str:
+    name = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
+    takes = action.metavar if isinstance(action.metavar, str) else None
+    if action.choices:
+        takes = " or ".join(f"`{c}`" for c in action.choices)
+    if takes and action.option_strings:
+        name += f" {takes}" if takes.startswith("`") else f" `{takes}`"
+    shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+    default = f"`{_place(action.default)}`" if shown else ""
+    text = argparse.HelpFormatter("")._expand_help(action).replace("|", "\\|") if action.help else ""
+    return f"| {name} | {default} | {text} |"
+
+
+def _place(value: object) -> str:
+    """Return a default as text; a folder of whoever builds the site stands as ``~``."""
+    return str(value).replace(str(Path.home()), "~")
+
+
+def metrics() -> str:
+    """Return the page of the server's counters."""
+    from prometheus_client import REGISTRY
+
+    from sglang_margingate.runtime.metrics import Metrics
+
+    known = {family.name for family in REGISTRY.collect()}
+    Metrics(enabled=True, model="m")
+    found = [family for family in REGISTRY.collect() if family.name not in known]
+    rows = [
+        f"| `{_shown(f)}` | {f.type} | {', '.join(f'`{n}`' for n in _labels(f.samples))} | {f.documentation} |"
+        for f in found
+    ]
+    return "\n".join(
+        [
+            "# Metrics\n\nOn `/metrics` beside SGLang's own, with `--enable-metrics`. `dp_rank` is a further label where a server has "
+            "several schedulers. Made from the registry.\n",
+            "| name | kind | labels | what it counts |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def _shown(family: Any) -> str:
+    return family.name + ("_total" if family.type == "counter" else "")
+
+
+def _labels(samples: Iterable[Any]) -> list[str]:
+    return sorted({name for sample in samples for name in sample.labels})
