@@ -159,3 +159,9 @@ def test_a_step_that_was_neither_held_nor_timed_has_no_second_track(run: Run) ->
     events = list(chrome_events(run, ["b"]))
     assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == ["b"]
     assert [e["dur"] for e in events if e["ph"] == "X"] == [0.0, 0.0, 0.0]
+
+
+def test_folders_are_made_and_files_written_over(run: Run, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert export_chrome_trace(run, tmp_path / "a" / "b" / "t.json").exists()
+        assert all(file.exists() for file in export_csv(run, tmp_path / "c" / "d"))

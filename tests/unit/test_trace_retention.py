@@ -236,3 +236,11 @@ def test_what_cannot_be_brought_within_the_limit_is_said(tmp_path: Path, caplog:
     assert record.levelname == "WARNING"
     assert f"{tmp_path} holds 2.0 MB, above --margingate-trace-keep None s, 1000000.0 bytes" in record.getMessage()
     assert limit_folder(tmp_path / "nowhere", Keep(None, 1.0)) == []
+
+
+def test_a_link_to_a_run_is_none_of_the_folders(tmp_path: Path) -> None:
+    elsewhere = a_run(tmp_path / "elsewhere", "old", ended=9 * DAY)
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "old").symlink_to(elsewhere)
+    assert limit_folder(tmp_path / "traces", Keep(DAY)) == []
+    assert (elsewhere / "manifest.json").exists()

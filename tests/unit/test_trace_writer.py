@@ -28,6 +28,7 @@ from sglang_margingate.trace import (
 )
 from sglang_margingate.trace import tables as tables_module
 from sglang_margingate.trace import writer as writer_module
+from sglang_margingate.trace.files import own_folder, shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [c.name for c in STEP_COLUMNS]
@@ -287,3 +288,26 @@ def test_kill_9_loses_only_the_open_file(tmp_path: Path, delay: float) -> None:
     for file in info.path.glob("*.parquet"):
         pq.read_table(file)
     json.loads((info.path / "manifest.json").read_text())
+
+
+def test_folders_are_the_owners_alone_and_named_in_order(tmp_path: Path) -> None:
+    assert [own_folder(tmp_path, "r").name for _ in range(3)] == ["r", "r-2", "r-3"]
+    run = tmp_path / "shared"
+    assert shared_folder(run, 0) == shared_folder(run, 0) == run, "any writer may be the first"
+    assert shared_folder(run, 2) == run / "scheduler-2"
+    with pytest.raises(FileExistsError):
+        shared_folder(run, 2)
+    made = [tmp_path / "r", tmp_path / "r-2", run, run / "scheduler-2"]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o700}
+
+
+def test_totals_name_what_they_count(writer: TraceWriter) -> None:
+    assert writer.totals() == {
+        "step_rows": 0, "request_rows": 0, "dropped_rows": 0, "dropped_requests": 0, "write_errors": 0, "files": 0,
+    }  # fmt: skip
+    writer.add_steps({"step": [1, 2]})
+    writer.add_request({"request": 1})
+    assert writer.flush()
+    assert writer.totals() == {
+        "step_rows": 2, "request_rows": 1, "dropped_rows": 0, "dropped_requests": 0, "write_errors": 0, "files": 2,
+    }  # fmt: skip
