@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import NamedTuple
 
 import pandas as pd
@@ -40,7 +41,7 @@ def show(pages: dict[str, str], left: Side, right: Side) -> Aligned:
     for side, steps, marks in zip((left, right), every, (found.a, found.b)):
         if steps.empty:
             body = "<p>No step of this request was observed (its policy, or it was sampled): its tokens are not in the trace.</p>"
-            cells.append(f"<div><h4>{tokens.visible_html(side.title, '')}</h4>{body}</div>")
+            cells.append(f"<div><h4>{html.escape(side.title)}</h4>{body}</div>")
             continue
         steps = steps.assign(state=states.classify(steps))
         window, by_step = _window(steps, marks, found.first)
@@ -51,7 +52,7 @@ def show(pages: dict[str, str], left: Side, right: Side) -> Aligned:
             found.first,
             lambda step, by_step=by_step: by_step.get(int(step["step"]), "only"),  # type: ignore[misc]
         )
-        cells.append(f"<div><h4>{tokens.visible_html(side.title, '')}{ended}</h4>{strip}</div>")
+        cells.append(f"<div><h4>{html.escape(side.title)}{ended}</h4>{strip}</div>")
     legend = (
         '<div class="mg-legend"><span><b class="mg-key diverged">first difference</b></span>'
         '<span><b class="mg-key only">on one side only</b></span><span><b class="mg-key again">equal again</b></span></div>'
