@@ -197,6 +197,6 @@ def one_way_to_prompt_logprobs(model: Any) -> None:
 
     Since 0.5.20 a fused kernel sums a row otherwise than the one beside it, and which is taken follows the largest k in the batch.
     """
-    processor = getattr(getattr(model, "logits_processor", None), "input_logprob_processor", None)
+    processor: Any = getattr(getattr(model, "logits_processor", None), "input_logprob_processor", None)
     if getattr(processor, "enable_fast_input_logprobs", False):
         processor.enable_fast_input_logprobs = False
