@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiny_moe
-from conftest import CANONICAL
 
 from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
 
+CANONICAL = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 NEW = 96
 PROMPTS = 12
 
