@@ -40,7 +40,7 @@ class Opened:
     custom_processor: bool = False
     """It brings a custom logit processor."""
     penalised: bool = False
-    """It asks for frequency, presence or repetition penalties."""
+    """It asks for frequency, presence or repetition penalties, or for a least number of tokens."""
     most_tokens: int | None = None
     """Tokens that it asks for at most."""
 

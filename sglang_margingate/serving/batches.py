@@ -174,6 +174,7 @@ def opened(req: Any) -> Opened:
     """Return what the runtime needs to know of a new request."""
     params = req.sampling_params
     penalised = params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
+    penalised |= params.min_new_tokens > 0  # one of SGLang's penalties: it counts from 0 again after a retraction
     return Opened(
         req.rid, params.custom_params, params.top_k <= 1, float(params.temperature), params.sampling_seed,
         0 if params.top_k >= ALL_TOKENS else params.top_k, float(params.top_p), float(params.min_p),

@@ -107,7 +107,10 @@ def _fingerprint(config: MarginGateConfig, args: Any, scheduler: Any, fast: Fast
         return digest(group.ranks().exchange("the weights", weights_digest(runner.model)))
 
     model = model_facts(runner.dtype, runner.model_config.hf_config, scheduler.tokenizer)
-    found = Fingerprint(parts_of(config, args, model, runner.device, fast), weights)
+    parts = parts_of(config, args, model, runner.device, fast)
+    if fast is None and runner.device != "cpu":
+        parts["prefill_attention"] = attention_hooks.prefill_kind(runner)
+    found = Fingerprint(parts, weights)
     log.info("margingate: system_fingerprint %s", found.value)
     return found
 

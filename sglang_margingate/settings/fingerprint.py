@@ -7,6 +7,7 @@ gated answer (ports, logs, paths, batch limits, the size of the K/V pool) is in 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,16 @@ OURS = (
 )  # fmt: skip
 """Fields of our configuration that decide how a token is computed or what is verified."""
 
-NEUTRAL_BUT_FELT = ("enable_fp32_lm_head", "sampling_defaults")
-"""Settings of SGLang that break no claim and still change answers; the model's files and its tokenizer are parts of their own."""
+NEUTRAL_BUT_FELT = (
+    "enable_fp32_lm_head", "sampling_defaults", "preferred_sampling_params", "chat_template", "hf_chat_template_name",
+    "completion_template", "default_chat_template_kwargs", "allow_auto_truncate", "context_length", "reasoning_parser",
+    "tool_call_parser", "constrained_json_whitespace_pattern", "constrained_json_disable_any_whitespace",
+)  # fmt: skip
+"""Settings of SGLang that break no claim and still change answers: what a prompt becomes, what a grammar allows, defaults. The
+model's files and its tokenizer are parts of their own."""
+
+FELT_ENVIRONMENT = ("SGLANG_RETURN_ORIGINAL_LOGPROB",)
+"""Environment variables of SGLang that break no claim and still change answers: log-probabilities before the temperature."""
 
 BLOCK_BYTES = 1 << 26
 """Weights are read in blocks of about this size: on a CPU the digest makes copies."""
@@ -101,7 +110,7 @@ def parts_of(
         "versions": {**versions(), **packages},
         "classes": None if fast is None else classes_of(fast),
         "margingate": {name: plain(getattr(config, name)) for name in OURS},
-        "sglang": settings,
+        "sglang": settings | {name: os.environ[name] for name in FELT_ENVIRONMENT if name in os.environ},
     }
 
 
@@ -118,14 +127,18 @@ def classes_of(fast: FastPath) -> dict[str, Any]:
         "graph_sizes": list(trial.graphs.sizes),
         "prefill_graph_sizes": list(trial.prefill_graphs.sizes),
         "decode_attention": trial.decode_attention,
+        "prefill_attention": trial.prefill_attention,
         "decode_ok": trial.decode_ok,
         "prefill": trial.prefill,
     }
 
 
 def hidden(value: Any) -> str:
-    """Return a digest in the place of a setting that is not shown; of an object without a text of its own, its type."""
+    """Return a digest in the place of a setting that is not shown, of a file what it holds; of an object without a text, its type."""
     text = str(value)
+    if isinstance(value, str) and os.path.isfile(value):
+        with open(value, "rb") as file:  # a template: where it lies makes no difference
+            text = file.read().decode(errors="replace")
     return type(value).__name__ if " at 0x" in text else f"<{digest(text)}>"
 
 

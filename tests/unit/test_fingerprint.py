@@ -33,6 +33,9 @@ class Args:
     kv_cache_dtype: str = "auto"
     enable_fp32_lm_head: bool = False
     quantization_param_path: str | None = None
+    chat_template: str | None = None
+    reasoning_parser: str | None = None
+    preferred_sampling_params: str | None = None
 
 
 def a_model(seed: int = 0, names: tuple[str, str] = ("up", "down")) -> torch.nn.Module:
@@ -96,6 +99,10 @@ def test_what_a_restart_or_a_replica_changes_is_in_no_part() -> None:
         ({"args": Args(quantization_param_path="/secret")}, "sglang.quantization_param_path: nothing, here <"),
         ({"fast": a_path({1: 0, 2: 1})}, "classes.map: "),
         ({"fast": a_path(decode_ok=True)}, "classes.decode_ok: False, here True"),
+        ({"fast": a_path(prefill_attention="fa3")}, "classes.prefill_attention: sglang, here fa3"),
+        ({"args": Args(chat_template="chatml")}, "sglang.chat_template: nothing, here <"),
+        ({"args": Args(reasoning_parser="qwen3")}, "sglang.reasoning_parser: nothing, here <"),
+        ({"args": Args(preferred_sampling_params="{}")}, "sglang.preferred_sampling_params: nothing, here <"),
     ],
 )
 def test_another_setting_is_named(other: dict[str, Any], line: str) -> None:
@@ -105,6 +112,21 @@ def test_another_setting_is_named(other: dict[str, Any], line: str) -> None:
     one, two = (Fingerprint(p, lambda: "w").value for p in (parts(), parts(**other)))
     assert one != two
     assert one.startswith("mg-")
+
+
+def test_a_template_counts_by_what_it_holds(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one.jinja", "same.jinja", "other.jinja")]
+    for file, text in zip(files, ("{{ a }}", "{{ a }}", "{{ b }}")):
+        file.write_text(text)
+    one, same, other = (parts(args=Args(chat_template=str(file))) for file in files)
+    assert one == same
+    assert [line.split(":")[0] for line in differing(one, other)] == ["sglang.chat_template"]
+
+
+def test_what_log_probabilities_are_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = parts()
+    monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+    assert differing(before, parts()) == ["sglang.SGLANG_RETURN_ORIGINAL_LOGPROB: nothing, here 1"]
 
 
 def test_environment_variables_that_choose_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,3 +41,22 @@ def test_others_count_as_stock_does() -> None:
 
     assert penalised_token(a_request(Policy.OFF, 1, 3)) == 102
     assert penalised_token(a_request(Policy.OFF, 0, 0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "penalised"),
+    [
+        ({}, False), ({"frequency_penalty": 0.5}, True), ({"presence_penalty": 0.5}, True),
+        ({"repetition_penalty": 1.2}, True), ({"min_new_tokens": 8}, True),
+    ],
+)  # fmt: skip
+def test_what_sglang_counts_anew_after_a_retraction_is_known(asked: dict[str, Any], penalised: bool) -> None:
+    from sglang_margingate.serving.batches import opened
+
+    nothing = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+    params = SimpleNamespace(
+        custom_params=None, top_k=1, temperature=1.0, sampling_seed=None, top_p=1.0, min_p=0.0, max_new_tokens=16,
+        **{**nothing, **asked},
+    )  # fmt: skip
+    req = SimpleNamespace(rid="r", sampling_params=params, custom_logit_processor=None)
+    assert opened(req).penalised is penalised
