@@ -94,6 +94,10 @@ class Step:
         state.prompt_tokens, state.cached_tokens, state.resumed_at = chunk.prompt, chunk.cached, len(chunk.generated)
         if chunk.generated and state.penalised:
             state.ledger.note("SGLang's penalties forget after a retraction what they had counted")
+        if not chunk.generated and state.first_token_time is not None:
+            state.ledger.note(
+                "it began anew after tokens were shown (SGLang keeps none of a retracted prompt of embeddings)"
+            )
         state.last_token = chunk.generated[-1] if chunk.generated else 0
         state.ledger.start(chunk.prompt, list(chunk.generated))
 

@@ -13,6 +13,7 @@ import torch
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.audit import AuditSampler
+from sglang_margingate.gate.claims import Claims, label
 from sglang_margingate.gate.ledger import RequestLedger
 from sglang_margingate.gate.request import RequestParams
 from sglang_margingate.runtime.clock import HostClock
@@ -328,6 +329,22 @@ def test_penalties_that_were_forgotten_cost_the_label() -> None:
     bench.prefill(state, generated=(3,))
     assert state.resumed_at == 1
     assert any("penalties" in note for note in state.ledger.notes)
+
+
+def test_steps_of_an_answer_that_began_anew_stand_for_nothing() -> None:
+    """SGLang discards the output of a retracted prompt of embeddings: what its first steps were says nothing of the second ones."""
+    bench, state = Bench(answer=7), a_state()
+    for _ in range(2):
+        bench.prefill(state)
+        assert state.ledger.notes == [], "nothing was shown before"
+    for k in range(3):
+        bench.decode([state], 0.25, PROMPT + k)
+    bench.prefill(state)
+    bench.decode([state], 3.0, PROMPT)
+    bench.decode([state], 3.0, PROMPT + 1)
+    bench.recorder.finish(state, 3)
+    guarantee, note = label(state.ledger, Claims(prefill="grid", decode=True), 3)
+    assert (guarantee.value, "began anew" in note) == ("none", True)
 
 
 # ---- observed without a wait: a GPU's path, on tensors of the host -------------------------------------------------------
