@@ -325,6 +325,26 @@ def obstacle(model_runner: Any, classes: Classes) -> str | None:
     return next((why for found, why in checks if found), None)
 
 
+def capture_all(graphs: PrefillGraphs, sizes: list[int], agree: Callable[[str, bool], bool]) -> tuple[str, ...]:
+    """Capture the sizes that every rank can, up to the first that one cannot; return in words what was not captured.
+
+    A rank that went on alone would wait for the others in its next sum over ranks.
+    """
+    for size in reversed(sizes):  # the largest first: the others fit into its memory
+        why = "another rank cannot"
+        try:
+            graphs.capture(size)
+        except Exception as error:  # whatever a model's own code may raise: the server can do without
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            log.debug("margingate: capture at %d tokens", size, exc_info=True)
+        if not agree(f"the prefill graph of {size} tokens", size in graphs.sizes):
+            if size in graphs.sizes:
+                graphs.drop(size)
+            # The device may be in no state to capture more.
+            return (f"prefills are not captured at {size} tokens: {why}",)
+    return ()
+
+
 def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[PrefillGraphs | None, tuple[str, ...]]:
     """Capture the prefill graphs of this server; return them, and in words what could not be captured.
 
@@ -348,15 +368,7 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
     hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=model_runner.dtype, device=device)
     start, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
     graphs = PrefillGraphs(RunnerSide(model_runner), classes, inputs, attention, hidden, group.recorder())
-    notes: list[str] = []
-    for size in reversed(sizes):  # the largest first: the others fit into its memory
-        try:
-            graphs.capture(size)
-        except Exception as error:  # whatever a model's own code may raise: the server can do without
-            reason = " ".join(str(error).split())[:300]
-            notes.append(f"prefills are not captured at {size} tokens: {type(error).__name__}: {reason}")
-            log.debug("margingate: capture at %d tokens", size, exc_info=True)
-            break  # the device may be in no state to capture more
+    notes = capture_all(graphs, sizes, group.ranks().agree)
     torch.cuda.synchronize()
     if graphs.sizes:
         log.info(
@@ -364,4 +376,4 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
             ", ".join(map(str, graphs.sizes)), inputs.requests.shape[1], time.perf_counter() - start,
             (free - torch.cuda.mem_get_info()[0]) / 2**20,
         )  # fmt: skip
-    return (graphs if graphs.sizes else None), tuple(notes)
+    return (graphs if graphs.sizes else None), notes

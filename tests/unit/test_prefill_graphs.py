@@ -22,6 +22,7 @@ from sglang_margingate.serving.prefill_graphs import (
     GraphAttention,
     Inputs,
     PrefillGraphs,
+    capture_all,
     obstacle,
 )
 
@@ -302,3 +303,31 @@ def test_the_capture_marks_its_batch(server: Server) -> None:
     server.batch = lambda *a: seen.append(original(*a)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
     server.graphs.capture(16)
     assert getattr(seen[0], PREFILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_ends_capturing_where_one_cannot(rank: int) -> None:
+    asked: list[str] = []
+
+    class Captured:
+        """Graphs of a rank; the second one cannot capture 128 tokens."""
+
+        sizes: tuple[int, ...] = ()
+
+        def capture(self, size: int) -> None:
+            if rank == 1 and size == 128:
+                raise RuntimeError("out of memory")
+            self.sizes += (size,)
+
+        def drop(self, size: int) -> None:
+            self.sizes = tuple(s for s in self.sizes if s != size)
+
+    def agree(what: str, holds: bool) -> bool:
+        asked.append(what)
+        return holds and "128" not in what
+
+    graphs: Any = Captured()
+    (note,) = capture_all(graphs, [64, 128, 256], agree)
+    assert graphs.sizes == (256,)
+    assert asked == ["the prefill graph of 256 tokens", "the prefill graph of 128 tokens"]
+    assert ("another rank" in note) is (rank == 0)
