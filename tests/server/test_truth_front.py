@@ -66,12 +66,20 @@ def test_a_clients_key_does_not_lead_to_ungated_columns(server: Server) -> None:
     server.client.flush_cache()
     histories = chats(server, 24, 200)
     warm = [generate(server, 48, input_ids=h, extra_key=OLD_NAME) for h in histories]
-    for history, out in zip(histories, warm):
+    # What earlier chats of this test began with alike is theirs, gated, and may be shared; of the ungated turn nothing may.
+    shared = [max((common(h, other) for other in histories[:i]), default=0) for i, h in enumerate(histories)]
+    assert max(shared) < 32 < min(len(h) for h in histories)
+    for history, out, most in zip(histories, warm, shared):
         server.client.flush_cache()
         cold = generate(server, 48, input_ids=history)
         assert out["output_ids"] == cold["output_ids"]
         assert label(out)["guarantee"] == label(cold)["guarantee"] != "none"
-        assert out["meta_info"]["cached_tokens"] == 0
+        assert out["meta_info"]["cached_tokens"] <= most
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def test_one_key_shares_and_another_does_not(server: Server) -> None:

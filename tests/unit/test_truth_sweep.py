@@ -191,6 +191,7 @@ def test_labels_above_none_are_not_for_sampled_ungated_or_aborted_answers() -> N
     off = case(sampling={"custom_params": {"margingate_policy": "off"}})
     assert problems_of(answer(of=off)) == ["a request with policy off says structural"]
     assert problems_of(answer(of=case(sampling={"temperature": 0.0001}))) == ["a sampled request says structural"]
+    assert problems_of(answer(of=case(sampling={"temperature": 0.8, "sampling_seed": 7}))) == []
     assert problems_of(answer(finish="abort")) == ["an aborted answer says structural"]
 
 

@@ -1,4 +1,4 @@
-"""Asks what a truth plan says: many requests at once, then every greedy one again alone.
+"""Asks what a truth plan says: many requests at once, then every repeatable one again alone.
 
 Its own small asynchronous client, as the sweep needs what no other command does: streams cut in the middle, aborts by id,
 both APIs, answers of any status.
@@ -205,11 +205,11 @@ async def run_chains(
 
 
 async def run_alone(to: Asker, answers: Sequence[Answer], done: Callable[[], None] = lambda: None) -> dict[str, Reply]:
-    """Ask every greedy request that was answered once more on an idle server with an empty cache; return by :func:`key`."""
+    """Ask every repeatable request that was answered once more on an idle server with an empty cache; return by :func:`key`."""
     out: dict[str, Reply] = {}
     for answer in answers:
         name = key(answer)
-        if not answer.case.greedy or not answer.replies or name in out:
+        if not answer.case.repeatable or not answer.replies or name in out:
             continue
         await to.flush()
         again = await to.ask(answer.case, alone(answer.sent, answer.case.path))

@@ -41,9 +41,12 @@ class Case:
         return self.body["sampling_params"] if self.path == NATIVE else self.body
 
     @property
-    def greedy(self) -> bool:
-        """Whether the request decodes at temperature 0, so that its run alone must be the same."""
-        return self.sampling.get("temperature") == 0
+    def repeatable(self) -> bool:
+        """Whether the request decodes at temperature 0 or draws with a seed, so that its run alone must be the same."""
+        return (
+            self.sampling.get("temperature") == 0
+            or self.sampling.get("sampling_seed", self.body.get("seed")) is not None
+        )
 
     @property
     def asked_policy(self) -> str | None:
@@ -291,7 +294,7 @@ class Planner:
         return Chain(cases)
 
     def sampled(self) -> Chain:
-        """A neighbour that samples, seeded or nearly greedy too: nothing is claimed of it."""
+        """A neighbour that samples, nearly greedy too: nothing is claimed of it, unless it has a seed."""
         odd: dict[str, Any] = self._rng.choice(
             ({"temperature": 1.0}, {"temperature": 0.0001}, {"temperature": 0.8, "sampling_seed": 7})
         )

@@ -1,4 +1,4 @@
-"""Does a label ever say too much? Many requests of mixed kinds at once, then each greedy one again alone.
+"""Does a label ever say too much? Many requests of mixed kinds at once, then each repeatable one (greedy, or with a seed) again alone.
 
 ``margingate evidence truth-sweep --mode canonical --requests 500 --json FILE``
 

@@ -33,7 +33,7 @@ OURS, STOCK = "sglang_margingate.launch_server", "sglang.launch_server"
 GATE_ALONE = ("--margingate-policy", "gate", "--margingate-fast-path", "stock")
 """Flags of a server whose gate does all the work: what looks at the gate itself asks for it, whatever the default is."""
 
-STOP_SECONDS = 15.0
+STOP_SECONDS = 60.0
 CLOSE_SECONDS = 30.0
 """A scheduler gets this long to write its last rows and close its run; a loaded machine needs some of it."""
 SCHEDULER = "sglang::scheduler"
