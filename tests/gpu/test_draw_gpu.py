@@ -35,17 +35,8 @@ DRAWS = [
 
 
 @pytest.fixture(autouse=True)
-def loop_bounds(monkeypatch):
-    """Triton 3.6's interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer takes for loop bounds."""
+def small_blocks(monkeypatch):
     if INTERPRETED:
-        interpreter = importlib.import_module("triton.runtime.interpreter")
-        original = interpreter._patch_lang_tensor
-
-        def patched(tensor, scope):
-            original(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
         monkeypatch.setattr(f"{SAMPLE}._FILTER_BLOCK", 64)
 
 

@@ -48,20 +48,6 @@ needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
 
 
 @pytest.fixture(autouse=True)
-def loop_bounds(monkeypatch):
-    """Triton 3.6's interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer takes for loop bounds."""
-    if INTERPRETED:
-        interpreter = importlib.import_module("triton.runtime.interpreter")
-        original = interpreter._patch_lang_tensor
-
-        def patched(tensor, scope):
-            original(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
-@pytest.fixture(autouse=True)
 def small_programs(request, monkeypatch):
     module = importlib.import_module("margingate_kernels.top2_margin")
     if INTERPRETED and "real_split" not in request.fixturenames:

@@ -50,6 +50,11 @@ class Variant:
         path = "" if self.fast_path == "stock" else f", {self.fast_path} fast path"
         return self.policy + repair + path + ("" if self.threshold is None else f" @{self.threshold:g}")
 
+    @property
+    def stem(self) -> str:
+        """The name in files."""
+        return self.label.replace(" ", "-").replace("@", "").replace(",", "")
+
     def flags(self) -> list[str]:
         """Return the server flags."""
         flags = ["--margingate-policy", self.policy, "--margingate-repair", self.repair, "--margingate-trace", "off"]
@@ -97,8 +102,7 @@ def why_different(alone: Completion, other: Completion) -> str:
 
 def measure(variant: Variant, prompts: list[Prompt], max_new_tokens: int, log_dir: Path) -> Outcome:
     """Serve one variant and compare all arrivals with the run alone."""
-    name = variant.label.replace(" ", "-").replace("@", "").replace(",", "")
-    with serve(variant.flags(), log=log_dir / f"{name}.log") as server:
+    with serve(variant.flags(), log=log_dir / f"{variant.stem}.log") as server:
         client: Client = server.client
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         if variant.policy != "off":

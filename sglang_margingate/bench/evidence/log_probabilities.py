@@ -134,8 +134,7 @@ def same(a: Completion, b: Completion) -> bool:
 
 def measure(variant: Variant, requests: list[Prompt], max_new_tokens: int, log_dir: Path) -> Outcome:
     """Serve one variant and compare."""
-    name = variant.label.replace(" ", "-").replace("@", "").replace(",", "")
-    with serve(variant.flags(), log=log_dir / f"log-probabilities-{name}.log") as server:
+    with serve(variant.flags(), log=log_dir / f"log-probabilities-{variant.stem}.log") as server:
         outcome = compare(server.client, requests, max_new_tokens, label=variant.label)
     print(f"{variant.label}: done", file=sys.stderr, flush=True)
     return outcome

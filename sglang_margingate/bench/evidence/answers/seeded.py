@@ -110,11 +110,10 @@ def measure(
     variant: Variant, requests: list[Prompt], max_new_tokens: int, log_dir: Path, profile: Path | None
 ) -> Outcome:
     """Serve one variant and compare."""
-    name = variant.label.replace(" ", "-").replace("@", "").replace(",", "")
     flags = variant.flags()
     if variant.policy == "gate" and variant.threshold is None and profile is not None:
         flags += ["--margingate-profile", str(profile)]
-    with serve(flags, log=log_dir / f"seeded-{name}.log") as server:
+    with serve(flags, log=log_dir / f"seeded-{variant.stem}.log") as server:
         outcome = compare(server.client, requests, max_new_tokens, label=variant.label)
     print(f"{variant.label}: done", file=sys.stderr, flush=True)
     return outcome
