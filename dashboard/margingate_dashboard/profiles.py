@@ -32,12 +32,7 @@ def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
     -------
     samples, taken, decode steps
     """
-    # No threshold decides about a structural step, so none can be chosen from it.
-    decode = ~states.as_bool(steps["prefill"]) & ~states.as_bool(steps["structural"])
-    seen = steps["verified"].to_numpy()
-    codes, requests = pd.factorize(steps["request"], use_na_sentinel=False)
-    unseen = np.bincount(codes[decode & ~seen], minlength=len(requests))
-    usable = decode & seen & (unseen[codes] == 0)
+    decode, usable = _sampled(steps)
     margin, flipped = steps["margin"].to_numpy(dtype=np.float64), states.as_bool(steps["flipped"])
     samples: Samples = {}
     names = sorted({tag(v) for v in steps["dataset"].unique()})
@@ -46,6 +41,16 @@ def calibration_samples(steps: pd.DataFrame) -> tuple[Samples, int, int]:
         if mine.any():
             samples[name] = (margin[mine], flipped[mine])
     return samples, int(usable.sum()), int(decode.sum())
+
+
+def _sampled(steps: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which steps a threshold decides about, and which of them belong to requests that were verified whole."""
+    # No threshold decides about a structural step, so none can be chosen from it.
+    decode = ~states.as_bool(steps["prefill"]) & ~states.as_bool(steps["structural"])
+    seen = steps["verified"].to_numpy()
+    codes, requests = pd.factorize(steps["request"], use_na_sentinel=False)
+    unseen = np.bincount(codes[decode & ~seen], minlength=len(requests))
+    return decode, decode & seen & (unseen[codes] == 0)
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,38 @@ class KnownFlips:
         """Return how many a threshold would miss."""
         return int((self.margins > threshold).sum())
 
+    @property
+    def largest(self) -> float:
+        """The largest margin of any; 0 where there is none."""
+        return float(self.margins[-1]) if self.margins.size else 0.0
 
-def known_flips(steps: pd.DataFrame) -> dict[str, KnownFlips]:
-    """Return the confirmed flips of all decode steps that a threshold decides about, by dataset tag as shown."""
-    flips = steps[
-        ~states.as_bool(steps["prefill"]) & ~states.as_bool(steps["structural"]) & states.as_bool(steps["flipped"])
-    ]
+
+def known_flips(steps: pd.DataFrame, kept: np.ndarray | None = None) -> dict[str, KnownFlips]:
+    """Return the confirmed flips outside the sample, of decode steps that a threshold decides about, by dataset tag as shown.
+
+    Parameters
+    ----------
+    steps
+        Steps of the whole run, with :data:`STEP_COLUMNS`: a counterexample stays one where a filter hides it.
+    kept
+        Which of them the sample was drawn from; all by default.
+    """
+    decode, usable = _sampled(steps)
+    if kept is not None:
+        usable &= kept
+    flips = steps[decode & ~usable & states.as_bool(steps["flipped"])]
     tagged = flips["dataset"].map(tag)
     margin = np.nan_to_num(flips["margin"].to_numpy(dtype=np.float64), nan=0.0)
     return {name: KnownFlips(np.sort(margin[(tagged == name).to_numpy()])) for name in sorted(tagged.unique())}
+
+
+def veto(calibration: Calibration, known: KnownFlips | None) -> float:
+    """Return the threshold that a calibration proposes: the sample's, or that of the largest known flip where it is larger.
+
+    The rule is one for every dataset and every target. What a target lets the sample miss is a rate that the sample bounds; a
+    flip that was seen outside it is in no rate, and no threshold is proposed that would have let it pass.
+    """
+    return calibration.threshold if known is None else max(calibration.threshold, known.largest)
 
 
 def honest(calibration: Calibration, row: pd.Series) -> float:

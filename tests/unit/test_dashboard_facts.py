@@ -275,12 +275,37 @@ def test_the_honest_bound_is_the_calibrations() -> None:
     assert profiles.honest(found, lower) >= max(found.miss_upper, lower["miss_upper"])
 
 
+def mixed_steps() -> pd.DataFrame:
+    """Steps of a run with requests of both policies, as the pages have them."""
+    steps, requests = make_frames(SyntheticSpec(requests=48, tokens=80, mix=("gate", "always"), audit_rate=0.2))
+    named = dict(zip(requests["request"], requests["policy"].astype(str)))
+    return steps.assign(verified=steps["reason"].astype(str) != "none", policy=steps["request"].map(named))
+
+
 def test_a_flip_outside_the_sample_is_a_counterexample() -> None:
-    steps, _ = make_frames(SyntheticSpec(requests=12, tokens=80))
+    steps = mixed_steps()
     known = profiles.known_flips(steps)
+    gate = steps[(steps["policy"] == "gate") & steps["flipped"] & ~steps["prefill"]]
+    assert set(known) == set(gate["dataset"].astype(str))
     for name, found in known.items():
-        truth = steps[(steps["dataset"] == name) & steps["flipped"] & ~steps["prefill"]]["margin"]
+        truth = gate[gate["dataset"] == name]["margin"]
         assert found.above(0.1) == int((truth > 0.1).sum())
+        assert found.largest == truth.max()
+    hidden = profiles.known_flips(steps, (steps["dataset"] == "story").to_numpy())
+    assert set(hidden) == set(steps.loc[steps["flipped"], "dataset"].astype(str)), "a filter makes no flip unseen"
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-3, 1e-2])
+def test_one_rule_of_veto_for_every_dataset_and_target(target: float) -> None:
+    """A flip that was seen outside the sample raises a threshold below it; nothing else does, and nothing lowers one."""
+    rng = np.random.default_rng(3)
+    margin = rng.exponential(2, 4000)
+    flip = rng.random(4000) < 0.3 * np.exp(-margin / 0.1)
+    found = threshold_for(margin, flip, target_miss=target, tail=False)
+    above, below = found.threshold + 0.25, found.threshold / 2
+    for seen, tau in (([], found.threshold), ([below], found.threshold), ([below, above], above)):
+        assert profiles.veto(found, profiles.KnownFlips(np.array(seen))) == tau
+    assert profiles.veto(found, None) == found.threshold
 
 
 # lists of runs -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Nothing of the dashboard, the gate or the reader is used on the right-hand side 
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -88,9 +89,27 @@ class Truth:
         }
 
 
-def upper(events: int, trials: int) -> float:
-    """Clopper and Pearson's one-sided 95% bound, by scipy's own beta distribution."""
-    return 1.0 if events >= trials else float(beta.ppf(0.95, events + 1, trials - events))
+def upper(events: int, trials: int, confidence: float = 0.95) -> float:
+    """Clopper and Pearson's one-sided bound, by scipy's own beta distribution."""
+    return 1.0 if events >= trials else float(beta.ppf(confidence, events + 1, trials - events))
+
+
+def figures(at: AppTest) -> dict[str, list[dict[str, Any]]]:
+    """The traces of each figure of the page, by its key."""
+    found = {}
+    for chart in at.get("plotly_chart"):
+        name = re.sub(r"^.*chart-", "", chart.proto.id)
+        found[name] = [
+            {**d, "x": numbers(d.get("x")), "y": numbers(d.get("y"))} for d in json.loads(chart.proto.spec)["data"]
+        ]
+    return found
+
+
+def numbers(drawn: Any) -> Any:
+    """A trace's values; Plotly packs arrays of numbers."""
+    if isinstance(drawn, dict):
+        return np.frombuffer(base64.b64decode(drawn["bdata"]), dtype=drawn["dtype"]).tolist()
+    return drawn
 
 
 class Shown:
@@ -326,38 +345,76 @@ def test_margins(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     assert whole(page.cards["Flips caught"][1]) == [len(flips) - missed, len(flips)]
 
 
+TARGETS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def choose(mine: pd.DataFrame, miss: float, confidence: float = 0.95) -> tuple[float, float, bool]:
+    """Threshold, bound and whether the target is shown, of the sample alone."""
+    n, allowed = len(mine), 0
+    while miss and upper(allowed + 1, n, confidence) <= miss:
+        allowed += 1
+    shown = not miss or upper(0, n, confidence) <= miss
+    at_flips = np.sort(mine.loc[mine["flipped"], "margin"].to_numpy())[::-1]
+    tau = float(at_flips[allowed]) if allowed < at_flips.size else 0.0
+    return tau, upper(allowed if shown else 0, n, confidence), shown
+
+
+def knee(mine: pd.DataFrame) -> tuple[float, float]:
+    """Threshold and bound furthest from the line between the dearest and the riskiest target, on a scale of logarithms."""
+    every = [choose(mine, t, 1 - 0.05 / len(TARGETS)) for t in TARGETS]
+    every = [(tau, bound) for tau, bound, shown in every if shown]
+    x = np.array([float((mine["margin"] <= tau).mean()) for tau, _ in every])
+    y = np.log10([bound for _, bound in every])
+    if len(every) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return every[0]
+    return every[int(np.argmin((x - x.min()) / np.ptp(x) + (y - y.min()) / np.ptp(y)))]
+
+
 @pytest.mark.parametrize("run", ["sample", "always", "mixed"])
-@pytest.mark.parametrize("target", ["none missed", "0.01"])
+@pytest.mark.parametrize("target", ["knee", "none missed", "0.01"])
 def test_tuning(app: AppTest, truths: dict[str, Truth], run: str, target: str) -> None:
     truth, page = truths[run], visit(app.run(), "tuning", run, target=target)
-    miss = 0.0 if target == "none missed" else float(target)
     steps = truth.decode[~truth.decode["structural"]]
     whole_requests = steps.groupby("request")["reason"].apply(lambda r: (r != "none").all())
-    sample = steps[steps["request"].isin(whole_requests[whole_requests].index)]
+    inside = steps["request"].isin(whole_requests[whole_requests].index)
+    sample, outside = steps[inside], steps[~inside & steps["flipped"]]
     table = page.table("threshold", "known flips above").set_index("dataset")
     assert set(table.index) == set(sample["dataset"])
     for dataset, mine in sample.groupby("dataset"):
         row, n = table.loc[dataset], len(mine)
-        allowed = 0
-        while miss and upper(allowed + 1, n) <= miss:
-            allowed += 1
-        shown = not miss or upper(0, n) <= miss
-        at_flips = np.sort(mine.loc[mine["flipped"], "margin"].to_numpy())[::-1]
-        tau = float(at_flips[allowed]) if allowed < at_flips.size else 0.0
-        known = steps[(steps["dataset"] == dataset) & steps["flipped"]]["margin"]
-        if not miss and len(known):
-            tau = max(tau, float(known.max()))  # a flip that is known of may not be missed
+        miss = 0.0 if target in ("knee", "none missed") else float(target)
+        tau, bound = knee(mine) if target == "knee" else choose(mine, miss)[:2]
+        known = outside.loc[outside["dataset"] == dataset, "margin"]
+        assert row["from the sample"] == pytest.approx(tau)
+        tau = max(tau, float(known.max()) if len(known) else 0.0)  # a flip that is known of may not be missed
         assert row["threshold"] == pytest.approx(tau)
         assert (row["steps"], row["triggered"]) == (n, int((mine["margin"] <= tau).sum()))
         assert row["missed"] == int((mine["flipped"] & (mine["margin"] > tau)).sum())
-        assert row["missed at most (95%)"] == pytest.approx(100 * upper(allowed if shown else 0, n), rel=1e-6)
-        assert row["known flips above"] == int((known > tau).sum())
+        assert row["missed at most (95%)"] == pytest.approx(100 * bound, rel=1e-6)
+        assert row["known flips above"] == 0
     worst = max(float(v) for v in table["missed at most (95%)"])
     assert float(page.cards["Worst miss bound"][0].rstrip("%")) == pytest.approx(worst, rel=0.02, abs=0.011)
-    exported = [c.value for c in app.code if "miss_upper_95" in c.value]
-    for text in exported:
+    least, most = re.findall(r"thresholds ([\d.e-]+) to ([\d.e-]+)", page.cards["Datasets"][1])[0]
+    assert (float(least), float(most)) == pytest.approx((table["threshold"].min(), table["threshold"].max()), rel=1e-5)
+    stars = [d for d in figures(app)["trade-off"] if d.get("marker", {}).get("size") == 15]
+    drawn = sorted((d["x"][0], d["y"][0]) for d in stars)
+    assert drawn == [
+        pytest.approx(p) for p in sorted(zip(table["trigger rate"].tolist(), table["missed at most (95%)"].tolist()))
+    ]
+    for text in [c.value for c in app.code if "miss_upper_95" in c.value]:
         for name, entry in json.loads(text)["datasets"].items():
             assert 100 * entry["miss_upper_95"] == pytest.approx(table.loc[name, "missed at most (95%)"])
+            assert entry["threshold"] == pytest.approx(table.loc[name, "threshold"])
+
+
+def test_a_threshold_set_by_hand_below_a_known_flip_is_warned_of(app: AppTest, truths: dict[str, Truth]) -> None:
+    page = visit(app.run(), "tuning", "sample", target="none missed", taus="arith:0.001,story:0.001")
+    table = page.table("threshold", "known flips above").set_index("dataset")
+    said = [w.value for w in app.warning]
+    for name in ("arith", "story"):
+        assert table.loc[name, "threshold"] == 0.001
+        assert any(name in w and "set by hand" in w for w in said) == bool(table.loc[name, "known flips above"])
+    assert table.loc["arith", "known flips above"] > 0
 
 
 def test_compare(app: AppTest, truths: dict[str, Truth]) -> None:

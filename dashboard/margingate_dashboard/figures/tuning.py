@@ -38,7 +38,8 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
                     [table["threshold"], table["missed"], table["flips"], table["triggered"], table["steps"]], -1
                 ),
                 hovertemplate="tau %{customdata[0]:.6g}: triggers %{customdata[3]:,} / %{customdata[4]:,}, misses "
-                "%{customdata[1]:,} / %{customdata[2]:,} flips<br>at most %{y:.3g}% of steps missed" + extra(name),
+                "%{customdata[1]:,} / %{customdata[2]:,} flips<br>at most %{y:.3g}% of steps missed, had it been fixed beforehand"
+                + extra(name),
             )
         )
         if name in chosen:

@@ -35,28 +35,21 @@ def _curve(sample: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:
     return trade_off(margin, flipped, np.concatenate([np.linspace(0, top, CURVE_POINTS), at_flips]))
 
 
-def veto(calibration: Calibration, known: profiles.KnownFlips | None) -> float:
-    """Return the threshold to begin with: where no miss is allowed, one that misses no flip that is known of."""
-    if calibration.target_miss > 0 or known is None or not known.margins.size:
-        return calibration.threshold
-    return max(calibration.threshold, float(known.margins[-1]))
-
-
 def _counterexamples(name: str, calibration: Calibration, tau: float, known: profiles.KnownFlips | None) -> None:
-    """Say which known flips a threshold would miss, and where one has raised it."""
+    """Say where a flip outside the sample has raised a threshold, and which ones a threshold set by hand would miss."""
     if known is None:
         return
     above = known.above(tau)
     if above:
         st.warning(
-            f"{ui.markdown_safe(name)}: {above:,} confirmed flips of this run lie above {tau:.6g}, the largest at "
-            f"{known.margins[-1]:.6g}: this threshold would have missed them.",
+            f"{ui.markdown_safe(name)}: {above:,} flips that the gate or the audit confirmed in this run lie above {tau:.6g}, "
+            f"the largest at {known.largest:.6g}: this threshold, set by hand, would have missed them.",
             icon=":material/warning:",
         )
-    elif tau > calibration.threshold and known.above(calibration.threshold):
+    elif known.above(calibration.threshold):
         st.caption(
             f":material/info: {ui.markdown_safe(name)}: the sample alone gives {calibration.threshold:.6g}; a flip that the gate "
-            f"or the audit confirmed at {known.margins[-1]:.6g} raised it."
+            f"or the audit confirmed at {known.largest:.6g} raised it."
         )
 
 
@@ -200,7 +193,7 @@ def _tune(page: Page, samples: profiles.Samples, known: dict[str, profiles.Known
     found = calibrate(page, samples, target if target == KNEE else 0.0 if target == NONE else float(target), tail)
     if not found:
         return
-    start = {name: veto(c, known.get(name)) for name, c in found.items()}
+    start = {name: profiles.veto(c, known.get(name)) for name, c in found.items()}
     taus = _choose(found, start)
     chosen = {}
     for name, tau in taus.items():
@@ -244,12 +237,17 @@ def _tune(page: Page, samples: profiles.Samples, known: dict[str, profiles.Known
         "trade-off",
         page.exports,
     )
+    st.caption(
+        "Lines: each threshold with the bound that it would have, had it been fixed before the sample was seen. Stars: the chosen "
+        "ones, with the bound of their calibration, which stays true although the sample chose them."
+    )
     st.markdown("##### Chosen thresholds")
     rows = pd.DataFrame(
         [
             {
                 "dataset": n,
                 "threshold": r["threshold"],
+                "from the sample": found[n].threshold,
                 "steps": int(r["steps"]),
                 "triggered": int(r["triggered"]),
                 "trigger rate": 100 * r["trigger_rate"],
@@ -269,12 +267,16 @@ def _tune(page: Page, samples: profiles.Samples, known: dict[str, profiles.Known
         page.exports,
         column_config={
             "threshold": st.column_config.NumberColumn(format="%.6g"),
+            "from the sample": st.column_config.NumberColumn(
+                format="%.6g",
+                help="What the sample alone gives; a flip known from gate or audit raises it, set by hand it may differ",
+            ),
             "trigger rate": st.column_config.NumberColumn(format="%.2f%%"),
             "missed at most (95%)": st.column_config.NumberColumn(
                 format="%.4f%%", help="The bound of the calibration: it holds although the sample chose the threshold"
             ),
             "known flips above": st.column_config.NumberColumn(
-                help="Confirmed flips of the whole run that it would miss"
+                help="Flips outside the sample, confirmed by gate or audit, that it would miss: none, unless set by hand"
             ),
             "ms a token": st.column_config.NumberColumn(format="%.2f", help="Predicted, at the run's median batch"),
             "overhead": st.column_config.NumberColumn(format="%.1f%%", help="Predicted share that verifying adds"),
@@ -335,6 +337,12 @@ def _export(page: Page, chosen: dict[str, pd.Series]) -> None:
     page.exports.show(st.container(horizontal_alignment="right"), "tuning")
 
 
+def _known(page: Page) -> dict[str, profiles.KnownFlips]:
+    """Return the flips of the whole run that are not in the sample, also those that the sidebar hides."""
+    steps = page.data.steps(*dict.fromkeys([*profiles.STEP_COLUMNS, *page.filters.columns]))
+    return profiles.known_flips(steps, page.filters.keep(steps))
+
+
 def _page() -> None:
     page = ui.open_page(
         "Tuning",
@@ -348,7 +356,7 @@ def _page() -> None:
     if not samples:
         _incomplete(page, decode)
         return
-    known = page.memo("known-flips", lambda: profiles.known_flips(page.steps(*profiles.STEP_COLUMNS)))
+    known = page.memo("known-flips", lambda: _known(page))
     price = page.memo("price", lambda: measure(page.steps(*PRICE_COLUMNS)))
     if taken < decode:
         st.caption(f":material/info: {of(taken, decode)} decode steps are used: those of fully verified requests.")
