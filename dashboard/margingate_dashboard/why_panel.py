@@ -38,7 +38,8 @@ def show(page: Page, steps: pd.DataFrame, step: int, key: str) -> None:
         best = why.best(row, data.vocabulary(page.data))
         if len(best):
             percent = st.column_config.NumberColumn(format="%.3f%%")
-            st.caption("The best tokens of both paths")
+            both = best["verify, place"].notna().any()
+            st.caption("The best tokens of both paths" if both else "The best tokens of the fast path; no verify ran")
             ui.table(
                 best, "best-tokens", page.exports, key=f"best-{key}",
                 column_config={"fast path, %": percent, "verify, %": percent},

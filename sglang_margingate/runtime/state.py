@@ -53,8 +53,8 @@ UNVERIFIED = (Reason.NONE.value, None, None, False, False, None, None, 0)
 """The trace's columns ``reason`` to ``window_rows`` of a step without a verify."""
 
 
-NO_TOPS = (None, None, None, None)
-"""The trace's last four columns of a step without a verify."""
+NO_TOP = (None, None)
+"""A path's best tokens where they were not taken."""
 
 
 class StepRow(msgspec.Struct, gc=False, eq=False):
@@ -91,8 +91,9 @@ class StepRow(msgspec.Struct, gc=False, eq=False):
     verify_margin: float | None = None
     window_rows: int = 0
     delta: KvDelta | None = None
-    tops: tuple[Top, Top] | None = None
-    """Best five of the fast path and of the verify, where the step was verified and traced."""
+    tops: tuple[Top, Top | None] | None = None
+    """Best five of the fast path and of the verify, where the step was verified and traced; of the fast path alone where it
+    was not, and its request asked for its steps."""
     forward: Forward | None = None
     """None while the forward runs."""
     token: int = -1
@@ -131,8 +132,12 @@ class StepRow(msgspec.Struct, gc=False, eq=False):
             ledger.number, ledger.request_id, params.dataset, self.step, self.position, forward.time, self.token,
             self.fast_token, self.second_token, self.margin, params.threshold, self.triggered, *verdict,
             forward.requests, forward.padded, forward.canonical, self.structural, not forward.decode, forward.ms,
-            self.waited_ms, 0.0, text, forward.number, *(NO_TOPS if self.tops is None else (*self.tops[0], *self.tops[1])),
+            self.waited_ms, 0.0, text, forward.number, *self._tops(),
         )  # fmt: skip
+
+    def _tops(self) -> tuple[Any, ...]:
+        fast, verified = self.tops or (None, None)
+        return (*(fast or NO_TOP), *(verified or NO_TOP))
 
 
 @dataclass

@@ -28,7 +28,7 @@ from sglang_margingate.runtime.prefill import Chunk, PrefillRules
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.seeded.draws import Drawer, any_seeded
 from sglang_margingate.runtime.state import Forward, RequestState, StepRow
-from sglang_margingate.runtime.verifier import Verifier, VerifyJob, best_five
+from sglang_margingate.runtime.verifier import Verifier, VerifyJob, best_five, best_five_later
 from sglang_margingate.runtime.view import ForwardView, Sampling
 from sglang_margingate.words import Reason
 
@@ -131,6 +131,11 @@ class Step:
             )  # fmt: skip
         waited_ms = self._verify(observed, sampling, view.decode)
         view.waited |= waited_ms > 0
+        asked = self._asked(observed)
+        if asked:
+            index = torch.tensor([row.index for row in asked], device=logits.device)
+            for row, best_tokens in zip(asked, best_five(sampling.processed(logits)[index])):
+                row.tops = (best_tokens, None)
         keep_asking(observed, sampling, view.decode)
         tokens = self._argmax(observed, best) if self._all_ours(observed, sampling) else sampling.choose()
         chosen = self._enforce(observed, tokens, sampling)
@@ -224,6 +229,10 @@ class Step:
         log.error("margingate: %s; the request goes on without verifies, guarantee none", why)
         state.ledger.ungated = why
         self.recorder.totals.ledger_errors += 1
+
+    def _asked(self, rows: list[StepRow]) -> list[StepRow]:
+        """Return the rows whose best tokens the trace still lacks, of requests that asked for their steps."""
+        return [r for r in rows if r.tops is None and r.state.steps is not None] if self.recorder.traces else []
 
     @staticmethod
     def _all_ours(observed: list[StepRow], sampling: Sampling) -> bool:
@@ -346,7 +355,10 @@ class Step:
 
         A wait after each prefill would keep SGLang from preparing the next one meanwhile: 17 ms of every 8,192 tokens.
         """
-        packed = self._packed(sampling.processed(sampling.logits), observed)
+        logits = sampling.processed(sampling.logits)
+        packed = self._packed(logits, observed)
+        asked = self._asked(observed)
+        best_tokens = best_five_later(logits[self._index([r.index for r in asked], logits.device)]) if asked else None
         tokens = packed.column("token")
         keep_asking(observed, sampling, view.decode)
         if self._all_ours(observed, sampling):
@@ -359,7 +371,13 @@ class Step:
                 tokens[index] = best[index].to(tokens.dtype)
             read = packed.send(tokens)
         sampling.score(tokens)
-        self._hand_over(view, rows, read)
+
+        def read_all() -> Numbers:
+            for row, best in zip(asked, best_tokens() if best_tokens else ()):
+                row.tops = (best, None)
+            return read()
+
+        self._hand_over(view, rows, read_all if asked else read)
         return tokens
 
     def _index(self, rows: list[int], device: torch.device) -> torch.Tensor:

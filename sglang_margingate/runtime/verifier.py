@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -63,9 +63,27 @@ def best_five(logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
 
     Lowest index first among exact ties, as argmax has it (bf16 logits tie often; `topk` takes any).
     """
-    best = torch.topk(torch.log_softmax(logits.float(), -1), min(16, logits.shape[-1]), dim=-1)
+    best = _best(logits)
+    return _five(best.indices.tolist(), best.values.tolist())
+
+
+def best_five_later(logits: torch.Tensor) -> Callable[[], list[tuple[list[int], list[float]]]]:
+    """Start on the same without a wait; what is returned gives it after the device has passed this point."""
+    hosts = []
+    for found in _best(logits):
+        host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+        hosts.append(host.copy_(found, non_blocking=True))
+    values, tokens = hosts
+    return lambda: _five(tokens.tolist(), values.tolist())
+
+
+def _best(logits: torch.Tensor) -> torch.return_types.topk:
+    return torch.topk(torch.log_softmax(logits.float(), -1), min(16, logits.shape[-1]), dim=-1)
+
+
+def _five(indices: list[list[int]], logprobs: list[list[float]]) -> list[tuple[list[int], list[float]]]:
     found = []
-    for tokens, values in zip(best.indices.tolist(), best.values.tolist()):
+    for tokens, values in zip(indices, logprobs):
         order = sorted(range(len(tokens)), key=lambda i: (-values[i], tokens[i]))[:5]
         found.append(([tokens[i] for i in order], [values[i] for i in order]))
     return found

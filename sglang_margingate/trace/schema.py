@@ -28,7 +28,7 @@ __all__ = [
     "Reason",
 ]
 
-SCHEMA_VERSION = "2.3"
+SCHEMA_VERSION = "2.4"
 
 MANIFEST_NAME = "manifest.json"
 
@@ -137,7 +137,12 @@ STEP_COLUMNS: tuple[Column, ...] = (
     Column(
         "forward", pa.int32(), "", "Number of the forward that ran the step, unique in the run: its rows ran together."
     ),
-    Column("fast_top_tokens", pa.list_(pa.int32()), "id", "The fast path's best five tokens; null where not verified."),
+    Column(
+        "fast_top_tokens",
+        pa.list_(pa.int32()),
+        "id",
+        "The fast path's best five tokens: of verified steps, and of every step of a request with margingate_return_steps.",
+    ),
     Column("fast_top_logprobs", pa.list_(pa.float32()), "ln p", "Their log-probabilities, of the processed logits."),
     Column("verify_top_tokens", pa.list_(pa.int32()), "id", "The verify's best five tokens; null where not verified."),
     Column("verify_top_logprobs", pa.list_(pa.float32()), "ln p", "Their log-probabilities."),

@@ -266,6 +266,27 @@ def test_per_token_detail_of_a_request_that_asked_for_it() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("clock", [HostClock, LateClock])
+def test_every_step_of_a_request_that_asked_for_it_tells_its_best_five(clock: type[HostClock]) -> None:
+    """Also where nothing waits for the forward: the best tokens come with its other numbers. Of its neighbour, where verified."""
+    server, asked, other = Server(clock()), a_state(number=1), a_state(number=2)
+    asked.steps = {"margin": [], "verified": [], "flipped": [], "reason": []}
+    server.prefill([other, asked])
+    for step, (margin, in_class) in enumerate(((3.0, True), (2.0, True), (0.25, False))):
+        server.decode([other, asked], PROMPT + step, margin, in_class)
+    for state in (asked, other):
+        server.recorder.finish(state, 4)
+    mine = [row for row in server.rows if row["request"] == 1]
+    assert [row["fast_top_tokens"][:2] for row in mine] == [[row["fast_token"], row["second_token"]] for row in mine]
+    gaps = [row["fast_top_logprobs"][0] - row["fast_top_logprobs"][1] for row in mine]
+    assert gaps == pytest.approx([row["margin"] for row in mine], abs=1e-5)
+    assert [row["reason"] for row in mine] == ["none", "none", "none", "margin"]
+    assert [row["verify_top_tokens"] is None for row in mine] == [True, True, True, False]
+    assert mine[-1]["verify_top_tokens"][0] == mine[-1]["verify_token"] == ANSWER
+    theirs = [row for row in server.rows if row["request"] == 2]
+    assert [row["fast_top_tokens"] is None for row in theirs] == [True, True, True, False]
+
+
 def test_totals_are_those_of_all_requests() -> None:
     server, states = Server(), [a_state(number=n) for n in (1, 2, 3)]
     server.prefill(states)
