@@ -90,11 +90,19 @@ def _plain(layer: Any) -> bool:
         and layer.sliding_window_size == -1
         and layer.pos_encoding_mode == "NONE"
         and not layer.is_cross_attention
-        and layer.k_scale is None
-        and layer.v_scale is None
+        and _unscaled(layer)
         and layer.xai_temperature_len == -1
         and getattr(layer.attn_type, "value", layer.attn_type) == "decoder"
     )
+
+
+def _unscaled(layer: Any) -> bool:
+    """Return whether a layer's keys and values stand in the pool as they are.
+
+    A model with quantised weights has scales of keys and values too. Where the checkpoint brings none they are 1, which
+    changes no bit.
+    """
+    return all(getattr(layer, f"{of}_scale") is None or getattr(layer, f"{of}_scale_float") == 1.0 for of in ("k", "v"))
 
 
 # ---- hook functions ---------------------------------------------------------------------------------------------------

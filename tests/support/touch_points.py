@@ -161,7 +161,7 @@ NAMES = (
     Touch(RUNNER + "model_runner.ModelRunnerOutput", ("can_run_graph",)),
     Touch(SRT + "layers.radix_attention.RadixAttention", (
         "head_dim", "v_head_dim", "logit_cap", "sliding_window_size", "pos_encoding_mode", "is_cross_attention", "k_scale",
-        "v_scale", "xai_temperature_len", "attn_type", "tp_q_head_num", "layer_id", "scaling",
+        "v_scale", "k_scale_float", "v_scale_float", "xai_temperature_len", "attn_type", "tp_q_head_num", "layer_id", "scaling",
     )),
     Touch(SRT + "layers.linear", ("LinearBase", "RowParallelLinear")),
     Touch(SRT + "layers.linear.RowParallelLinear", ("reduce_results",)),

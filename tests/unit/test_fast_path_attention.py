@@ -42,7 +42,7 @@ def model_runner(**changes: Any) -> Any:
 def layer(**changes: Any) -> Any:
     plain = {
         "head_dim": DIM, "v_head_dim": DIM, "logit_cap": 0.0, "sliding_window_size": -1, "is_cross_attention": False,
-        "k_scale": None, "v_scale": None, "xai_temperature_len": -1, "pos_encoding_mode": "NONE", "tp_q_head_num": HEADS, "layer_id": 0,
+        "k_scale": None, "v_scale": None, "k_scale_float": None, "v_scale_float": None, "xai_temperature_len": -1, "pos_encoding_mode": "NONE", "tp_q_head_num": HEADS, "layer_id": 0,
         "scaling": DIM**-0.5, "attn_type": SimpleNamespace(value="decoder"), **changes,
     }  # fmt: skip
     return SimpleNamespace(**plain)
@@ -82,12 +82,18 @@ def test_a_rank_attends_with_its_share_of_the_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}, {"pos_encoding_mode": "ALIBI"},
+    "changes", [{"logit_cap": 30.0}, {"v_head_dim": 8}, {"k_scale": 0.5}, {"v_scale": torch.tensor(0.5), "v_scale_float": 0.5}, {"pos_encoding_mode": "ALIBI"},
      {"attn_type": SimpleNamespace(value="encoder_only")}],
 )  # fmt: skip
 def test_so_do_models_with_one_odd_layer(layers: list[Any], changes: dict[str, Any]) -> None:
     layers.append(layer(**changes))
     assert attention.prepare(model_runner(), 8) == "flashinfer without K/V split"
+
+
+def test_quantised_weights_without_scales_of_keys_and_values_change_nothing(layers: list[Any]) -> None:
+    one = torch.tensor(1.0)
+    layers.append(layer(k_scale=one, v_scale=one, k_scale_float=1.0, v_scale_float=1.0))
+    assert attention.prepare(model_runner(), 8) == "margingate"
 
 
 def planned(*_: Any) -> None:
