@@ -18,7 +18,6 @@ GROUPS = {
     "gate_server": "gate",
     "audit_server": "audit",
     "address": "browser",
-    "sglang": "sglang",
 }
 """Fixtures that take seconds to make, and the group of the tests that use them: one process runs a group, and makes them once.
 
@@ -58,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sglang() -> Iterator[SGLangProcess]:
-    """A process that has imported SGLang: code that needs it runs in a fork of it."""
+    """A process that has imported SGLang: code that needs it, and most servers, run in a fork of it."""
     process = SGLangProcess()
     yield process
     process.close()

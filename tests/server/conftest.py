@@ -1,17 +1,25 @@
-"""Real SGLang servers on the CPU, one per configuration, shared by the tests of this folder."""
+"""Real SGLang servers on the CPU, one per configuration, shared by the tests of this folder.
+
+The two that most tests ask start as a user starts them; the others are forks that have SGLang imported already.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sglang_process import SGLangProcess
 
 from sglang_margingate.bench.prompts.embedded import demo_prompts
+from sglang_margingate.bench.servers import process
 from sglang_margingate.bench.servers.client import Prompt
 from sglang_margingate.bench.servers.process import Server, serve
 
+BY_COMMAND = process.begin
 THRESHOLD = 0.0625
 CANONICAL = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 
@@ -34,13 +42,31 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks(sglang: SGLangProcess) -> Iterator[None]:
+    """Let servers begin as forks of a process that has imported SGLang (tests/support/forked_servers.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "begin", sglang.begin)
+        yield
+
+
+@contextmanager
+def serve_by_command(flags: Sequence[str], **options: Any) -> Iterator[Server]:
+    """Start a server as users do, by its command; those that most tests ask are."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(process, "begin", BY_COMMAND)
+            server = stack.enter_context(serve(flags, **options))
+        yield server
+
+
 @pytest.fixture(scope="session")
 def gate_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The gate with everything on: radix, trace with text, metrics, K/V digests."""
     folder = tmp_path_factory.mktemp("gate")
     flags = ["--margingate-policy", "gate", "--margingate-threshold", str(THRESHOLD), "--margingate-trace-text", "on",
              "--margingate-trace-dir", str(folder / "traces"), "--enable-metrics"]  # fmt: skip
-    with serve(flags, log=folder / "server.log", env={"MARGINGATE_KV_DIGEST": "1"}) as server:
+    with serve_by_command(flags, log=folder / "server.log", env={"MARGINGATE_KV_DIGEST": "1"}) as server:
         yield server
 
 
@@ -59,7 +85,7 @@ def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     folder = tmp_path_factory.mktemp("canonical")
     flags = [*CANONICAL, "--margingate-map-dir", str(folder / "maps"), "--margingate-threshold", str(THRESHOLD),
              "--max-running-requests", "16"]  # fmt: skip
-    with serve(flags, log=folder / "server.log") as server:
+    with serve_by_command(flags, log=folder / "server.log") as server:
         yield server
 
 

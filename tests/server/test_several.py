@@ -24,7 +24,8 @@ IN_FLIGHT = 12
 
 def start(folder: Path, *flags: str) -> Any:
     own = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-map-dir", "off",
-           "--margingate-trace-dir", str(folder / "traces"), "--enable-metrics", "--max-total-tokens", "20000"]  # fmt: skip
+           "--margingate-trace-dir", str(folder / "traces"), "--enable-metrics", "--max-total-tokens", "20000",
+           "--max-running-requests", "16"]  # fmt: skip
     return serve([*own, *flags], log=folder / "server.log", timeout=300)
 
 

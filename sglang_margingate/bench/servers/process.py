@@ -141,15 +141,7 @@ def serve(
         str(port),
         *flags,
     ]
-    with log.open("wb") as out, _heeding_sigint():
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-        )
+    process = begin(command, log, {**os.environ, **(env or {})})
     server = Server(f"http://127.0.0.1:{port}", log, process, tuple(flags))
     failed = True
     try:
@@ -165,6 +157,19 @@ def serve(
             )
         if not keep and not failed:
             log.unlink(missing_ok=True)
+
+
+def begin(command: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a server's process: in a session of its own, whose process group has its id, with all it says in `log`."""
+    with log.open("wb") as out, _heeding_sigint():
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
 
 
 def _wait(server: Server, timeout: float, progress: Progress | None) -> None:
