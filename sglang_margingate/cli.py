@@ -11,6 +11,12 @@ from typing import NamedTuple, NoReturn
 
 USAGE, INTERRUPTED = 2, 130
 
+EXTRAS = {
+    "pandas": "analysis", "plotly": "dashboard", "streamlit": "dashboard", "sglang": "serve", "torch": "serve",
+    "prometheus_client": "serve",
+}  # fmt: skip
+"""Modules that some commands need, and the extra that brings them."""
+
 
 class Command(NamedTuple):
     """One command: its line in the help, and where its code lies."""
@@ -25,6 +31,7 @@ COMMANDS = {
     "serve": Command("serve a model: stock SGLang with margingate's policy", ""),
     "calibrate": Command("choose thresholds for a model, server and datasets", "calibrate.command"),
     "check": Command("does a server give the same tokens whatever the batch?", "check.command"),
+    "doctor": Command("examine this machine with a model; one report for an issue", "doctor.command"),
     "probe": Command("at which shapes does a model give a row the same bits here?", "cmd_probe"),
     "tune-experts": Command("the fastest configurations of fused experts that share bits", "cmd_tune"),
     "bench": Command("compare policies side by side: speed, identity, cost", "side_by_side.command"),
@@ -136,6 +143,9 @@ def _guarded(call: Callable[[], int], command: str) -> int:
         if not (ours or isinstance(error, (OSError, ImportError))) or os.environ.get("MARGINGATE_DEBUG"):
             raise
         text = " ".join(str(error).split()) or "no reason given"
+        extra = EXTRAS.get(getattr(error, "name", None) or "")
+        if extra:
+            text += f": pip install 'sglang-margingate[{extra}]'"
         print(f"margingate {command}: error: {'' if ours else type(error).__name__ + ': '}{text}", file=sys.stderr)
         return USAGE
 

@@ -52,10 +52,11 @@ _VECTOR_UNITS = re.compile(r"avx|amx|fma|f16c|sse4|asimd|sve|sme(?!p)|bf16|i8mm"
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that decide bits, absent ones left out."""
-    return {"python": platform.python_version(), **_installed(PACKAGES)}
+    return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
-def _installed(names: tuple[str, ...]) -> dict[str, str]:
+def installed(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of those of these packages that are installed."""
     found = {}
     for name in names:
         try:
@@ -73,7 +74,7 @@ def kernel_environment(device: str) -> dict[str, str]:
     import torch
 
     cpu = device == "cpu"
-    facts = {"device": device_name(device), **(_cpu_facts() if cpu else _gpu_facts()), **_installed(KERNEL_PACKAGES)}
+    facts = {"device": device_name(device), **(_cpu_facts() if cpu else _gpu_facts()), **installed(KERNEL_PACKAGES)}
     if torch.version.cuda:
         facts["cuda"] = torch.version.cuda
     settings = KERNEL_SETTINGS_CPU if cpu else KERNEL_SETTINGS_GPU
@@ -91,7 +92,7 @@ def _gpu_facts() -> dict[str, str]:
         "blas": str(torch.backends.cuda.preferred_blas_library()),
         "bf16_reduced_precision_reduction": str(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
     }
-    cublas = next(iter(_installed(CUBLAS_PACKAGES).values()), None)  # absent where the system's is used
+    cublas = next(iter(installed(CUBLAS_PACKAGES).values()), None)  # absent where the system's is used
     driver = nvidia_driver()
     return facts | {k: v for k, v in (("cublas", cublas), ("driver", driver)) if v is not None}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 DEMO = Path(__file__).resolve().parent
 WEIGHTS = "model.safetensors"
 NEEDED = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
+INSTALL = "pip install 'sglang-margingate[demo]', or name a model with --model-path"
 RESTORE = "restore it with `git checkout -- sglang_margingate/demo/model` or retrain (see its README.md)"
 
 
@@ -33,6 +34,8 @@ def check_model_dir(path: str | Path, fix: str = RESTORE) -> None:
     reading the weights.
     """
     folder = Path(path)
+    if folder == model_path() and not folder.is_dir():
+        raise ModelFilesError(f"the embedded model is not installed here: {INSTALL}")
     for name in NEEDED:
         if not (folder / name).is_file():
             raise ModelFilesError(f"{folder / name} is missing: {fix}")

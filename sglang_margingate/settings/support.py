@@ -57,7 +57,7 @@ def check_host(config: MarginGateConfig) -> list[str]:
     """
     if config.policy is Policy.OFF:
         return []
-    version = _version_trouble()
+    version = version_trouble()
     if version and not config.allow_untested:
         raise ConfigError(f"{version}. Install one of them, or add {OVERRIDE} to serve at guarantee none")
     wrong = [(rule, name) for rule in ENVIRONMENT for name in rule.names if _is_set(rule, name)]
@@ -82,7 +82,7 @@ def check_host(config: MarginGateConfig) -> list[str]:
     return [version, *broken] if version else broken
 
 
-def _version_trouble() -> str | None:
+def version_trouble() -> str | None:
     """Return why the SGLang that would be imported is not one of the tested, or None."""
     tested = f"tested: {', '.join(TESTED)}"
     spec = importlib.util.find_spec("sglang")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "kernels")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels")]
 
 from margingate_kernels import (  # noqa: E402
     Fa3PrefillAttention,
@@ -33,7 +33,8 @@ from margingate_kernels import (  # noqa: E402
     fa3_available,
     prefill_attention_reference,
 )
-from repeat_kernels import busy  # noqa: E402
+
+from sglang_margingate.bench.kernels.repeat import busy  # noqa: E402
 
 SHAPES = {"32/8 of 128": (32, 8, 128), "28/4 of 128": (28, 4, 128), "32/4 of 128": (32, 4, 128),
           "40/8 of 128": (40, 8, 128), "32/8 of 64": (32, 8, 64)}  # fmt: skip

@@ -131,7 +131,7 @@ def model_facts(model: str, overrides: str | None = None) -> ModelFacts:
     overrides
         The server's ``--json-model-override-args``.
     """
-    config = {**_read_config(model), **_object(overrides or "{}")}
+    config = {**read_config(model), **_object(overrides or "{}")}
     # A multimodal model keeps its language model's numbers in a part of their own.
     inner = config.get("text_config")
     config = {**(inner if isinstance(inner, dict) else {}), **config}
@@ -142,7 +142,8 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _read_config(model: str) -> dict[str, Any]:
+def read_config(model: str) -> dict[str, Any]:
+    """Return a model's ``config.json``; empty where it cannot be read on this machine."""
     file = Path(model) / "config.json"
     if not file.is_file():
         file = _in_hub_cache(model)

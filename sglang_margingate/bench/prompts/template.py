@@ -39,7 +39,8 @@ def is_embedded(model: str) -> bool:
         return True
     path = Path(model)
     # A server on another machine has the same folder under another root.
-    return (path.exists() and path.samefile(model_path())) or path.parts[-3:] == model_path().parts[-3:]
+    here = model_path()  # may be missing: the embedded model is a distribution of its own
+    return (path.exists() and here.exists() and path.samefile(here)) or path.parts[-3:] == here.parts[-3:]
 
 
 def find_template(model: str, tokenizer: str | None = None) -> Template:

@@ -1,0 +1,1 @@
+"""``margingate doctor``: what holds on this machine, in one report."""
