@@ -26,7 +26,7 @@ class Labels:
     recorder
         Counts what was seen.
     metrics
-        Prometheus gauge of the audit's bound.
+        Prometheus counters of answers, and gauges of the audit's bound and of a server that claims nothing.
     prefill, decode, scores
         What the trials at start-up showed (:class:`~sglang_margingate.gate.claims.Claims`).
     """
@@ -44,11 +44,13 @@ class Labels:
         """``system_fingerprint`` of the answers that end now."""
         self._lowered: list[str] = []
         self._over_limit = False
+        metrics.lowered(bool(config.notes))
 
     def lower(self, reason: str) -> None:
         """From now on no response of this server claims anything, those in flight included; ``reason`` says why."""
         if reason not in self._lowered:
             self._lowered.append(reason)
+            self._metrics.lowered(True)
             log.warning("margingate: %s; responses claim nothing from now on", reason)
 
     @property
@@ -66,8 +68,10 @@ class Labels:
         return Claims(self.notes, self._prefill, self._decode, self._gated_note(), scores.output, scores.prompt)
 
     def label(self, state: RequestState, shown: int, aborted: bool) -> tuple[Guarantee, str]:
-        """Return a finished request's guarantee and why."""
-        return label(state.ledger, self.claims(), shown, aborted, state.most_tokens == 0)
+        """Return a finished request's guarantee and why, and count it."""
+        found = label(state.ledger, self.claims(), shown, aborted, state.most_tokens == 0)
+        self._metrics.answer(found[0].value)
+        return found
 
     def logprobs(
         self, state: RequestState, guarantee: Guarantee, shown: int, asked: Asked | None

@@ -50,6 +50,10 @@ class Metrics:
             decode: (seconds.labels(**labels, forward=name), forwards.labels(**labels, forward=name))
             for decode, name in ((True, "decode"), (False, "prefill"))
         }
+        self._labels = labels
+        self._answers = Counter("margingate_answers", "Finished answers of watched requests.", [*labels, "guarantee"])
+        none = "Set to 1 while the server claims nothing; `notes` of its status page say why."
+        self._lowered = Gauge("margingate_lowered", none, list(labels), multiprocess_mode="mostrecent").labels(**labels)
         bound = "Upper bound at 95% of the share of untriggered steps that flip; 1 with nothing audited."
         gauge = Gauge("margingate_missed_bound", bound, list(labels), multiprocess_mode="mostrecent")
         self._bound = gauge.labels(**labels)
@@ -58,6 +62,16 @@ class Metrics:
         """Show the audit's bound on missed flips, a share."""
         if self.enabled:
             self._bound.set(upper)
+
+    def lowered(self, nothing: bool) -> None:
+        """Show whether the server claims nothing any more."""
+        if self.enabled:
+            self._lowered.set(int(nothing))
+
+    def answer(self, guarantee: str) -> None:
+        """Count one finished answer."""
+        if self.enabled:
+            self._answers.labels(**self._labels, guarantee=guarantee).inc()
 
     def step(self, triggered: bool, flipped: bool, missed: bool) -> None:
         """Count one committed step."""

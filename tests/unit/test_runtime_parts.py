@@ -274,6 +274,19 @@ def test_counters_on_the_metrics_page(metrics: Metrics) -> None:
     assert read("margingate_missed_bound", {"model_name": "m"}) == 0.25
 
 
+def test_a_server_that_lost_its_guarantee_shows_it(metrics: Metrics) -> None:
+    read = prometheus_client.REGISTRY.get_sample_value
+    labels = Labels(MarginGateConfig(), Recorder(HostClock(), None, metrics), metrics)
+    assert read("margingate_lowered", {"model_name": "m"}) == 0
+    labels.lower("the weights were changed")
+    assert read("margingate_lowered", {"model_name": "m"}) == 1
+    metrics.answer("gated")
+    metrics.answer("none")
+    metrics.answer("none")
+    counts = {g: read("margingate_answers_total", {"model_name": "m", "guarantee": g}) for g in ("gated", "none")}
+    assert counts == {"gated": 1, "none": 2}
+
+
 def test_no_counter_is_made_where_sglang_shows_none() -> None:
     off = Metrics(False, "m")
     off.step(True, True, True)
@@ -287,10 +300,12 @@ def test_every_counter_says_what_it_counts(metrics: Metrics) -> None:
     ours = {m.name: m for m in prometheus_client.REGISTRY.collect() if m.name.startswith("margingate_")}
     counters = {
         "steps", "triggers", "flips", "missed", "verify_passes", "verify_rows", "verify_seconds", "trace_dropped_rows",
-        "trace_write_errors", "host_seconds", "host_forwards",
+        "trace_write_errors", "host_seconds", "host_forwards", "answers",
     }  # fmt: skip
     assert {name for name, family in ours.items() if family.type == "counter"} == {f"margingate_{n}" for n in counters}
-    assert {name for name, family in ours.items() if family.type == "gauge"} == {"margingate_missed_bound"}
+    assert {name for name, family in ours.items() if family.type == "gauge"} == {
+        "margingate_missed_bound", "margingate_lowered",
+    }  # fmt: skip
     for family in ours.values():
         text = family.documentation
         assert text[:1].isupper(), text
