@@ -61,6 +61,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return LINK.sub(rewritten, markdown)
 
 
+ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>[~.!]*([^<]*)</code>")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show what docstrings refer to by its last name: mkdocstrings leaves Sphinx's roles as they are."""
+    return ROLE.sub(lambda match: f"<code>{match[1].rpartition('.')[2]}</code>", html)
+
+
 def flags() -> str:
     """Return the page of the server's own flags."""
     from sglang_margingate.serving.frontdoor import build_parser

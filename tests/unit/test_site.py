@@ -64,13 +64,21 @@ def test_every_metric_is_documented(site):
     assert [name for name in named if f"margingate_{name}" not in page] == []
 
 
+def test_the_python_api_is_made_from_the_docstrings(site):
+    page = text(site, "api")
+    for name in ("read_run", "RunFollower", "load_profile", "run_together", "serve", "DecodeAttention", "top2_margin"):
+        assert name in page, name
+    assert "Each :meth" not in page
+    assert not re.findall(r":(?:func|class|meth):", page)
+
+
 def test_links_between_files_of_the_repository_are_links_between_pages(site):
     guide = (site / "guide" / "index.html").read_text("utf-8")
     assert 'href="../trace-columns/"' in guide  # ../traces/README.md
     assert "traces/README.md" not in guide
     home = (site / "index.html").read_text("utf-8")
     assert 'href="guide/"' in home
-    assert 'src="images/request.png"' in home
+    assert 'src="images/idea.svg"' in home
 
 
 def test_a_dead_link_is_an_error(tmp_path):

@@ -36,7 +36,7 @@ def model_of(args: argparse.Namespace) -> str | None:
         One line: nothing answers there.
     """
     if not args.base_url or args.model_path or args.shape:
-        return args.model_path  # type: ignore[no-any-return]
+        return args.model_path
     from sglang_margingate.bench.servers.openai_client import connect, served_model
 
     return served_model(connect(args.base_url, api_key=os.environ.get(API_KEY_ENV, "")))
