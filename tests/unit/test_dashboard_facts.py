@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
-from margingate_dashboard import data, profiles
-from margingate_dashboard.facts import differ, identity, policies, price, quantiles, runlist, versus, why
-from margingate_dashboard.figures import classes, timeline
+from margingate_dashboard import data, profiles, rates, states
+from margingate_dashboard.facts import course, differ, identity, notes, policies, price, quantiles, runlist, versus, why
+from margingate_dashboard.figures import classes, overview, timeline
 from margingate_dashboard.figures import request as request_figures
 from margingate_dashboard.pages import flips, margins, tuning
 from synthetic_runs import SyntheticSpec, make_frames, write_run
@@ -342,19 +342,81 @@ def test_a_look_reads_as_many_runs_as_fit_into_its_time() -> None:
 
 
 def test_notes_lie_beside_a_run(tmp_path: Path) -> None:
-    note = runlist.Note("why <b>this</b>", ("baseline", "a"))
-    runlist.write_note(tmp_path, note)
-    assert runlist.read_note(tmp_path) == note
+    note = notes.Note("why <b>this</b>", ("baseline", "a"))
+    notes.write_note(tmp_path, note)
+    assert notes.read_note(tmp_path) == note
     assert list(tmp_path.iterdir()) == [tmp_path / "notes.json"]
-    runlist.write_note(tmp_path, runlist.Note())
+    notes.write_note(tmp_path, notes.Note())
     assert not list(tmp_path.iterdir())
     for text in ("[]", "{", '{"note": 1}', '{"note": "x", "tags": [1, "y"]}', "[" * 5000):
         (tmp_path / "notes.json").write_text(text)
-        assert runlist.read_note(tmp_path) in (runlist.Note(), runlist.Note("x", ("y",)))
+        assert notes.read_note(tmp_path) in (notes.Note(), notes.Note("x", ("y",)))
     (tmp_path / "notes.json").unlink()
     (tmp_path / "elsewhere").write_text(json.dumps({"note": "secret", "tags": []}))
     (tmp_path / "notes.json").symlink_to(tmp_path / "elsewhere")
-    assert runlist.read_note(tmp_path) == runlist.Note(), "no link is followed"
+    assert notes.read_note(tmp_path) == notes.Note(), "no link is followed"
+
+
+def test_annotations_stand_at_a_request_or_a_step(tmp_path: Path) -> None:
+    note = notes.Note("n", ("t",)).marked(7, 3, "<i>odd</i>").marked(7, None, "slow").marked(2, 0, "x")
+    notes.write_note(tmp_path, note)
+    found = notes.read_note(tmp_path)
+    assert found == note
+    assert [(m.step, m.text) for m in found.of(7)] == [(None, "slow"), (3, "<i>odd</i>")]
+    assert (found.at(7, 3), found.at(7, 4), found.at(2, None)) == ("<i>odd</i>", "", "")
+    assert found.marked(7, 3, "anew").at(7, 3) == "anew"
+    assert notes.Note().marked(1, 1, "a").marked(1, 1, "") == notes.Note(), "no words, no annotation"
+    for marks in ("x", [1], [{"request": "1", "text": "a"}], [{"step": 1}], {"a": 1}):
+        (tmp_path / "notes.json").write_text(json.dumps({"note": "n", "tags": [], "marks": marks}))
+        assert notes.read_note(tmp_path).marks == ()
+    (tmp_path / "notes.json").write_text(json.dumps({"note": "of an older version", "tags": []}))
+    assert notes.read_note(tmp_path) == notes.Note("of an older version")
+
+
+# a run so far -------------------------------------------------------------------------------------------------------
+
+
+def test_overhead_and_bound_so_far_are_those_of_all_before() -> None:
+    steps, requests = make_frames(SyntheticSpec(requests=30, tokens=60, mix=("gate", "log"), audit_rate=0.2))
+    named = dict(zip(requests["request"], requests["policy"].astype(str)))
+    steps = steps.assign(
+        policy=steps["request"].map(named), verified=states.verified(steps), examined=states.examined(steps), above=states.above(steps)
+    )  # fmt: skip
+    table = course.so_far(steps, requests, "gate", points=20)
+    began = steps["time"].min()
+    mine = requests[requests["policy"] == "gate"]
+    end = mine["time"] + pd.to_timedelta((1000 * mine["e2e_ms"]).astype("int64"), unit="us")
+    gate = steps[(steps["policy"] == "gate") & ~steps["prefill"]]
+    for _, row in table.iterrows():
+        now = began + pd.to_timedelta(row["seconds"] + 1e-7, unit="s")
+        done, seen = mine[end <= now], gate[gate["time"] <= now]
+        audited = seen[~seen["triggered"] & (seen["reason"] == "audit")]
+        assert row["requests"] == len(done)
+        if len(done):
+            assert row["overhead"] == pytest.approx(100 * done["overhead_ms"].sum() / done["e2e_ms"].sum())
+        assert (row["examined"], row["above"]) == (len(audited), int(audited["flipped"].sum()))
+        if len(audited):
+            assert row["bound"] == pytest.approx(100 * rates.upper_95(int(audited["flipped"].sum()), len(audited)))
+    assert table["bound"].notna().any()
+    assert table["overhead"].iloc[-1] == pytest.approx(100 * mine["overhead_ms"].sum() / mine["e2e_ms"].sum())
+    assert course.so_far(steps, requests, "log")["bound"].isna().all(), "under log nothing is audited"
+    assert course.so_far(steps.iloc[:0], requests.iloc[:0], "gate").empty
+    assert overview.so_far(table, "gate").data
+    assert not overview.so_far(course.so_far(steps.iloc[:0], requests.iloc[:0], "gate"), "gate").data
+
+
+def test_the_newest_flips_come_first() -> None:
+    steps, _ = make_frames(SyntheticSpec(requests=30, tokens=60, policy="always"))
+    steps = steps.assign(state=states.classify(steps), policy="always")
+    found = course.newest_flips(steps, {})
+    every = steps[steps["flipped"]].sort_values(["time", "request"], ascending=[False, True], kind="stable")
+    assert len(every) > course.TICKER == len(found)
+    assert (
+        found[["number", "step"]].to_numpy().tolist()
+        == every[["request", "step"]].head(course.TICKER).to_numpy().tolist()
+    )
+    assert (found["fast token"] != found["verify token"]).all()
+    assert course.newest_flips(steps[~steps["flipped"]], {}).empty
 
 
 # figures -----------------------------------------------------------------------------------------------------------

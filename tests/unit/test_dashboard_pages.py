@@ -202,6 +202,10 @@ def shown(at: AppTest) -> str:
     return "\n".join(e.proto.body if hasattr(e.proto, "body") else str(e.value) for e in at.get("html"))
 
 
+def with_column(at: AppTest, column: str) -> list[pd.DataFrame]:
+    return [t.value for t in at.dataframe if column in t.value.columns]
+
+
 def tables(at: AppTest, column: str) -> list[pd.DataFrame]:
     """Return the page's tables that begin with this column."""
     return [t.value for t in at.dataframe if t.value.columns[0] == column]
@@ -374,6 +378,61 @@ def test_the_dataset_filter_changes_every_count(tmp_path: Path, monkeypatch: pyt
     assert set(at.dataframe[0].value["dataset"]) == {"arith", "code", "story"}
     at.multiselect(key="dataset_box").set_value(["code"]).run()
     assert at.dataframe[0].value["dataset"].tolist() == ["code"]
+
+
+def test_a_live_run_tells_its_newest_flips_and_a_closed_one_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SyntheticSpec(requests=12, tokens=80, policy="always", live=True)
+    write_run(tmp_path / "a", spec)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.switch_page("overview.py").run()
+    assert len(with_column(at, "fast token")[0]) == 8
+    rewrite_manifest(tmp_path / "a", closed_at="2026-01-05T09:05:00+00:00")
+    at.run()
+    assert not with_column(at, "fast token")
+
+
+def test_an_annotation_is_kept_listed_and_shown_beside_its_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = "<img src=x> seen with a [batch](http://e) of 7"
+    two_runs(tmp_path)
+    (tmp_path / "b" / "notes.json").write_text(json.dumps({"note": "n", "tags": ["t"]}))
+    at = open_app(tmp_path, monkeypatch).run()
+    for key, value in (("run", "b"), ("request", "rid-00004"), ("step", "7")):
+        at.query_params[key] = value
+    at.switch_page("request.py").run()
+    next(t for t in at.text_input if t.label == "Words").set_value(attack)
+    at.button[[b.label for b in at.button].index("Save")].click().run()
+    assert not at.exception
+    found = json.loads((tmp_path / "b" / "notes.json").read_text())
+    assert found == {"note": "n", "tags": ["t"], "marks": [{"request": 5, "step": 7, "text": attack}]}
+    at.switch_page("overview.py").run()
+    row = with_column(at, "annotation")[0].iloc[0]
+    assert (row["number"], row["request"], row["step"], row["annotation"]) == (5, "rid-00004", 7, attack)
+    assert "number=5" in row["open"]
+    at.switch_page("requests.py").run()
+    said = with_column(at, "annotation")[0].set_index("number")["annotation"]
+    assert said[5] == f"step 7: {attack}"
+    assert said.drop(5).isna().all()
+    at.switch_page("request.py").run()
+    next(t for t in at.text_input if t.label == "Words").set_value("")
+    at.button[[b.label for b in at.button].index("Save")].click().run()
+    assert json.loads((tmp_path / "b" / "notes.json").read_text())["marks"] == []
+
+
+def test_an_annotation_that_cannot_be_saved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_run(tmp_path / "a", SMALL)
+    monkeypatch.setattr("margingate_dashboard.facts.notes.write_note", full)
+    at = open_app(tmp_path, monkeypatch).run()
+    at.switch_page("request.py").run()
+    next(t for t in at.text_input if t.label == "Words").set_value("x")
+    at.button[[b.label for b in at.button].index("Save")].click().run()
+    assert "No space left on device" in at.error[0].value
 
 
 @pytest.mark.parametrize("where", ["margingate_dashboard.whatif.outcome", "margingate_dashboard.whatif.make_sample"])

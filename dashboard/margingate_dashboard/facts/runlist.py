@@ -1,4 +1,4 @@
-"""The list of runs: what each one counted, kept as long as its folder does not change, and notes beside it.
+"""The list of runs: what each one counted, kept as long as its folder does not change.
 
 A thousand runs are listed from what was read before; of the others only so many are read at a time that the page stays
 quick, and the next look reads more.
@@ -6,14 +6,12 @@ quick, and the next look reads more.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import pandas as pd
 
@@ -21,9 +19,6 @@ from margingate_dashboard.facts.policies import leading, present
 from margingate_dashboard.rates import at_most
 from margingate_dashboard.summary import REQUEST_COLUMNS, Headline, from_requests, overhead, tags
 
-NOTES_NAME = "notes.json"
-"""A reader's words about a run, beside its files. A run that has one is never removed by ``--margingate-trace-keep``."""
-MOST_NOTE, MOST_TAGS = 2000, 20
 FRESH_NS = 2_000_000_000
 """A folder changed less than this long ago may change again within the same tick of its clock."""
 
@@ -125,41 +120,3 @@ def missed_words(total: Headline, policy: str) -> str:
     if policy != "gate" or not total.examined:
         return "not audited"
     return f"{total.missed:,} of {total.examined:,} audited, ≤ {at_most(total.miss_upper)}"
-
-
-@dataclass(frozen=True)
-class Note:
-    """What readers wrote of a run."""
-
-    text: str = ""
-    tags: tuple[str, ...] = ()
-
-
-def read_note(run: Path) -> Note:
-    """Return a run's note; an unreadable one is empty."""
-    try:
-        with open(os.open(run / NOTES_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
-            found: Any = json.loads(file.read(100_000))
-        words = found["tags"]
-        return Note(str(found["note"])[:MOST_NOTE], tuple(str(t)[:40] for t in words if isinstance(t, str))[:MOST_TAGS])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Note()
-
-
-def write_note(run: Path, note: Note) -> None:
-    """Put a note beside a run, whole or not at all; an empty one removes it.
-
-    Raises
-    ------
-    OSError
-        The folder cannot be written.
-    """
-    target = run / NOTES_NAME
-    if not note.text and not note.tags:
-        target.unlink(missing_ok=True)
-        return
-    temporary = run / f".{NOTES_NAME}.tmp"
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump({"note": note.text[:MOST_NOTE], "tags": list(note.tags[:MOST_TAGS])}, file, indent=1)
-    os.replace(temporary, target)

@@ -126,6 +126,45 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
     return fig
 
 
+def so_far(table: pd.DataFrame, policy: str, subtitle: str = "") -> go.Figure:
+    """Draw a policy's overhead and the bound of its missed flips, each of all that had happened up to a moment.
+
+    Parameters
+    ----------
+    table
+        From :func:`margingate_dashboard.facts.course.so_far`.
+    policy
+        Whose traffic.
+    """
+    title = f"Policy {safe(policy)} so far: overhead, and missed flips at most"
+    rows = [
+        ("overhead", "overhead, %", SERIES_COLOURS[0], "requests", "overhead %{y:.2f}% of %{customdata[0]:,} requests"),
+        ("bound", "missed at most, %", MISSED.colour, "examined", "at most %{y:.4g}% of untriggered steps (95%), "
+         "%{customdata[1]:,} / %{customdata[0]:,} audited flipped"),
+    ]  # fmt: skip
+    rows = [row for row in rows if row[0] in table and table[row[0]].notna().any()]
+    if not rows:
+        return empty(title, "Appears with the first finished request.")
+    fig = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0.1)
+    for at, (name, axis, colour, count, hover) in enumerate(rows, 1):
+        fig.add_trace(
+            go.Scatter(
+                x=table["seconds"], y=table[name], name=axis.removesuffix(", %"), mode="lines",
+                line={"color": colour, "width": 2, "shape": "hv"},
+                customdata=np.stack([table[count], table["above"]], axis=-1), hovertemplate="%{x:.1f} s: " + hover + extra(""),
+            ),
+            row=at, col=1,
+        )  # fmt: skip
+        fig.update_yaxes(title_text=axis, rangemode="tozero", row=at, col=1)
+    finish(fig, title, height=150 + 140 * len(rows), subtitle=subtitle, width=WHOLE, legend=False)
+    # The first audited steps bound nothing: all of it would be one steep line.
+    bound = table["bound"].dropna() if "bound" in table else pd.Series(dtype=float)
+    if len(rows) == 2 and len(bound) and bound.max() > 8 * bound.iloc[-1]:
+        fig.update_yaxes(type="log", rangemode="normal", row=2, col=1)
+    fig.update_xaxes(title_text="seconds since the run's first step", row=len(rows), col=1)
+    return fig
+
+
 def guarantees(requests: pd.DataFrame, subtitle: str = "") -> go.Figure:
     """Draw how many finished requests may claim each guarantee."""
     title = "Guarantee of finished requests"

@@ -9,7 +9,7 @@ import streamlit as st
 
 from margingate_dashboard import align, choose, data, identity_card, links, sidebyside, ui
 from margingate_dashboard.cards import Card
-from margingate_dashboard.facts import identity, policies, runlist, versus
+from margingate_dashboard.facts import identity, notes, policies, versus
 from margingate_dashboard.figures import compare as figures
 from margingate_dashboard.rates import of, share
 from margingate_dashboard.summary import tag
@@ -41,7 +41,7 @@ def _compared(a: str, b: str, now_a: object, now_b: object) -> tuple[pd.DataFram
 
 
 def _baseline(infos: dict[str, RunInfo]) -> str:
-    return next((n for n, i in infos.items() if BASELINE in runlist.read_note(i.path).tags), next(iter(infos)))
+    return next((n for n, i in infos.items() if BASELINE in notes.read_note(i.path).tags), next(iter(infos)))
 
 
 def _other(page: Page) -> RunInfo | None:

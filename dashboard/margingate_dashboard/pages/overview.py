@@ -10,8 +10,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from margingate_dashboard import identity_card, ui
+from margingate_dashboard import annotate, data, identity_card, links, ui
 from margingate_dashboard.cards import headline_cards
+from margingate_dashboard.facts import course
 from margingate_dashboard.facts.policies import leading
 from margingate_dashboard.figures import classes, timeline
 from margingate_dashboard.figures import overview as figures
@@ -19,7 +20,7 @@ from margingate_dashboard.rates import of
 from margingate_dashboard.summary import STEP_COLUMNS, Headline, guarantee_notes, headline
 from margingate_dashboard.tables import FLIP_CODES, by_dataset, by_policy, map_table
 
-STEPS = (*STEP_COLUMNS, "time", "dataset", "policy", "batch_rows")
+STEPS = tuple(dict.fromkeys((*STEP_COLUMNS, *course.STEP_COLUMNS, "dataset", "batch_rows")))
 REQUESTS = (
     "dataset",
     "policy",
@@ -30,6 +31,7 @@ REQUESTS = (
     "output_tokens",
     "ttft_ms",
     "tpot_ms",
+    "time",
 )
 
 PREFILL = {"batched": "batched", "grid": "one request at a time"}
@@ -51,6 +53,7 @@ def _counts(page: ui.Page, requests: pd.DataFrame) -> Counts:
     policy = leading(requests["policy"]) if len(requests) else leading(steps["policy"])
     shown = {
         "over-time": figures.events(figures.over_time(steps), page.subtitle),
+        "so-far": figures.so_far(course.so_far(steps, requests, policy), policy, page.subtitle),
         "guarantees": figures.guarantees(requests, page.subtitle),
     }
     mine = headline(steps[(steps["policy"] == policy).to_numpy()])
@@ -92,6 +95,33 @@ def _notes(page: ui.Page, requests: pd.DataFrame) -> None:
         st.caption(f":material/warning: Every guarantee of this server is lowered: {ui.markdown_safe(note)}")
     for line in guarantee_notes(requests):
         st.caption(f":material/info: {ui.markdown_safe(line)}")
+
+
+def _ticker(page: ui.Page) -> None:
+    """Show the newest flips of a live run; the page shows itself again as the run grows."""
+
+    def make() -> pd.DataFrame:
+        return course.newest_flips(page.steps(*course.TICKER_COLUMNS), data.vocabulary(page.data))
+
+    frame = page.memo("newest-flips", make)
+    st.markdown("##### Newest flips")
+    if frame.empty:
+        st.caption("None has been confirmed yet.")
+        return
+    opens = [
+        links.href("request", page.run, r, int(s), number=n)
+        for r, s, n in zip(frame["request"], frame["step"], frame["number"])
+    ]
+    ui.table(
+        pd.concat([pd.Series(opens, name="open", dtype=object), frame], axis=1),
+        "newest-flips",
+        page.exports,
+        column_config={
+            "open": st.column_config.LinkColumn("", display_text="open", width="small"),
+            "time": st.column_config.DatetimeColumn(format="HH:mm:ss.SSS", help="UTC"),
+            "margin": st.column_config.NumberColumn(format="%.6g"),
+        },
+    )
 
 
 @ui.fragment
@@ -149,6 +179,9 @@ def _page() -> None:
     if len(found.by_policy) > 1:
         st.markdown("##### By policy")
         ui.table(found.by_policy, "policies", page.exports, column_config=counts_config())
+    if page.info.is_live:
+        _ticker(page)
+    annotate.listed(page)
     for name, figure in found.figures.items():
         ui.chart(figure, name, page.exports)
     _notes(page, requests)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import links, states, ui
+from margingate_dashboard import annotate, links, states, ui
 from margingate_dashboard.cards import Card
 from margingate_dashboard.rates import of
 from margingate_dashboard.summary import tag
@@ -65,7 +65,7 @@ def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
         .drop_duplicates("request", keep="last")
         .set_index("request")["prompt_text"]
     )
-    numbers = requests["request"].tolist()
+    numbers, said = requests["request"].tolist(), annotate.by_request(page)
     return pd.DataFrame(
         {
             "open": [links.href("request", page.run, rid, number=n) for rid, n in zip(requests["request_id"], numbers)],
@@ -93,6 +93,7 @@ def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
             "seed": [None if pd.isna(seed) else str(int(seed)) for seed in requests["seed"]],
             "prompt": [str(prompts.get(n))[:SHOWN_TEXT] if isinstance(prompts.get(n), str) else None for n in numbers],
             "note": requests["guarantee_note"].to_numpy(),
+            "annotation": [said.get(n) for n in numbers],
             "prompt digest": requests["prompt_digest"].to_numpy(),
             "arrived": requests["time"].to_numpy(),
         }

@@ -9,7 +9,7 @@ import streamlit as st
 
 from margingate_dashboard import data, identity_card, links, ui
 from margingate_dashboard.cards import Card
-from margingate_dashboard.facts import identity, runlist
+from margingate_dashboard.facts import identity, notes, runlist
 from margingate_dashboard.figures import runs as figures
 from margingate_dashboard.rates import of, share
 from sglang_margingate.trace import RunInfo, TraceError
@@ -42,7 +42,7 @@ def status(info: RunInfo) -> str:
 
 def _row(info: RunInfo, counts: Mapping[str, object] | str | None) -> dict[str, object]:
     manifest = info.manifest
-    note = runlist.read_note(info.path)
+    note = notes.read_note(info.path)
     row: dict[str, object] = {
         "run": info.name,
         "status": status(info),
@@ -134,15 +134,15 @@ def _identity(infos: list[RunInfo], names: list[str], exports: ui.Exports) -> No
 
 def _note(info: RunInfo) -> None:
     """Let the reader write a note and tags; they lie beside the run's files."""
-    known = runlist.read_note(info.path)
+    known = notes.read_note(info.path)
     with st.form(f"note-{info.name}", border=True), st.container(horizontal=True, vertical_alignment="bottom"):
-        text = st.text_input("Note", known.text, max_chars=runlist.MOST_NOTE, placeholder="what this run was for")
+        text = st.text_input("Note", known.text, max_chars=notes.MOST_NOTE, placeholder="what this run was for")
         words = st.text_input("Tags", ", ".join(known.tags), max_chars=400, placeholder="separated by commas")
         if not st.form_submit_button("Save"):
             return
     tags = tuple(dict.fromkeys(t.strip() for t in words.split(",") if t.strip()))
     try:
-        runlist.write_note(info.path, runlist.Note(text.strip(), tags))
+        notes.write_note(info.path, notes.Note(text.strip(), tags, known.marks))
     except OSError as error:
         st.error(f"The note cannot be saved: {ui.markdown_safe(error.strerror or error)}", icon=":material/error:")
         return

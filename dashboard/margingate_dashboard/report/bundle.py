@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from margingate_dashboard.facts import runlist
+from margingate_dashboard.facts import notes, runlist
 from margingate_dashboard.facts.policies import with_policy
 from margingate_dashboard.report import parts
 from margingate_dashboard.report.page import document, report_html
@@ -44,7 +44,7 @@ def pages(infos: Sequence[RunInfo]) -> Iterator[tuple[str, str]]:
             "missed (95% bound)",
             "overhead",
         )
-        rows.append({**row, **{n: counts[n] for n in names}, "note": runlist.read_note(info.path).text})
+        rows.append({**row, **{n: counts[n] for n in names}, "note": notes.read_note(info.path).text})
     yield "index.html", document("MarginGate runs", _index(pd.DataFrame(rows)))
 
 
