@@ -31,12 +31,15 @@ sys.path[:0] = [
     str(HERE.parent / "tests" / "support"),
 ]  # a source tree needs no installation
 
+import pyarrow.parquet as pq  # noqa: E402
 from synthetic_runs import SyntheticSpec, write_run  # noqa: E402
+
+from sglang_margingate.trace.files import KINDS, name_of  # noqa: E402
 
 PAGES = ("overview", "requests", "request", "margins", "flips", "latency", "tuning", "compare")
 CHARTS = {
-    "runs": 1,
-    "overview": 2,
+    "runs": 2,
+    "overview": 3,
     "requests": 0,
     "request": 2,
     "margins": 2,
@@ -242,6 +245,9 @@ def many_runs(trace_dir: Path, chromium: str) -> dict[str, Any]:
 def write_many(folder: Path, count: int) -> None:
     """Write so many runs by copying one."""
     first = write_run(folder / "run-0000", SyntheticSpec(requests=8, tokens=40, files=1))
+    for kind in KINDS:  # named by their rows, as a server names them
+        file = first / f"{kind}-0000.parquet"
+        file.rename(first / name_of(kind, 0, pq.read_metadata(file).num_rows - 1))
     for i in range(1, count):
         shutil.copytree(first, folder / f"run-{i:04d}")
 
@@ -285,8 +291,6 @@ def main() -> int:
         )
         run = write_run(traces / "million", spec)
         write_run(traces / "other", SyntheticSpec(requests=200, tokens=170, policy="off", seed=3))
-        import pyarrow.parquet as pq
-
         rows = sum(pq.read_metadata(f).num_rows for f in run.glob("steps-*.parquet"))
         size = sum(f.stat().st_size for f in run.iterdir()) / 1e6
         rounds = []

@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     """Match the requests of two runs, by the strongest evidence that both have.
 
-    Request ids that occur in both; else equal prompt texts; else the n-th request of a dataset with the same number of
+    Request ids that occur in both, of the same prompt where that is known; else equal prompts, by digest or by text; else the n-th request of a dataset with the same number of
     prompt tokens. Repeats of an id or a prompt are matched in order of arrival.
     """
     a, unseen_a = _observed(a.drop_duplicates("request"))
@@ -52,9 +52,16 @@ def _observed(requests: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 def _paired(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     if a.empty or b.empty:
         return Pairs(pd.DataFrame(columns=PAIR_COLUMNS), "One of the runs has no finished request.")
+    digests = all("prompt_digest" in r and bool(r["prompt_digest"].notna().all()) for r in (a, b))
     if 2 * int(a["request_id"].isin(b["request_id"]).sum()) >= min(len(a), len(b)):
-        return Pairs(_by(a, b, ["request_id"]), "Matched by request id.")
-    if all("prompt_digest" in r and bool(r["prompt_digest"].notna().all()) for r in (a, b)):
+        table = _by(a, b, ["request_id"])
+        other = _other_prompts(table, a, b) if digests else np.zeros(len(table), dtype=bool)
+        if not other.any():
+            return Pairs(table, "Matched by request id.")
+        if 2 * int(other.sum()) < len(table):
+            left_out = f"{int(other.sum()):,} with one id and different prompts are left out."
+            return Pairs(table[~other].reset_index(drop=True), f"Matched by request id; {left_out}")
+    if digests:
         how = "Matched by the digest of the prompt's tokens, repeats under the same policy first, then in order of arrival."
         return Pairs(_by_policy(a, b, ["prompt_digest"]), how)
     if _has_text(a) and _has_text(b):
@@ -66,6 +73,13 @@ def _paired(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
         "Matched by dataset, prompt length and order of arrival, because neither request ids nor prompt texts "
         "are shared: prompts may differ.",
     )
+
+
+def _other_prompts(table: pd.DataFrame, a: pd.DataFrame, b: pd.DataFrame) -> np.ndarray:
+    """Tell which matched requests had different prompts: ids that a client counts up mean nothing in another run."""
+    left, right = (table[side].map(r.set_index("request")["prompt_digest"]) for side, r in (("a", a), ("b", b)))
+    found: np.ndarray = left.astype(str).to_numpy() != right.astype(str).to_numpy()
+    return found
 
 
 def _has_text(requests: pd.DataFrame) -> bool:

@@ -93,12 +93,14 @@ CSS = """
 .mg-chip.warn { border-color:#E69F00; background:color-mix(in srgb, #E69F00 16%, transparent); }
 .mg-cards { display:grid; grid-template-columns:repeat(auto-fit, minmax(132px, 1fr)); gap:.7rem;
   margin:.3rem 0 .5rem 0; }
+/* Of eight cards the last would stand alone in a second line. */
+.mg-cards:has(.mg-card:nth-child(8)) { grid-template-columns:repeat(auto-fit, minmax(min(225px, 44%), 1fr)); }
 .mg-card { border:1px solid color-mix(in srgb, currentColor 14%, transparent); border-radius:.7rem;
   padding:.8rem .95rem .75rem .95rem; background:color-mix(in srgb, currentColor 2.5%, transparent);
   border-top:3px solid var(--mg-accent, color-mix(in srgb, currentColor 25%, transparent)); }
 .mg-card .label { font-size:.8rem; opacity:.72; font-weight:500; }
 .mg-card .value { font-size:1.75rem; font-weight:650; letter-spacing:-.02em; line-height:1.25;
-  font-variant-numeric:tabular-nums; }
+  font-variant-numeric:tabular-nums; overflow-wrap:anywhere; }
 .mg-card .value small { font-size:.95rem; font-weight:500; opacity:.75; margin-left:.15rem; letter-spacing:0; }
 .mg-card .sub { font-size:.8rem; opacity:.78; font-variant-numeric:tabular-nums; line-height:1.35; }
 .mg-legend { display:flex; flex-wrap:wrap; gap:.3rem 1.1rem; font-size:.82rem; margin:.1rem 0 .35rem 0; }
@@ -149,6 +151,18 @@ CSS = """
     position-area:bottom span-right; margin:.35rem 0; position-try-fallbacks:flip-inline, flip-block, flip-block flip-inline; }
 }
 .mg-two { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap:1rem; }
+.st-key-mg-nav a { padding-top:.22rem; padding-bottom:.22rem; }
+@media (max-width: 640px) { .st-key-mg-nav a { padding-top:.5rem; padding-bottom:.5rem; } }
+/* Streamlit's own captions are 3.6:1 on white. */
+[data-testid=stCaptionContainer] { color:inherit; opacity:.78; }
+[data-testid=stCaptionContainer] p { color:inherit; }
 .mg-two h4 { margin:.1rem 0 .35rem 0; padding:0; font-size:.92rem; font-weight:600; opacity:.85; }
+</style>
+"""
+
+DARK_CSS = """
+<style>
+/* White on the dark theme's light blue is 2.4:1. */
+[data-testid=stBaseButton-primary], [data-testid=stBaseButton-primary] * { color:#10131A; }
 </style>
 """

@@ -21,7 +21,7 @@ from margingate_dashboard.cards import Card, cards_html
 from margingate_dashboard.choose import FOLLOW_SECONDS, markdown_safe
 from margingate_dashboard.facts.filters import Filters
 from margingate_dashboard.figures.common import safe
-from margingate_dashboard.theme import CSS
+from margingate_dashboard.theme import CSS, DARK_CSS, THRESHOLD_COLOUR
 from sglang_margingate.trace import RunInfo, TraceError
 from sglang_margingate.trace.export import harmless
 
@@ -37,6 +37,9 @@ PAGES = {
     "compare": "compare.py",
 }
 """Page scripts by URL path, relative to pages/app.py."""
+
+THRESHOLD_INKS = ("#9C3A72", "#E39BC2")
+"""The threshold's colour as text, in the light and the dark theme."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -166,7 +169,7 @@ def fragment(render: Callable[P, None], run_every: float | None = None) -> Calla
 
 def styles() -> None:
     """Put the style sheet on the page."""
-    st.html(CSS)
+    st.html(CSS + (DARK_CSS if st.context.theme.type == "dark" else ""))
 
 
 def header(title: str, lead: str, chips: Iterable[tuple[str, str]] = ()) -> Any:
@@ -263,6 +266,11 @@ def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None
     ink = "#A9AFBA" if st.context.theme.type == "dark" else "#555B66"
     axes = [n for n in fig.layout.to_plotly_json() if n.startswith(("xaxis", "yaxis"))]
     fig.update_layout({n: {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}} for n in axes})
+    fig.update_layout({"font": {"color": ink}})
+    # The threshold's colour is for lines: as text it is 3:1 on white.
+    for note in fig.layout.annotations:
+        if note.font.color in (THRESHOLD_COLOUR, *THRESHOLD_INKS):
+            note.font.color = THRESHOLD_INKS[st.context.theme.type == "dark"]
     if _CHART_HAS_ALT:
         more["alt"] = (fig.layout.meta or {}).get("title", name)
     config = {

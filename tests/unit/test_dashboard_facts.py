@@ -15,11 +15,11 @@ import pytest
 pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
-from margingate_dashboard import data, profiles, rates, states
+from margingate_dashboard import align, data, profiles, rates, states
 from margingate_dashboard.facts import course, differ, identity, notes, policies, price, quantiles, runlist, versus, why
 from margingate_dashboard.figures import classes, overview, timeline
 from margingate_dashboard.figures import request as request_figures
-from margingate_dashboard.pages import flips, margins, tuning
+from margingate_dashboard.pages import flips, margins, runs, tuning
 from synthetic_runs import SyntheticSpec, make_frames, write_run
 
 from sglang_margingate.gate.calibration import threshold_for, trade_off
@@ -330,6 +330,34 @@ def test_a_run_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatc
     assert read == ["r1"], "the one that changed"
 
 
+def test_a_look_at_the_folder_reads_no_closed_run_and_sees_every_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        write_run(tmp_path / f"r{i}", SyntheticSpec(requests=2, tokens=8, seed=i, live=i == 2))
+    monkeypatch.setenv("MARGINGATE_TRACE_DIR", str(tmp_path))
+    stamps, infos = runlist.stamps(tmp_path), data.runs(tmp_path)
+    seen = runs.as_shown(stamps, infos)
+    assert runs.state_of_folder(infos) == seen
+    looked: list[str] = []
+    real = data.read_manifest
+    monkeypatch.setattr(data, "read_manifest", lambda path: looked.append(path.name) or real(path))
+    assert runs.state_of_folder(infos) == seen
+    assert looked == ["r2"], "the one that lives"
+    manifest = tmp_path / "r2" / "manifest.json"
+    living = manifest.read_text()
+    for change, undo in (
+        (lambda: (tmp_path / "r3").mkdir(), lambda: (tmp_path / "r3").rmdir()),
+        (lambda: (tmp_path / "r0" / "notes.json").write_text("{}"), lambda: None),
+        (lambda: manifest.write_text(living.replace('"heartbeat": "20', '"heartbeat": "19')), lambda: manifest.write_text(living)),
+        (lambda: (tmp_path / "r2" / "steps-0002.parquet").unlink(), lambda: None),
+    ):  # fmt: skip
+        before = runs.state_of_folder(infos)
+        change()
+        assert runs.state_of_folder(infos) != before
+        undo()
+
+
 def test_a_look_reads_as_many_runs_as_fit_into_its_time() -> None:
     def slow(path: Path) -> str:
         time.sleep(0.02)
@@ -419,6 +447,34 @@ def test_the_newest_flips_come_first() -> None:
     assert course.newest_flips(steps[~steps["flipped"]], {}).empty
 
 
+# compared runs -----------------------------------------------------------------------------------------------------
+
+
+def asked(*rows: tuple[str, str]) -> pd.DataFrame:
+    """Requests as (id, digest of the prompt)."""
+    return pd.DataFrame(
+        {
+            "request": range(1, len(rows) + 1), "request_id": [r for r, _ in rows], "prompt_digest": [d for _, d in rows],
+            "dataset": "d", "policy": "gate", "steps": 9, "max_batch_rows": 2, "prompt_tokens": 5,
+            "time": pd.date_range("2026-01-01", periods=len(rows), freq="s", tz="UTC"),
+        }
+    )  # fmt: skip
+
+
+def test_one_id_with_another_prompt_is_no_match() -> None:
+    """A client that counts its requests gives the same ids to other prompts, whose answers say nothing of each other."""
+    a = asked(("r0", "A"), ("r1", "B"), ("r2", "C"))
+    same = align.pair(a, asked(("r0", "A"), ("r1", "B"), ("r2", "C")))
+    assert (len(same.table), same.how) == (3, "Matched by request id.")
+    one = align.pair(a, asked(("r0", "A"), ("r1", "B"), ("r2", "X")))
+    assert one.table[["id_a", "id_b"]].to_numpy().tolist() == [["r0", "r0"], ["r1", "r1"]]
+    assert "1 with one id and different prompts are left out" in one.how
+    moved = align.pair(a, asked(("r0", "C"), ("r1", "A"), ("r2", "B")))
+    assert dict(zip(moved.table["id_a"], moved.table["id_b"])) == {"r0": "r1", "r1": "r2", "r2": "r0"}
+    assert "digest" in moved.how
+    assert align.pair(a, asked(("r0", "X"), ("r1", "Y"))).table.empty
+
+
 # figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +503,10 @@ def test_a_heat_map_shows_each_class_and_survives_what_is_no_map() -> None:
     assert z.shape == (1, 64)
     assert len(set(z[0, :16])) == len(set(z[0, 16:])) == 1
     assert z[0, 0] != z[0, 16]
+    twins = [{**found["layers"][0], "shape": [8, k], "name": "experts_of_a_very_long_name"} for k in (4, 6)]  # type: ignore[dict-item]
+    names = list(classes.heat_map({"layers": twins}).data[0].y)
+    assert len(set(names)) == 2, "two of one name are told apart"
+    assert all(len(n) < 40 for n in names), "a phone has room for the map"
     for bad in (
         None,
         3,

@@ -144,7 +144,19 @@ def test_runs_show_price(steps: pd.DataFrame) -> None:
             "flips": [1, 0],
         }
     )
-    assert list(runs.price(table).data[0].y) == ["a · gate"]
+    found = runs.price(table)
+    assert list(found["verified"].data[0].x) == [20.0]
+    assert list(found["overhead"].data[0].x) == [1.5]
+    assert [n.text for fig in found.values() for n in fig.layout.annotations] == ["a · gate"] * 2
+    assert not any(fig.data for fig in runs.price(table.iloc[1:]).values())
+
+
+def test_a_logarithmic_axis_has_whole_labels() -> None:
+    values = np.geomspace(0.02, 300, 50)
+    axis = latency.ecdf({"gate": values}, "t", "ms").layout.xaxis
+    named = dict(zip(axis.tickvals, axis.ticktext))
+    assert (axis.type, named[0.2], named[0.05], named[200.0], named[5000.0]) == ("log", "0.2", "0.05", "200", "5000")
+    assert latency.ecdf({"gate": np.array([0.0, 1.0])}, "t", "ms").layout.xaxis.type is None, "it has no zero"
 
 
 def test_every_figure_names_itself_for_screen_readers(steps: pd.DataFrame) -> None:

@@ -23,6 +23,7 @@ pytest.importorskip("margingate_dashboard", reason="the package is not installed
 
 import pyarrow.parquet as pq
 from margingate_dashboard import pages
+from margingate_dashboard.tables import MOST_FLIPS
 from streamlit.testing.v1 import AppTest
 from synthetic_runs import SyntheticSpec, write_run
 
@@ -35,6 +36,7 @@ RUNS: dict[str, SyntheticSpec | Path] = {
     "log": SyntheticSpec(requests=12, tokens=80, policy="log"),
     "canonical": SyntheticSpec(requests=24, tokens=80, structural=1.0, perturbation=0.0, audit_rate=0.02),
     "mixed": SyntheticSpec(requests=36, tokens=80, mix=("gate", "always", "log"), structural=0.2, sampled=3),
+    "million": SyntheticSpec(requests=5952, tokens=170, slots=64, files=20, mix=("gate", "always", "log"), seed=3),
 }
 ORDER = ["gate", "always", "log", "off", "not observed"]
 
@@ -98,7 +100,7 @@ def figures(at: AppTest) -> dict[str, list[dict[str, Any]]]:
     """The traces of each figure of the page, by its key."""
     found = {}
     for chart in at.get("plotly_chart"):
-        name = re.sub(r"^.*chart-", "", chart.proto.id)
+        name = re.sub(r"^\$\$ID-[0-9a-f]+-(chart-)?", "", chart.proto.id)
         found[name] = [
             {**d, "x": numbers(d.get("x")), "y": numbers(d.get("y"))} for d in json.loads(chart.proto.spec)["data"]
         ]
@@ -108,8 +110,14 @@ def figures(at: AppTest) -> dict[str, list[dict[str, Any]]]:
 def numbers(drawn: Any) -> Any:
     """A trace's values; Plotly packs arrays of numbers."""
     if isinstance(drawn, dict):
-        return np.frombuffer(base64.b64decode(drawn["bdata"]), dtype=drawn["dtype"]).tolist()
+        flat = np.frombuffer(base64.b64decode(drawn["bdata"]), dtype=drawn["dtype"])
+        return flat.reshape([int(n) for n in str(drawn.get("shape", -1)).split(",")]).tolist()
     return drawn
+
+
+def bars(traces: list[dict[str, Any]]) -> dict[str, float]:
+    """The sum of each bar trace, by the first word of its name."""
+    return {str(d["name"]).split()[0]: float(np.nansum(d["y"])) for d in traces if d["type"] == "bar"}
 
 
 class Shown:
@@ -204,6 +212,17 @@ def test_overview(app: AppTest, truths: dict[str, Truth], run: str) -> None:
         assert table["policy"].tolist() == policies
         for _, row in table[~table.get("dataset", pd.Series(False, index=table.index)).astype(bool)].iterrows():
             compare_counts(row, truth.counts(row["policy"]))
+    drawn, flips = figures(app), truth.decode[truth.decode["flipped"]]
+    counted = bars(drawn["over-time"])
+    assert sum(counted.values()) == len(flips)
+    assert counted["repaired"] == int(flips["repaired"].sum())
+    guarantees = {d["name"].split()[0]: d["x"][0] for d in drawn["guarantees"]}
+    assert guarantees == truth.requests["guarantee"].value_counts().to_dict()
+    so_far = {d["name"]: d["y"][-1] for d in drawn["so-far"]}
+    assert same(so_far["overhead"], true["overhead"]), "at the end it is that of the whole run"
+    assert ("missed at most" in so_far) == (policy == "gate" and true["examined"] > 0)
+    if "missed at most" in so_far:
+        assert same(so_far["missed at most"], true["bound"])
     by_dataset = page.table("dataset", "policy", "decode steps")
     for _, row in by_dataset.iterrows():
         compare_counts(row, truth.counts(row["policy"], "" if row["dataset"] == "(untagged)" else row["dataset"]))
@@ -260,6 +279,12 @@ def test_runs_and_requests(app: AppTest, truths: dict[str, Truth], run: str) -> 
     truth = truths[run]
     true = truth.counts(truth.policy)
     page = Shown(app.run())
+    requests = sum(len(t.requests) for t in truths.values())
+    assert page.cards["Requests finished"][0] == f"{requests:,}"
+    assert page.cards["Steps recorded"][0] == f"{sum(len(t.every) for t in truths.values()):,}"
+    assert page.cards["Flips confirmed"][0] == f"{sum(int(t.decode['flipped'].sum()) for t in truths.values()):,}"
+    seen = sum(int((t.decode["reason"] != "none").sum()) for t in truths.values())
+    assert whole(page.cards["Flips confirmed"][1])[-1] == seen
     row = page.table("run", "rates of").set_index("run").loc[run]
     assert row["rates of"] == truth.policy
     assert row["requests"] == len(truth.requests)
@@ -274,15 +299,25 @@ def test_runs_and_requests(app: AppTest, truths: dict[str, Truth], run: str) -> 
     assert same(row["overhead"], true["overhead"])
     if truth.policy == "gate":
         assert whole(row["missed (95% bound)"])[:2] == [true["missed"], true["examined"]]
-    listed = visit(app, "requests", run).table("number", "lowest margin").set_index("number")
+    page = visit(app, "requests", run)
+    assert whole(page.cards["Requests"][1]) == [len(truth.requests), len(truth.requests)]
+    assert page.cards["Output tokens"][0] == f"{int(truth.requests['output_tokens'].sum()):,}"
+    flipped = truth.decode.loc[truth.decode["flipped"], "request"]
+    assert whole(page.cards["With a flip"][0] + " " + page.cards["With a flip"][1]) == [flipped.nunique(), len(flipped)]
+    listed = page.table("number", "lowest margin").set_index("number")
     assert len(listed) == len(truth.requests)
     lowest = truth.decode.groupby("request")["margin"].min()
-    for _, request in truth.requests.iterrows():
-        shown = listed.loc[request["request"]]
-        assert shown["policy"] == request["policy"]
-        assert same(shown["flips"], request["flips"])
-        assert same(shown["lowest margin"], lowest.get(request["request"]))
-        assert same(shown["overhead"], 100 * request["overhead_share"])
+    every = truth.requests.set_index("request").loc[listed.index]
+    assert (listed["policy"] == every["policy"]).all()
+    for shown, true_values in (
+        ("flips", every["flips"]), ("low margins", every["triggers"]), ("verified", every["verified"]),
+        ("output tokens", every["output_tokens"]), ("cached", every["cached_tokens"]), ("TTFT", every["ttft_ms"]),
+        ("TPOT", every["tpot_ms"]), ("end to end", every["e2e_ms"]), ("overhead", 100 * every["overhead_share"]),
+        ("lowest margin", lowest.reindex(listed.index)), ("largest batch", every["max_batch_rows"]),
+    ):  # fmt: skip
+        assert listed[shown].astype(float).to_numpy() == pytest.approx(
+            true_values.astype(float).to_numpy(), nan_ok=True
+        ), shown
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -298,13 +333,24 @@ def test_flips(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     assert whole(page.cards["Above tau"][1]) == [len(above)]
     touched = steps.loc[flips, "request"].nunique()
     assert whole(page.cards["Requests with a flip"][1]) == [touched, steps["request"].nunique()]
-    if flips.any():
-        assert len(page.table("fast token", "above tau")) == int(flips.sum())
-        figure = json.loads(app.get("plotly_chart")[0].proto.spec)
-        drawn = next(d for d in figure["data"] if d.get("mode") == "text")
-        assert sum(whole(t.split("/")[-1])[0] for t in drawn["text"]) in (len(steps), int(flips.sum())), (
-            "a step where no flip can be seen is in no denominator"
-        )
+    if not flips.any():
+        return
+    listed = page.table("fast token", "above tau")
+    assert len(listed) == min(int(flips.sum()), MOST_FLIPS)
+    assert listed["margin"].tolist() == sorted(steps.loc[flips, "margin"], reverse=True)[:MOST_FLIPS]
+    drawn = figures(app)
+    for name in ("by-step", "by-class", "by-margin", "by-batch"):
+        texts = next(d["text"] for d in drawn[name] if d.get("mode") == "text")
+        assert sum(whole(t)[0] for t in texts) == int(flips.sum()), name
+        if "/" in texts[0]:
+            assert sum(whole(t)[1] for t in texts) == len(steps), (
+                "a step where no flip can be seen is in no denominator"
+            )
+    rates = dict(zip(*(next(d for d in drawn["by-batch"] if d.get("mode") == "text")[k] for k in ("x", "y"))))
+    for label, rate in rates.items():
+        ends = [int(n) for n in str(label).split("–")]
+        inside = steps["batch_rows"].between(ends[0], ends[-1])
+        assert same(rate, 1000 * float((flips & inside).sum()) / int(inside.sum())), label
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -330,6 +376,28 @@ def test_latency(app: AppTest, truths: dict[str, Truth], run: str) -> None:
         assert row["requests"] == len(values)
         for name, q in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
             assert same(row[name], values.quantile(q)), (row["of"], row["policy"], name)
+    drawn = figures(app)
+    for figure, column, waited in (("step-time", "step_ms", False), ("verify-time", "verify_ms", True)):
+        for line in (d for d in drawn[figure] if d["name"].endswith((", median", ", p95"))):
+            policy, measure = line["name"].split(", ")
+            those = truth.decode[(truth.decode["policy"] == policy) & ((truth.decode["verify_ms"] > 0) | (not waited))]
+            q = those.groupby("batch_rows")[column].quantile(0.5 if measure == "median" else 0.95)
+            assert line["x"] == q.index.tolist()
+            assert line["y"] == pytest.approx(q.tolist(), rel=1e-5), (figure, policy, measure)
+    for figure, column, scale in (("tpot", "tpot_ms", 1), ("ttft", "ttft_ms", 1), ("overhead", "overhead_share", 100)):
+        for line in drawn[figure]:
+            policy = line["name"].split(" (")[0]
+            values = np.sort(truth.requests.loc[truth.requests["policy"] == policy, column].dropna() * scale)
+            assert f"({len(values):,} requests" in line["name"]
+            assert (line["x"][0], line["x"][-1], line["y"][-1]) == pytest.approx((values[0], values[-1], 100))
+            if len(values) <= 500:  # of many, some are drawn
+                shares = {x: y for x, y in zip(line["x"], line["y"])}  # among equal ones the last
+                assert list(shares.values()) == pytest.approx([100 * (values <= x).mean() for x in np.unique(values)])
+    paid = truth.decode[(truth.decode["reason"] != "none") & (truth.decode["window_rows"] > 0)]
+    cost = {d["name"]: dict(zip(d["x"], d["y"])) for d in drawn["verify-cost"]}
+    if len(paid):
+        assert cost["median"] == pytest.approx(paid.groupby("window_rows")["verify_ms"].median().to_dict(), rel=1e-5)
+    assert bool(cost) == bool(len(paid))
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -343,6 +411,19 @@ def test_margins(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     missed = int(((flips["margin"] > tau) | flips["structural"]).sum())
     assert page.cards["Flips missed"][0] == f"{missed:,}"
     assert whole(page.cards["Flips caught"][1]) == [len(flips) - missed, len(flips)]
+    by_dataset = page.table("would trigger", "known flips").set_index("dataset")
+    for name, mine in truth.decode.groupby("dataset"):
+        row, lost = (
+            by_dataset.loc[name or "(untagged)"],
+            mine["flipped"] & ((mine["margin"] > tau) | mine["structural"]),
+        )
+        assert [row[c] for c in ("decode steps", "would trigger", "known flips", "missed")] == [
+            len(mine), int((gated[mine.index] <= tau).sum()), int(mine["flipped"].sum()), int(lost.sum()),
+        ]  # fmt: skip
+    heights = sum(
+        sum(row[0] for row in numbers(d["customdata"])[:-1]) for d in figures(app)["margins"] if "customdata" in d
+    )
+    assert heights == len(truth.decode), "every decode step is in one bin"
 
 
 TARGETS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -370,7 +451,32 @@ def knee(mine: pd.DataFrame) -> tuple[float, float]:
     return every[int(np.argmin((x - x.min()) / np.ptp(x) + (y - y.min()) / np.ptp(y)))]
 
 
-@pytest.mark.parametrize("run", ["sample", "always", "mixed"])
+def price(steps: pd.DataFrame) -> tuple[float, int, np.ndarray, float, float]:
+    """What a step without verifies takes, its rows, the line of a verify's time over its window, and the longest window."""
+    timed = steps[steps["step_ms"].notna()]
+    waited = timed["verify_ms"].fillna(0)
+    fast, rows = float((timed["step_ms"] - waited).median()), max(1, int(timed["batch_rows"].median()))
+    paid = timed[(timed["reason"] != "none") & (waited > 0) & (timed["window_rows"] > 0)]
+    by_window = paid.groupby("window_rows")["verify_ms"].agg(["median", "size"])
+    line = (
+        np.polyfit(by_window.index, by_window["median"], 1, w=np.sqrt(by_window["size"]))
+        if len(by_window) > 1
+        else np.array([0.0, 0.0])
+    )
+    if line[0] <= 0:
+        line = np.array([0.0, float(paid["verify_ms"].median())])
+    return fast, rows, line, float(by_window.index.min()), float(by_window.index.max())
+
+
+def predicted(paid: tuple[float, int, np.ndarray, float, float], share: float) -> tuple[float, float, float]:
+    """Time of a step, share of it for verifies, and tokens a second, where this share of steps triggers."""
+    fast, rows, line, shortest, longest = paid
+    window = min(max(1 / share, shortest), longest) if share else 0.0
+    step = fast + (1 - (1 - share) ** rows) * float(np.polyval(line, window)) * bool(share)
+    return step, (step - fast) / step, 1000 * rows / step
+
+
+@pytest.mark.parametrize("run", ["sample", "always", "mixed", "million"])
 @pytest.mark.parametrize("target", ["knee", "none missed", "0.01"])
 def test_tuning(app: AppTest, truths: dict[str, Truth], run: str, target: str) -> None:
     truth, page = truths[run], visit(app.run(), "tuning", run, target=target)
@@ -396,6 +502,12 @@ def test_tuning(app: AppTest, truths: dict[str, Truth], run: str, target: str) -
     assert float(page.cards["Worst miss bound"][0].rstrip("%")) == pytest.approx(worst, rel=0.02, abs=0.011)
     least, most = re.findall(r"thresholds ([\d.e-]+) to ([\d.e-]+)", page.cards["Datasets"][1])[0]
     assert (float(least), float(most)) == pytest.approx((table["threshold"].min(), table["threshold"].max()), rel=1e-5)
+    paid = price(truth.decode)
+    for _, row in table.iterrows():
+        step, overhead, speed = predicted(paid, row["trigger rate"] / 100)
+        assert (row["ms a token"], row["overhead"], row["tokens/s"]) == pytest.approx(
+            (step, 100 * overhead, speed), rel=1e-4
+        )
     stars = [d for d in figures(app)["trade-off"] if d.get("marker", {}).get("size") == 15]
     drawn = sorted((d["x"][0], d["y"][0]) for d in stars)
     assert drawn == [
@@ -439,9 +551,18 @@ def test_compare(app: AppTest, truths: dict[str, Truth]) -> None:
     counted = table.groupby(["policy_a", "policy_b"])["identical"].agg(["size", "sum"])
     for _, row in split.iterrows():
         assert [row["matched"], row["identical"]] == counted.loc[(row["policy a"], row["policy b"])].tolist()
+    times = page.table("of", "median of b − a").set_index("of")
+    left, right = (t.requests.set_index("request") for t in (a, b))
+    for name, column in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("end to end", "e2e_ms")):
+        x, y = left.loc[table["a"], column].to_numpy(), right.loc[table["b"], column].to_numpy()
+        known = np.isfinite(x) & np.isfinite(y)
+        assert times.loc[name, "pairs"] == known.sum()
+        shown = times.loc[name, ["median a", "median b", "median of b − a"]].astype(float).tolist()
+        assert shown == pytest.approx([np.median(v[known]) for v in (x, y, y - x)], rel=1e-5)
+        assert times.loc[name, "95% from"] <= times.loc[name, "median of b − a"] <= times.loc[name, "to"]
 
 
-@pytest.mark.parametrize("run", ["sample", "mixed"])
+@pytest.mark.parametrize("run", ["sample", "mixed", "million"])
 def test_request(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     truth = truths[run]
     for number in (
@@ -462,3 +583,16 @@ def test_request(app: AppTest, truths: dict[str, Truth], run: str) -> None:
             int((mine["reason"] != "none").sum()),
         ]
         assert float(page.cards["TTFT"][0].split()[0].replace(",", "")) == pytest.approx(request["ttft_ms"], abs=0.06)
+        beyond = mine[(mine["reason"] != "none") & ~mine["triggered"] & ~mine["reason"].isin(["resume", "limit"])]
+        repaired, lost = mine["flipped"] & mine["repaired"], beyond["flipped"] & ~beyond["repaired"]
+        assert whole(page.cards["Repaired"][0]) == [int(repaired.sum())]
+        assert whole(page.cards["Missed"][0] + " " + page.cards["Missed"][1]) == [
+            int(lost.sum()), int(beyond["flipped"].sum()), len(beyond),
+        ]  # fmt: skip
+        share = 100 * request["overhead_ms"] / request["e2e_ms"]
+        assert float(re.findall(r"([\d.]+)%", page.cards["Overhead"][1])[0]) == pytest.approx(share, abs=0.006)
+        rows = truth.every[truth.every["request"] == number].sort_values("step")
+        line = figures(app)[f"margins-{number}"][0]
+        positive = rows["margin"] > 0
+        assert line["x"] == rows["step"].tolist()
+        assert np.array(line["y"])[positive] == pytest.approx(rows["margin"][positive].to_numpy(), rel=1e-6)

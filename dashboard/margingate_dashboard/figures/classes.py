@@ -9,6 +9,8 @@ from margingate_dashboard.figures.common import WHOLE, empty, finish, safe
 from margingate_dashboard.theme import SERIES_COLOURS
 
 MOST_ROWS = 4096
+MOST_NAME = 24
+"""Signs of a layer's name on the axis: on a phone the map needs the width; the table below says it all."""
 
 
 def heat_map(found: object, subtitle: str = "") -> go.Figure:
@@ -16,7 +18,7 @@ def heat_map(found: object, subtitle: str = "") -> go.Figure:
 
     What is damaged or from another schema is left out rather than raised: a manifest is a file.
     """
-    title = "Invariance map: rows of one colour give a row the same bits"
+    title = "Invariance map"
     layers = found.get("layers") if isinstance(found, dict) else None
     names: list[str] = []
     runs: list[list[tuple[int, int, object]]] = []
@@ -24,7 +26,9 @@ def heat_map(found: object, subtitle: str = "") -> go.Figure:
         try:
             classes = [(int(a), int(b), label) for a, b, label in layer["classes"]]
             shape = [int(n) for n in layer["shape"]]
-            name = f"{layer['name']} ({shape[1]} → {shape[0]}, {int(layer['count'])} layers)"
+            name = str(layer["name"])[:MOST_NAME]
+            if safe(name) in names:  # two kinds of one name; their shapes tell them apart
+                name += f" {shape[1]} → {shape[0]}"
         except (KeyError, TypeError, ValueError, IndexError):
             continue
         if classes and all(0 < a <= b <= MOST_ROWS for a, b, _ in classes):

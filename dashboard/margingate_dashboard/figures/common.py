@@ -114,6 +114,11 @@ def empty(title: str, message: str, *, height: int = 220) -> go.Figure:
     return fig
 
 
+TICKS = [digit * 10.0**power for power in range(-7, 8) for digit in (1, 2, 5)]
+LOG_AXIS: dict[str, Any] = {"type": "log", "tickvals": TICKS, "ticktext": [f"{t:.10g}" for t in TICKS]}
+"""A logarithmic axis with whole labels: Plotly shortens the steps between powers of ten to their first digit, and 0.2 reads 2."""
+
+
 def step_fill(x_edges: np.ndarray, y: np.ndarray, **style: Any) -> go.Scatter:
     """Return a histogram outline that works on linear and logarithmic axes alike: ``n + 1`` edges, ``n`` heights."""
     return go.Scatter(

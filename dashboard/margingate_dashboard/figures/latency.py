@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from margingate_dashboard.figures.common import empty, extra, finish, translucent
+from margingate_dashboard.figures.common import LOG_AXIS, empty, extra, finish, translucent
 from margingate_dashboard.theme import TRIGGERED, policy_colour
 
 
@@ -140,5 +140,5 @@ def ecdf(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "
                 hovertemplate="%{y:.1f}% at or below %{x:.4g}" + extra(name),
             )
         )
-    x = {"title": axis, **({"type": "log"} if log else {})}
+    x = {"title": axis, **(LOG_AXIS if log else {})}
     return finish(fig, title, subtitle=subtitle, x=x, y={"title": "requests, %", "range": [0, 103]})

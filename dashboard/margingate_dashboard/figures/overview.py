@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from margingate_dashboard.figures.common import WHOLE, empty, extra, finish, safe, translucent
+from margingate_dashboard.figures.common import LOG_AXIS, WHOLE, empty, extra, finish, safe, translucent
 from margingate_dashboard.states import CODE, as_bool
 from margingate_dashboard.theme import FLIPPED, GUARANTEE_COLOURS, MISSED, REPAIRED, SERIES_COLOURS, TRIGGERED, WOULD
 
@@ -136,7 +136,7 @@ def so_far(table: pd.DataFrame, policy: str, subtitle: str = "") -> go.Figure:
     policy
         Whose traffic.
     """
-    title = f"Policy {safe(policy)} so far: overhead, and missed flips at most"
+    title = f"Policy {safe(policy)}, so far"
     rows = [
         ("overhead", "overhead, %", SERIES_COLOURS[0], "requests", "overhead %{y:.2f}% of %{customdata[0]:,} requests"),
         ("bound", "missed at most, %", MISSED.colour, "examined", "at most %{y:.4g}% of untriggered steps (95%), "
@@ -160,8 +160,9 @@ def so_far(table: pd.DataFrame, policy: str, subtitle: str = "") -> go.Figure:
     # The first audited steps bound nothing: all of it would be one steep line.
     bound = table["bound"].dropna() if "bound" in table else pd.Series(dtype=float)
     if len(rows) == 2 and len(bound) and bound.max() > 8 * bound.iloc[-1]:
-        fig.update_yaxes(type="log", rangemode="normal", row=2, col=1)
+        fig.update_yaxes(rangemode="normal", **LOG_AXIS, row=2, col=1)
     fig.update_xaxes(title_text="seconds since the run's first step", row=len(rows), col=1)
+    fig.update_xaxes(rangemode="tozero")
     return fig
 
 

@@ -212,5 +212,5 @@ def kv_change(steps: pd.DataFrame, selected: int | None = None, subtitle: str = 
     )  # fmt: skip
     if selected is not None:
         fig.add_vline(x=selected, line={"color": THRESHOLD_COLOUR, "width": 1.5, "dash": "dot"})
-    x, y = {"title": "step (output token)"}, {"title": "largest change of the column", "rangemode": "tozero"}
+    x, y = {"title": "step (output token)"}, {"title": "largest change", "rangemode": "tozero"}
     return finish(fig, title, height=300, subtitle=subtitle, width=540, x=x, y=y)

@@ -1,4 +1,4 @@
-"""The figure of the Runs page: what each run paid for what it verified."""
+"""The figures of the Runs page: what each run paid for what it verified, and runs over time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from margingate_dashboard.theme import SERIES_COLOURS, TRIGGERED, policy_colour
 
 SHOWN = 16
 """Newest runs in the figure; the table has all."""
+SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up")
+"""Of models, in a figure whose colours are policies."""
 LONGEST = 26
 """Signs of a run's name on an axis."""
 
@@ -22,49 +24,53 @@ def short(name: object) -> str:
     return safe(text if len(text) <= LONGEST else f"{text[: LONGEST - 9]}…{text[-8:]}")
 
 
-def price(runs: pd.DataFrame) -> go.Figure:
-    """Draw, run by run, the share of decode steps that were verified and the overhead that this cost.
+def price(runs: pd.DataFrame) -> dict[str, go.Figure]:
+    """Draw, run by run, the share of decode steps that were verified, and the overhead that this cost: two figures.
+
+    Names stand above their bars, so that a bar has the whole width, on a phone as well.
 
     Parameters
     ----------
     runs
         The table of the Runs page: run, rates of, decode steps, verified, overhead (%), flips; newest first.
     """
-    title = "What each run verified, and what it paid"
+    titles = {"verified": "What each run verified", "overhead": "What each run paid"}
     known = runs[runs["overhead"].notna() & (runs["decode steps"] > 0)].head(SHOWN)
     if known.empty:
-        return empty(title, "Appears with the first finished request.")
-    names = [f"{short(run)} · {safe(policy)}" for run, policy in zip(known["run"], known["rates of"])]
-    share = 100 * known["verified"] / known["decode steps"]
-    fig = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+        return {name: empty(title, "Appears with the first finished request.") for name, title in titles.items()}
+    labels = [f"{short(run)} · {safe(policy)}" for run, policy in zip(known["run"], known["rates of"])]
     counts = np.stack([known["verified"], known["decode steps"], known["flips"]], axis=-1)
-    for column, values, colour, what in (
-        (1, share, TRIGGERED.colour, "%{customdata[0]:,} / %{customdata[1]:,} steps verified, %{customdata[2]} flips"),
-        (2, known["overhead"], SERIES_COLOURS[0], "overhead %{x:.2f}% of end-to-end time"),
-    ):
-        fig.add_trace(
-            go.Bar(
-                x=values,
-                y=names,
-                orientation="h",
-                marker_color=colour,
-                text=[f"{v:.2f}%" for v in values],
-                textposition="outside",
-                cliponaxis=False,
-                customdata=counts,
-                hovertemplate="%{y}<br>" + what + extra(""),
-            ),
-            row=1,
-            col=column,
-        )
+    found = {}
+    for name, values, colour, axis, hover in (
+        ("verified", 100 * known["verified"] / known["decode steps"], TRIGGERED.colour, "verified, % of decode steps",
+         "%{customdata[0]:,} / %{customdata[1]:,} steps verified, %{customdata[2]} flips"),
+        ("overhead", known["overhead"], SERIES_COLOURS[0], "overhead, % of end-to-end time",
+         "overhead %{x:.2f}% of end-to-end time"),
+    ):  # fmt: skip
         most = float(values.max())
-        fig.update_xaxes(range=[0, 1.18 * most if most > 0 else 1], row=1, col=column)
-    finish(fig, title, height=120 + 34 * len(known), legend=False)
-    fig.update_layout(bargap=0.35)
-    fig.update_xaxes(title_text="verified, %", row=1, col=1)
-    fig.update_xaxes(title_text="overhead, %", row=1, col=2)
-    fig.update_yaxes(autorange="reversed", type="category", showgrid=False, automargin=True)
-    return fig
+        fig = go.Figure(
+            go.Bar(
+                x=values, y=list(range(len(known))), orientation="h", offset=0.05, width=0.42, marker_color=colour,
+                text=[f"{v:.2f}%" for v in values], textposition="outside", cliponaxis=False, customdata=counts,
+                hovertext=labels, hovertemplate="%{hovertext}<br>" + hover + extra(""),
+            )
+        )  # fmt: skip
+        for at, label in enumerate(labels):
+            fig.add_annotation(
+                text=label,
+                x=0,
+                xref="paper",
+                y=at,
+                xanchor="left",
+                yanchor="bottom",
+                showarrow=False,
+                font={"size": 12},
+            )
+        x = {"title": axis, "range": [0, 1.22 * most if most > 0 else 1]}
+        y = {"range": [len(known) - 0.3, -0.7], "visible": False}
+        found[name] = finish(fig, titles[name], height=110 + 46 * len(known), legend=False, x=x, y=y)
+        found[name].update_layout({"margin": {"l": 12}})
+    return found
 
 
 def trend(runs: pd.DataFrame) -> go.Figure:
@@ -75,19 +81,22 @@ def trend(runs: pd.DataFrame) -> go.Figure:
         return empty(title, "Appears with the second counted run.")
     rows = (
         ("trigger rate", known["trigger rate"], "triggered, %"),
-        ("flips", 1000 * known["flips"] / known["verified"].where(known["verified"] > 0), "flips per 1,000 verified"),
+        ("flips", 1000 * known["flips"] / known["verified"].where(known["verified"] > 0), "flips per 1,000"),
         ("overhead", known["overhead"], "overhead, %"),
     )
     fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    models = list(dict.fromkeys(known["model"].astype(str)))
     groups = known["model"].astype(str) + " · " + known["rates of"].astype(str)
     for row, (_, values, axis) in enumerate(rows, 1):
         for name in dict.fromkeys(groups):
             mine = (groups == name).to_numpy()
             policy = str(known["rates of"][mine].iloc[0])
+            symbol = SYMBOLS[models.index(str(known["model"][mine].iloc[0])) % len(SYMBOLS)]
             fig.add_trace(
                 go.Scatter(
                     x=known["created"][mine], y=values[mine], mode="lines+markers", name=safe(name), legendgroup=name,
                     showlegend=row == 1, line={"color": policy_colour(policy), "width": 1.5},
+                    marker={"symbol": symbol, "size": 7}, cliponaxis=False,
                     customdata=[safe(r) for r in known["run"][mine]],
                     hovertemplate="%{customdata}: %{y:.3g}" + extra(safe(name)),
                 ),

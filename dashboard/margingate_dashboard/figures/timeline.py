@@ -101,7 +101,9 @@ def timeline(table: pd.DataFrame, start: int = 0, subtitle: str = "") -> go.Figu
         fig.add_trace(
             go.Scatter(
                 x=flips["begin"], y=flips["lane"], mode="markers", name="has a flip",
-                marker={"symbol": "x", "color": FLIPPED.colour, "size": 8}, hoverinfo="skip",
+                # Outlined, as it lies on bars of any colour.
+                marker={"symbol": "diamond", "color": FLIPPED.colour, "size": 10, "line": {"width": 2, "color": "#101418"}},
+                hoverinfo="skip",
             )
         )  # fmt: skip
     fig.update_layout({"barmode": "overlay", "bargap": 0.25})

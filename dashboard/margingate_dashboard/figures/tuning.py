@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from margingate_dashboard.figures.common import WHOLE, empty, extra, finish
+from margingate_dashboard.figures.common import LOG_AXIS, WHOLE, empty, extra, finish
 from margingate_dashboard.theme import dataset_look
 
 
@@ -69,11 +69,7 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
     )
     finish(fig, title, height=420, subtitle=subtitle, width=WHOLE)
     fig.update_xaxes(title_text="steps triggered, %", rangemode="tozero")
-    # Plotly shortens the steps between powers of ten to their first digit: 0.2 would read 2.
-    ticks = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
-    fig.update_yaxes(
-        title_text="steps missed at most (95%), %", type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]
-    )
+    fig.update_yaxes(title_text="steps missed at most (95%), %", **LOG_AXIS)
     return fig
 
 

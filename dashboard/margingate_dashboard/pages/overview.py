@@ -158,7 +158,10 @@ def _map(page: ui.Page) -> None:
     held = "inside its class" if found.get("decode_ok") else "outside: gated by margin"
     tried = found.get("prefill", "batched" if found.get("batched_prefill") else "grid")  # before 2.0: one of two
     prefill = PREFILL.get(str(tried), "not repeatable, so no response has a guarantee")
-    st.caption(f"Decode {held}, at {ui.markdown_safe(found.get('decode_rows', '?'))} rows. Prefill {prefill}.")
+    st.caption(
+        f"Decode {held}, at {ui.markdown_safe(found.get('decode_rows', '?'))} rows. Prefill {prefill}. In the map, forwards of M "
+        "rows with one colour give a row the same bits; grey: a row's place among the others matters."
+    )
     ui.chart(classes.heat_map(found["map"], page.subtitle), "invariance-map", page.exports)
     ui.table(map_table(found["map"]), "invariance", page.exports)
 

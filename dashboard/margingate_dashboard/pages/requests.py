@@ -150,6 +150,7 @@ def _page() -> None:
         height=min(38 + 35 * max(1, len(frame)), 640),
         column_config={
             "open": st.column_config.LinkColumn("", display_text="open", width="small", help="Opens the request"),
+            "request": st.column_config.TextColumn(width=130),
             "number": number(width="small", help="Number of the request in the run"),
             "lowest margin": number(format="%.6g"),
             "TTFT": number(format="%.1f ms"),

@@ -149,32 +149,45 @@ def _note(info: RunInfo) -> None:
     st.rerun()
 
 
-def _follow(seen: object, uncounted: bool) -> None:
+def _follow(seen: object, infos: list[RunInfo], uncounted: bool) -> None:
     """Look at the folder now and then, which costs next to nothing, and show the page again where it has changed."""
 
     @st.fragment(run_every=0.5 if uncounted else ui.FOLLOW_SECONDS)
     def watch() -> None:
-        if uncounted or state_of_folder() != seen:
+        if uncounted or state_of_folder(infos) != seen:
             st.rerun(scope="app")
 
     watch()
 
 
-def state_of_folder() -> object:
-    """Return what the page depends on: the runs' folders, and what the live ones have written (a heartbeat is nothing)."""
-    live = {info.name: data.signature(info.path) for info in data.runs(links.trace_dir()) if info.is_live}
-    return tuple((name, live.get(name, stamp)) for name, stamp in sorted(runlist.stamps(links.trace_dir()).items()))
+def state_of_folder(infos: list[RunInfo]) -> object:
+    """Return what the page depends on: the runs' folders, and what the live ones have written (a heartbeat is nothing).
+
+    Parameters
+    ----------
+    infos
+        The runs as the page shows them. Only those that live are looked into: with a thousand runs, a look at the folder is
+        what an open page costs.
+    """
+    live = {i.name: (data.signature(i.path), data.still_live(i.path)) for i in infos if i.is_live}
+    return {**runlist.stamps(links.trace_dir()), **live}
+
+
+def as_shown(stamps: dict[str, runlist.Stamp], infos: list[RunInfo]) -> object:
+    """Return the same as the page shows it: with the folder's stamps from before the runs were read, and what they said."""
+    return {**stamps, **{i.name: (data.signature(i.path), True) for i in infos if i.is_live}}
 
 
 def _page() -> None:
     ui.styles()
     st.set_page_config(page_title="Runs · MarginGate")
     ui.header("Runs", f"Every run in {links.trace_dir().name or links.trace_dir()}/, newest first.")
-    seen = state_of_folder()
+    stamps = runlist.stamps(links.trace_dir())
     infos = data.runs(links.trace_dir())
+    seen = as_shown(stamps, infos)
     if not infos:
         ui.no_runs()
-        _follow(seen, uncounted=False)
+        _follow(seen, infos, uncounted=False)
         return
     exports = ui.Exports("runs")
     place = st.container()
@@ -232,6 +245,8 @@ def _page() -> None:
             "requests": st.column_config.NumberColumn(format="localized"),
             "structural": st.column_config.NumberColumn("structural requests", format="localized"),
             "datasets": st.column_config.TextColumn(width="small"),
+            "run": st.column_config.TextColumn(width=190),
+            "policies": st.column_config.TextColumn(width=110),
         },
     )
     names = [str(frame["run"].iloc[i]) for i in picked.selection.rows if i < len(frame)]
@@ -241,7 +256,7 @@ def _page() -> None:
     if len(names) == 1:
         _note(next(i for i in infos if i.name == names[0]))
     if frame["overhead"].notna().any():
-        ui.chart(figures.price(frame), "price", exports)
+        ui.pairs(figures.price(frame), exports)
     if len(frame) > 2:
         ui.chart(figures.trend(frame), "trend", exports)
     exports.show(st.container(horizontal_alignment="right"), "runs")
@@ -253,7 +268,7 @@ def _page() -> None:
             )
     if len(warned) > WARNED:
         st.caption(f"and warnings of {len(warned) - WARNED:,} more runs: `margingate runs` lists them all")
-    _follow(seen, uncounted > 0)
+    _follow(seen, infos, uncounted > 0)
 
 
 if __name__ == "__main__":

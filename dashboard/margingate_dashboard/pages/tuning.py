@@ -284,7 +284,7 @@ def _tune(page: Page, samples: profiles.Samples, known: dict[str, profiles.Known
         },
     )
     for name, calibration in found.items():
-        st.caption(f"**{ui.markdown_safe(name)}**: {ui.markdown_safe(calibration.statement())}")
+        st.caption(f"**{ui.markdown_safe(name)}**, from the sample alone: {ui.markdown_safe(calibration.statement())}")
     matrix = page.memo("transfer", lambda: transfer_matrix({n: samples[n] for n in found}, taus), tuple(taus.items()))
     shown = matrix.assign(**{c: [names[v] for v in matrix[c]] for c in ("calibrated_on", "applied_to")})
     ui.chart(figures.transfer(shown, page.subtitle), "transfer", page.exports)
