@@ -23,6 +23,7 @@ from margingate_dashboard.facts.filters import Filters
 from margingate_dashboard.figures.common import safe
 from margingate_dashboard.theme import CSS, DARK_CSS, THRESHOLD_COLOUR
 from sglang_margingate.trace import RunInfo, TraceError
+from sglang_margingate.trace.errors import brief
 from sglang_margingate.trace.export import harmless
 
 PAGES = {
@@ -249,14 +250,9 @@ def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
         choose.follow(info)
     choose.copy_link(info.name)
     for warning in dict.fromkeys([*info.warnings, *run.warnings]):
-        st.caption(f":material/warning: {markdown_safe(brief(warning, info))}")
+        st.caption(f":material/warning: {markdown_safe(brief(warning, info.path))}")
     exports = Exports(f"{info.name}-{title.lower()}")
     return Page(info, run, filters, exports, place)
-
-
-def brief(warning: str, info: RunInfo) -> str:
-    """Return a warning without the folder's path on the server: the page names the run."""
-    return warning.replace(f"{info.path}: ", "").replace(f"{info.path}/", "").replace(str(info.path.parent) + "/", "")
 
 
 def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:

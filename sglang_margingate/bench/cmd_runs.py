@@ -30,6 +30,7 @@ def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """List the recorded runs, newest first, and what is wrong with any of them."""
     from sglang_margingate.bench import tables
     from sglang_margingate.trace import list_runs
+    from sglang_margingate.trace.errors import brief
 
     words = list(args.words)
     action = words.pop(0) if words and words[0] in ("compact", "import") and not Path(words[0]).is_dir() else ""
@@ -70,7 +71,7 @@ def runs(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     print(tables.text(head, rows, left=(0, 1, 2, 5)))
     for info in infos:
         for warning in info.warnings:
-            print(f"margingate: {_shown(info.name)}: {_shown(warning.removeprefix(f'{info.path}: '))}", file=sys.stderr)
+            print(f"margingate: {_shown(info.name)}: {_shown(brief(warning, info.path))}", file=sys.stderr)
     return 0
 
 
@@ -130,6 +131,7 @@ def add_export(p: argparse.ArgumentParser) -> None:
 def export(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     """Write one run for other tools."""
     from sglang_margingate.trace import export_chrome_trace, export_csv, read_run
+    from sglang_margingate.trace.errors import brief
 
     if args.out is not None:
         way = "chrome" if args.out.suffix == ".json" else "csv"
@@ -138,7 +140,7 @@ def export(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
         setattr(args, way, args.out)
     run = read_run(args.run)
     for warning in run.warnings:
-        print(f"margingate: {warning}", file=sys.stderr)
+        print(f"margingate: {args.run}: {_shown(brief(warning, args.run))}", file=sys.stderr)
     for path in export_csv(run, args.csv) if args.csv else [export_chrome_trace(run, args.chrome)]:
         print(path)
     return 0

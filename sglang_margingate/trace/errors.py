@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 
 BAD_FILE = (OSError, pa.ArrowException, EOFError)
 """What pyarrow raises for a truncated or garbled file."""
+
+
+def brief(warning: str, run: Path) -> str:
+    """Return a run's warning without the run's folder in it: whoever shows it names the run beside it."""
+    folder = str(run)
+    return warning.replace(f"{folder}: ", "").replace(f"{folder}/", "").replace(f"{run.parent}/", "")
 
 
 class TraceError(Exception):

@@ -65,7 +65,9 @@ class RunInfo:
             return "broken"
         if self.is_live:
             return "live"
-        return "closed" if self.manifest.get("closed_at") else "ended without closing"
+        if not self.manifest.get("closed_at"):
+            return "ended without closing"
+        return "incomplete" if self.warnings else "closed"
 
 
 def read_run(

@@ -135,4 +135,20 @@ def test_a_half_written_run_is_reported_with_a_note(run: Path, tmp_path: Path) -
     last = sorted(run.glob("steps-*.parquet"))[-1]
     last.write_bytes(last.read_bytes()[:500])
     (run / "requests-0000.parquet").unlink()
-    assert "Note: " in report.write_report(run, tmp_path / "r.html").read_text()
+    text = report.write_report(run, tmp_path / "r.html").read_text()
+    assert "Note: " in text
+    assert str(run.parent) not in text, "where it lay is nobody's business"
+
+
+@pytest.mark.parametrize("manifest", ['{"totals": "x"}', "[1]", "", "{"])
+def test_one_bad_manifest_among_many_costs_no_report(manifest: str, tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
+    for name in ("a", "bad", "c"):
+        write_run(tmp_path / "traces" / name, SyntheticSpec(requests=4, tokens=20))
+    (tmp_path / "traces" / "bad" / "manifest.json").write_text(manifest)
+    index = report.write_report(tmp_path / "traces", tmp_path / "out").read_text()
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a.html", "bad.html", "c.html", "index.html"]
+    assert re.search(r"<td>bad</td><td>broken</td>", index)
+    assert re.search(r"<td>a</td><td>closed</td>", index)
+    two = report.write_report(tmp_path / "traces" / "a", tmp_path / "two.html", tmp_path / "traces" / "bad")
+    assert "Matched requests" in two.read_text()

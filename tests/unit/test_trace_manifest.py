@@ -64,6 +64,7 @@ def test_a_broken_manifest_costs_its_run_alone(folder: Path, case: str, capsys: 
     assert re.search(r"^bad .* broken$", shown.out, re.M)
     assert re.search(r"^good .* closed$", shown.out, re.M)
     assert reason in shown.err, "the list says what is wrong"
+    assert str(folder) not in shown.err, "of the run by its name"
     assert main(["export", str(folder / "bad"), "--csv", str(folder.parent / "out")]) == 0
     assert reason in capsys.readouterr().err
 

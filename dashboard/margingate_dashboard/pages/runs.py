@@ -29,15 +29,11 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def _ended(info: RunInfo) -> str:
-    if info.manifest.get("synthetic"):
-        return "made up"
-    return "incomplete" if info.warnings and info.state == "closed" else info.state
-
-
 def status(info: RunInfo) -> str:
     """Return a run's state in a word or two."""
-    return "broken" if info.broken else "● live" if info.is_live else _ended(info)
+    if info.is_live:
+        return "● live"
+    return "made up" if info.manifest.get("synthetic") and not info.broken else info.state
 
 
 def _row(info: RunInfo, counts: Mapping[str, object] | str | None) -> dict[str, object]:
@@ -264,7 +260,7 @@ def _page() -> None:
     for info in warned[:WARNED]:
         for warning in info.warnings:
             st.caption(
-                f":material/warning: **{ui.markdown_safe(info.name)}**: {ui.markdown_safe(ui.brief(warning, info))}"
+                f":material/warning: **{ui.markdown_safe(info.name)}**: {ui.markdown_safe(ui.brief(warning, info.path))}"
             )
     if len(warned) > WARNED:
         st.caption(f"and warnings of {len(warned) - WARNED:,} more runs: `margingate runs` lists them all")

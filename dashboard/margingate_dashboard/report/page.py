@@ -26,6 +26,7 @@ from margingate_dashboard.tables import FLIP_CODES, FLIP_COLUMNS, by_dataset, by
 from margingate_dashboard.theme import CSS
 from sglang_margingate import __version__
 from sglang_margingate.trace import Run, read_run
+from sglang_margingate.trace.errors import brief
 from sglang_margingate.trace.schema import STEP_SCHEMA
 
 WORST = 5
@@ -150,7 +151,7 @@ def _head(run: Run) -> str:
     spans = "".join(f'<span class="mg-chip">{html.escape(c)}</span>' for c in chips)
     if manifest.get("synthetic"):
         spans += '<span class="mg-chip warn">made-up data</span>'
-    warnings = "".join(f'<p class="note">Note: {html.escape(w)}</p>' for w in run.warnings)
+    warnings = "".join(f'<p class="note">Note: {html.escape(brief(w, run.path))}</p>' for w in run.warnings)
     return f'<div class="mg-head"><h1>{html.escape(run.path.resolve().name)}</h1>{spans}</div>{warnings}'
 
 
