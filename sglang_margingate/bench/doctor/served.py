@@ -24,8 +24,8 @@ RANDOM = "random:100-400"
 BATCHES = {True: (1, 8), False: (1, 8, 32)}
 CONTEXT = {True: 64, False: 512}
 """Prompt tokens where the cost of a step is measured; on a CPU, on a GPU."""
-NEW = {True: 24, False: 96}
-REPEATS = 2
+NEW = 96
+REPEATS = 3
 
 
 def start_ours(visit: Visit) -> Finding:
@@ -273,12 +273,12 @@ def cost(visit: Visit) -> Finding:
     to = decode_cost.Target(visit.client.base_url, vocab)
     batches = [b for b in BATCHES[cpu] if b <= visit.args.concurrency]
     visit.tell("decode steps", None)
-    found = decode_cost.cost(to, ["stock"], batches, CONTEXT[cpu], NEW[cpu], REPEATS)["stock"]
+    found = decode_cost.cost(to, ["stock"], batches, CONTEXT[cpu], NEW, REPEATS)["stock"]
     steps = {rows: [r["step_ms"] for r in runs] for rows, runs in found.items()}
     name = STOCK if OURS in visit.costs else OURS
     visit.costs[name] = steps
     said = ", ".join(f"{statistics.median(ms):.2f} ms at {rows}" for rows, ms in steps.items())
-    details = {"context": CONTEXT[cpu], "new": NEW[cpu], "step_ms": steps}
+    details = {"context": CONTEXT[cpu], "new": NEW, "step_ms": steps}
     if name == OURS:
         return Finding(State.NOTED, f"a decode step with our defaults: {said}", details=details)
     return compared(visit.costs, said, details)
