@@ -57,11 +57,11 @@ class Exports:
     figures: dict[str, go.Figure] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
-    def show(self, place: Any, key: str) -> None:
-        """Fill ``place`` with a menu of download buttons."""
+    def show(self, key: str) -> None:
+        """Show a menu of download buttons: at the foot of every page, as parts of some run alone and make the last tables."""
         if not self.figures and not self.tables:
             return
-        with place.popover("Export", icon=":material/download:"):
+        with st.container(horizontal_alignment="right").popover("Export", icon=":material/download:"):
             if self.tables:
                 st.caption("Tables")
             for name, frame in self.tables.items():
@@ -109,7 +109,6 @@ class Page:
     filters: Filters
     """What of the run is shown."""
     exports: Exports
-    export_place: Any
 
     @property
     def run(self) -> str:
@@ -173,8 +172,8 @@ def styles() -> None:
     st.html(CSS + (DARK_CSS if st.context.theme.type == "dark" else ""))
 
 
-def header(title: str, lead: str, chips: Iterable[tuple[str, str]] = ()) -> Any:
-    """Show a page's title line and return the place for its export menu.
+def header(title: str, lead: str, chips: Iterable[tuple[str, str]] = ()) -> None:
+    """Show a page's title line.
 
     Parameters
     ----------
@@ -183,12 +182,10 @@ def header(title: str, lead: str, chips: Iterable[tuple[str, str]] = ()) -> Any:
     chips
         (text, CSS class) pairs; texts are escaped here.
     """
-    left, right = st.columns([0.86, 0.14], vertical_alignment="top")
     spans = "".join(f'<span class="mg-chip {css}">{html.escape(text)}</span>' for text, css in chips)
-    left.html(
+    st.html(
         f'<div class="mg-head"><h1>{html.escape(title)}</h1>{spans}</div><p class="mg-lead">{html.escape(lead)}</p>'
     )
-    return right.container(horizontal_alignment="right")
 
 
 def run_chips(info: RunInfo) -> list[tuple[str, str]]:
@@ -243,7 +240,7 @@ def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
         choose.missing("run", st.query_params.get("run"), infos, PAGES[title.lower()])
         return None
     st.set_page_config(page_title=f"{title} · {info.name} · MarginGate")
-    place = header(title, lead, run_chips(info))
+    header(title, lead, run_chips(info))
     run = data.run_data(info.path)
     filters = choose.choose_filters(run) if filtered else Filters()
     if info.is_live:
@@ -252,7 +249,7 @@ def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
     for warning in dict.fromkeys([*info.warnings, *run.warnings]):
         st.caption(f":material/warning: {markdown_safe(brief(warning, info.path))}")
     exports = Exports(f"{info.name}-{title.lower()}")
-    return Page(info, run, filters, exports, place)
+    return Page(info, run, filters, exports)
 
 
 def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:

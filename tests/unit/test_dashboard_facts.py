@@ -369,6 +369,28 @@ def test_a_look_reads_as_many_runs_as_fit_into_its_time() -> None:
     assert len(runlist.within(0.0, paths, slow)) == 1, "each look gets on"
 
 
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("", "abc"),
+        ("qwen", "ab"),
+        ("-qwen", "c"),
+        ("qwen -nightly", "a"),
+        ("hidden", "d"),
+        ("- q", ""),
+        ("no such", ""),
+    ],
+)
+def test_runs_are_found_left_out_and_hidden_by_words(words: str, kept: str) -> None:
+    frame = pd.DataFrame(
+        {
+            "run": list("abcd"), "model": ["qwen", "qwen", "llama", "qwen"], "datasets": "arith", "note": [None, "", "", "x"],
+            "tags": ["", "nightly", "", "old, hidden"], "status": "closed",
+        }
+    )  # fmt: skip
+    assert "".join(frame["run"][runs.matching(frame, words)]) == kept
+
+
 def test_notes_lie_beside_a_run(tmp_path: Path) -> None:
     note = notes.Note("why <b>this</b>", ("baseline", "a"))
     notes.write_note(tmp_path, note)

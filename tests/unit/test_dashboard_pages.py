@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -378,6 +379,29 @@ def test_the_dataset_filter_changes_every_count(tmp_path: Path, monkeypatch: pyt
     assert set(at.dataframe[0].value["dataset"]) == {"arith", "code", "story"}
     at.multiselect(key="dataset_box").set_value(["code"]).run()
     assert at.dataframe[0].value["dataset"].tolist() == ["code"]
+
+
+def test_a_long_answer_is_turned_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", SyntheticSpec(requests=1, tokens=2400, slots=1, policy="always", seed=5))
+    at = open_app(tmp_path, monkeypatch).run()
+    at.switch_page("request.py").run()
+
+    def first() -> int:
+        return int(re.findall(r'data-step="(\d+)"', shown(at))[0])
+
+    def press(label: str) -> None:
+        next(b for b in at.button if b.label == label).click().run()
+
+    assert first() == 0
+    press("Later tokens")
+    assert first() == 800
+    press("Earlier tokens")
+    assert first() == 0
+    at.query_params["step"] = "900"
+    at.run()
+    assert first() == 800, "a selected step brings its own page"
+    press("Earlier tokens")
+    assert first() == 0
 
 
 def test_a_live_run_tells_its_newest_flips_and_a_closed_one_has_none(

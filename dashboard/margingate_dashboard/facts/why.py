@@ -67,7 +67,7 @@ def cause(step: pd.Series, request: pd.Series | None, verify_rows: int | None = 
     window = _number(step["window_rows"])
     if window > 1:
         change = _number(step["kv_delta_last"])
-        moved = f", and moved the last layer's newest column by {change:.4g}" if change > 0 else ""
+        moved = f", and moved the last layer's newest column by {change:.6g}" if change > 0 else ""
         parts.append(f"The verify recomputed {window:.0f} columns that had been written outside the class{moved}.")
     hit = _number(request["cached_tokens"]) if request is not None else math.nan
     if hit > 0:

@@ -200,7 +200,7 @@ def kv_change(steps: pd.DataFrame, selected: int | None = None, subtitle: str = 
             go.Scatter(
                 x=seen["step"], y=seen[column].to_numpy(dtype=float), name=words, mode="lines+markers",
                 line={"color": colour, "width": 1.5}, marker={"size": 4},
-                hovertemplate="step %{x}: %{y:.4g}" + extra(words),
+                hovertemplate="step %{x}: %{y:.6g}" + extra(words),
             )
         )  # fmt: skip
     flips = seen[seen["flipped"].astype("boolean").fillna(False).to_numpy(dtype=bool)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -122,8 +123,12 @@ def _list(page: Page, other: RunInfo, table: pd.DataFrame) -> None:
     shown = table[~table["identical"]] if only else table
     shown = shown.sort_values("first", na_position="last", kind="stable").reset_index(drop=True)
     more = {"selection_default": {"selection": {"rows": [0]}}} if len(shown) else {}
+    first = ["dataset", "policy_a", "policy_b", "identical", "first", "margin_a", "margin_b", "rows_a", "rows_b"]
+    listed = shown.assign(
+        identical=np.where(shown["identical"], "yes", "no")
+    )  # a column of booleans shows as boxes to tick
     picked = ui.table(
-        shown,
+        listed[[*first, *(c for c in listed.columns if c not in first)]],
         "divergences",
         page.exports,
         on_select="rerun",
@@ -156,7 +161,7 @@ def _list(page: Page, other: RunInfo, table: pd.DataFrame) -> None:
         left = sidebyside.Side(page.info, int(row["a"]), str(row["id_a"]), f"a: {page.run}, {row['policy_a']}")
         right = sidebyside.Side(other, int(row["b"]), str(row["id_b"]), f"b: {other.name}, {row['policy_b']}")
         sidebyside.show(ui.PAGES, left, right)
-    page.exports.show(st.container(horizontal_alignment="right"), "compare")
+    page.exports.show("compare")
 
 
 def headline(table: pd.DataFrame) -> list[Card]:

@@ -83,7 +83,7 @@ def _figures(
     grid = margin_grid(margin) or 0.0625
     edges = np.array([0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5], dtype=np.float32) * np.float32(grid)
     near = np.searchsorted(edges, margin, side="right")
-    margin_labels = ["0", *(f"{grid * k:.3g}" for k in (1, 2, 4, 8, 16, 32)), "more"]
+    margin_labels = ["0", *(f"{grid * k:.6g}" for k in (1, 2, 4, 8, 16, 32)), "more"]
     found = {}
     for name, title, axis, bucket, names in (
         ("by-step", "By step", "step (output token)", position, labels),
@@ -161,7 +161,7 @@ def _list(page: Page, table: pd.DataFrame) -> None:
     rows = [i for i in picked.selection.rows if i < len(table)]
     if rows:
         _detail(page, table.iloc[rows[0]])
-    page.exports.show(st.container(horizontal_alignment="right"), "flips")
+    page.exports.show("flips")
 
 
 def _page() -> None:

@@ -160,7 +160,7 @@ def _worst(page: Page, requests: pd.DataFrame) -> None:
     else:
         st.caption("Select a row to open its request.")
     page.exports.tables["requests"] = requests
-    page.exports.show(st.container(horizontal_alignment="right"), "latency")
+    page.exports.show("latency")
 
 
 def _page() -> None:
@@ -224,7 +224,7 @@ def _page() -> None:
     else:
         st.caption("No request of these waited for a verify: there is no worst one.")
         page.exports.tables["requests"] = every
-        page.exports.show(st.container(horizontal_alignment="right"), "latency")
+        page.exports.show("latency")
 
 
 if __name__ == "__main__":

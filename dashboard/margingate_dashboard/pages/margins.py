@@ -170,7 +170,7 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
             ),
         },
     )
-    page.exports.show(st.container(horizontal_alignment="right"), "margins")
+    page.exports.show("margins")
 
 
 def _page() -> None:

@@ -194,7 +194,7 @@ def _page() -> None:
     _map(page)
     with st.expander("Manifest: versions, flags, threshold profile, self-test"):
         st.code(json.dumps(page.info.manifest, indent=2, default=str), language="json")
-    page.exports.show(page.export_place, "overview")
+    page.exports.show("overview")
 
 
 if __name__ == "__main__":

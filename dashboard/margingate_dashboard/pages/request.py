@@ -275,8 +275,19 @@ def _strip(page: Page, chosen: int, steps: pd.DataFrame, selected: int | None) -
             f"{int(steps['step'].iloc[i * STRIP])}–{int(steps['step'].iloc[min(len(steps), (i + 1) * STRIP) - 1])}"
             for i in range(pages)
         ]
-        span = st.selectbox("Tokens", names, index=min(want, pages - 1), key=f"part-{selected}", width=220)
-        part = names.index(str(span))
+        key = f"part-{chosen}-{selected}"
+        st.session_state.setdefault(key, names[min(want, pages - 1)])
+
+        def turn(by: int) -> None:
+            at = names.index(st.session_state[key]) + by
+            st.session_state[key] = names[min(max(at, 0), pages - 1)]
+
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            part = names.index(str(st.selectbox("Tokens", names, key=key, width=220)))
+            st.button("Earlier tokens", icon=":material/arrow_back:", disabled=part == 0, on_click=turn, args=(-1,))
+            st.button(
+                "Later tokens", icon=":material/arrow_forward:", disabled=part == pages - 1, on_click=turn, args=(1,)
+            )
     known = data.vocabulary(page.data)
     shown = steps.iloc[part * STRIP : (part + 1) * STRIP]
     strip = page.memo("strip", lambda: tokens.strip(shown, known, selected), chosen, part, selected)
@@ -343,7 +354,7 @@ def _page() -> None:
     # A table of 27 columns takes the browser longer than the rest of the page: only where it is asked for.
     if st.toggle("All steps as a table", key="all-steps"):
         ui.table(wanted, "steps", page.exports)
-    page.exports.show(page.export_place, "request")
+    page.exports.show("request")
 
 
 def _follow_click(event: object, chosen: int, selected: int | None) -> None:

@@ -176,7 +176,7 @@ def _page() -> None:
         )
     else:
         st.caption("Select a row to open its request here; “open” opens it in a tab of its own.")
-    page.exports.show(page.export_place, "requests")
+    page.exports.show("requests")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ LOOKED_AT = 3
 """Newest runs that the identity view looks at."""
 MOST_COMPARED = 6
 """Runs in one identity view."""
+HIDDEN = "hidden"
+"""A run with this tag is not listed, unless it is asked for."""
 WARNED = 30
 """Runs whose warnings are written out."""
 
@@ -65,24 +67,38 @@ def table(infos: list[RunInfo], seconds: float = READ_SECONDS) -> pd.DataFrame:
     return pd.DataFrame([_row(info, counts.get(info.path)) for info in infos]).reindex(columns=columns)
 
 
+def matching(frame: pd.DataFrame, words: str) -> pd.Series:
+    """Tell which runs have all of these words, in lower case, and none of those behind a minus."""
+    wanted = words.split()
+    hidden = frame["tags"].map(lambda tags: HIDDEN in str(tags).lower().split(", "))
+    keep = pd.Series(True, index=frame.index) if HIDDEN in wanted else ~hidden
+    if wanted:
+        text = (
+            frame[["run", "model", "datasets", "note", "tags", "status"]].fillna("").agg(" ".join, axis=1).str.lower()
+        )
+        for word in wanted:
+            without = word.startswith("-") and len(word) > 1
+            has = text.str.contains(word[1:] if without else word, regex=False)
+            keep &= ~has if without else has
+    return keep
+
+
 def filtered(frame: pd.DataFrame) -> pd.DataFrame:
     """Show the filters of the list and return the runs that they leave."""
     left, middle, right = st.columns([0.5, 0.25, 0.25], vertical_alignment="bottom")
     words = left.text_input(
-        "Filter", key="q", bind="query-params", placeholder="part of a name, model, dataset, note or tag"
+        "Filter",
+        key="q",
+        bind="query-params",
+        placeholder="part of a name, model, dataset, note or tag; -word leaves out",
+        help=f"Runs tagged “{HIDDEN}” are not listed unless the filter says {HIDDEN}.",
     ).lower()
     models = middle.multiselect(
         "Models", sorted(frame["model"].unique()), key="model", bind="query-params", placeholder="All"
     )
     places = sorted({p for names in frame["policies"] for p in str(names).split(", ")})
     policies = right.multiselect("Policies", places, key="ran", bind="query-params", placeholder="All")
-    keep = pd.Series(True, index=frame.index)
-    if words:
-        text = (
-            frame[["run", "model", "datasets", "note", "tags", "status"]].fillna("").agg(" ".join, axis=1).str.lower()
-        )
-        for word in words.split():
-            keep &= text.str.contains(word, regex=False)
+    keep = matching(frame, words)
     if models:
         keep &= frame["model"].isin(models)
     if policies:
@@ -255,7 +271,7 @@ def _page() -> None:
         ui.pairs(figures.price(frame), exports)
     if len(frame) > 2:
         ui.chart(figures.trend(frame), "trend", exports)
-    exports.show(st.container(horizontal_alignment="right"), "runs")
+    exports.show("runs")
     warned = [info for info in infos if info.warnings]
     for info in warned[:WARNED]:
         for warning in info.warnings:

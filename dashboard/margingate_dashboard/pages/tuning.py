@@ -308,7 +308,7 @@ def _export(page: Page, chosen: dict[str, pd.Series]) -> None:
     text = profiles.to_json(profile)
     if not profile.datasets:
         st.caption("No sample is large enough, so there is no profile to take: the server's default threshold stands.")
-        page.exports.show(st.container(horizontal_alignment="right"), "tuning")
+        page.exports.show("tuning")
         return
     unknown = [
         f
@@ -334,7 +334,7 @@ def _export(page: Page, chosen: dict[str, pd.Series]) -> None:
     st.code(f"{start} --margingate-profile margingate-profile.json", language=None)
     with st.expander("What is in it"):
         st.code(text, language="json")
-    page.exports.show(st.container(horizontal_alignment="right"), "tuning")
+    page.exports.show("tuning")
 
 
 def _known(page: Page) -> dict[str, profiles.KnownFlips]:
