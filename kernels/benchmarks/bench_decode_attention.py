@@ -3,7 +3,8 @@
     python kernels/benchmarks/bench_decode_attention.py [--tune] [--json FILE]
 
 "stock" is FlashInfer's tensor-core decode with the plan it makes for the whole batch under a CUDA graph, "no split" the
-same without K/V split, which is row-invariant too. Bytes are those of K and V. --tune tries launch constants instead.
+same without K/V split, which is row-invariant too; "fa3" is FlashAttention-3 as SGLang calls it on Hopper, where there is one.
+A context as 64-1216 says that the rows' lie evenly between. Bytes are those of K and V. --tune tries launch constants instead.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from dataclasses import dataclass
 
 import common
 import torch
-from margingate_kernels import DecodeAttention, decode_attention, decode_attention_reference
+from margingate_kernels import DecodeAttention, decode_attention, decode_attention_reference, fa3_available
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE = DIM**-0.5
-SHAPES = ((1, 512), (8, 512), (32, 512), (64, 512), (1, 8192), (8, 8192), (1, 32000), (8, 32000))
+SHAPES = (
+    (1, 512, 512), (8, 512, 512), (32, 512, 512), (64, 512, 512), (24, 64, 1216), (41, 64, 1216), (48, 64, 1216),
+    (64, 64, 1216), (1, 8192, 8192), (8, 8192, 8192), (1, 32000, 32000), (8, 32000, 32000),
+)  # fmt: skip
+"""Rows, and the shortest and longest context."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch of equal contexts, slots in random order as in a used pool."""
+    """A batch, slots in random order as in a used pool, rows in no order of length."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -31,16 +36,18 @@ class Inputs:
     indices: torch.Tensor
 
     @classmethod
-    def of(cls, rows: int, context: int) -> Inputs:
-        """Draw one."""
-        slots = rows * context
+    def of(cls, rows: int, least: int, most: int) -> Inputs:
+        """Draw one; the lengths are the same each time."""
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+        lengths = least + order * (most - least) // max(rows - 1, 1)
+        slots = int(lengths.sum())
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
         return cls(
             draw(rows, Q_HEADS, DIM), draw(slots, KV_HEADS, DIM), draw(slots, KV_HEADS, DIM),
-            torch.arange(0, slots + 1, context, device="cuda", dtype=torch.int32),
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda(),
             torch.randperm(slots, device="cuda").int(),
         )  # fmt: skip
 
@@ -71,10 +78,27 @@ def flashinfer(x: Inputs, *, split: bool) -> functools.partial[torch.Tensor]:
     return functools.partial(wrapper.run, x.q, (x.k, x.v))
 
 
-def sets_of(rows: int, context: int) -> list[Inputs]:
+def fa3(x: Inputs) -> functools.partial[torch.Tensor] | None:
+    """Return a call of FlashAttention-3 with its own choice of splits; None where this machine has none."""
+    if not fa3_available(Q_HEADS, KV_HEADS, DIM):
+        return None
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    lengths = x.indptr.diff()
+    table = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int32, device="cuda")
+    for row, slots in enumerate(x.indices.split(lengths.tolist())):
+        table[row, : len(slots)] = slots
+    ends = torch.arange(len(lengths) + 1, dtype=torch.int32, device="cuda")
+    return functools.partial(
+        flash_attn_with_kvcache, q=x.q, k_cache=x.k.unsqueeze(1), v_cache=x.v.unsqueeze(1), page_table=table,
+        cache_seqlens=lengths, cu_seqlens_q=ends, max_seqlen_q=1, softmax_scale=SCALE, causal=True,
+    )  # fmt: skip
+
+
+def sets_of(rows: int, least: int, most: int) -> list[Inputs]:
     """Return inputs to rotate among, so that none of them stays in the L2 cache."""
-    first = Inputs.of(rows, context)
-    return [first, *(Inputs.of(rows, context) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
+    first = Inputs.of(rows, least, most)
+    return [first, *(Inputs.of(rows, least, most) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
 
 
 TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, most chunks, stored chunks loaded before joining
@@ -101,7 +125,10 @@ def main() -> None:
     env, copy = common.start()
     torch.manual_seed(0)
     if args.tune:
-        data = {f"{rows}x{context}": sets_of(rows, context) for rows, context in SHAPES}
+        data = {
+            f"{rows}x{least if least == most else f'{least}-{most}'}": sets_of(rows, least, most)
+            for rows, least, most in SHAPES
+        }
         common.tune(decode_attention, CONSTANTS, TRIALS, {name: lambda xs=xs: planned(xs) for name, xs in data.items()})
         return
     attend = DecodeAttention(64, Q_HEADS, KV_HEADS, DIM, "cuda")
@@ -115,11 +142,14 @@ def main() -> None:
         times = [common.time_calls([functools.partial(ours, attend, x) for x in inputs])]
         for split in (True, False):
             times.append(common.time_calls([flashinfer(x, split=split) for x in inputs]))
+        theirs = [call for x in inputs if (call := fa3(x)) is not None]
+        fa3_us = common.time_calls(theirs).median if theirs else float("nan")
         rate = x.size / times[0].median / 1e3
         rows.append(
-            {"rows": shape[0], "context": shape[1], "us": times[0].median, "p10-p90": f"{times[0].low:.1f}-{times[0].high:.1f}",
+            {"rows": shape[0], "context": str(shape[1]) if shape[1] == shape[2] else f"{shape[1]}-{shape[2]}", "us": times[0].median, "p10-p90": f"{times[0].low:.1f}-{times[0].high:.1f}",
              "GB/s": round(rate), "% of copy": round(100 * rate / copy, 1), "stock us": times[1].median,
-             "ours / stock": times[0].median / times[1].median, "no split us": times[2].median}
+             "ours / stock": times[0].median / times[1].median, "no split us": times[2].median, "fa3 us": fa3_us,
+             "ours / fa3": times[0].median / fa3_us}
         )  # fmt: skip
     common.finish(args.json, env, copy, rows)
 

@@ -2,9 +2,9 @@
 
 What is computed and who computes it are two things here. Every context is cut into chunks by a rule that looks at its
 own length alone; each chunk is attended to by itself, and the chunks' results are joined in rising order by
-:func:`_join`: that is the arithmetic, the same for a row whoever its companions are. How many neighbouring chunks one
-program takes depends on how much there is to do in the whole batch (``plan_kernel``): few rows are spread over many
-programs, many rows get one program each, and neither changes a bit.
+:func:`_join`: that is the arithmetic, the same for a row whoever its companions are. Which neighbouring chunks one
+program takes, of one row or of several, depends on how much there is to do in the whole batch (``plan_kernel``): few rows
+are spread over many programs, many rows are dealt out in equal shares, and neither changes a bit.
 
 A program that has all chunks of a (row, K/V head) joins them as it goes. Otherwise the programs leave each chunk's
 result in the workspace; the one that arrives last at the counter of (row, head) joins them and sets the counter back.
@@ -30,17 +30,16 @@ def _chunk_tokens(length, CHUNK: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.con
 @triton.jit(do_not_specialize=["rows"])
 def plan_kernel(
     indptr,  # int32 [rows + 1]: where each row's slots begin in indices
-    items,  # int32 [max rows * MOST, 8]: row, its begin and end in indices, chunk size, chunks, first chunk, end chunk
-    count,  # int32 [1]: items in use
+    shares,  # int32 [groups, 4]: of each group of programs the row and chunk that it begins with, and its chunks
     rows,
-    programs,  # of decode_kernel
-    KV_HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    """Give each group its share of all rows' chunks; the programs of a group take a K/V head each, side by side in memory."""
+    mine = tl.program_id(0)
+    groups = tl.num_programs(0)
     r = tl.arange(0, ROWS)
     live = r < rows
     begins = tl.load(indptr + r, mask=live, other=0)
@@ -48,26 +47,24 @@ def plan_kernel(
     sizes = _chunk_tokens(lengths, CHUNK, MOST, BLOCK)
     # A row without context has one empty chunk, so that its output is written too.
     chunks = tl.where(live, tl.maximum((lengths + sizes - 1) // sizes, 1), 0)
-    group = tl.maximum((tl.sum(chunks, 0) * KV_HEADS + programs - 1) // programs, 1)
-    counts = (chunks + group - 1) // group
-    before = tl.sum(tl.where(r < row, counts, 0), 0)
-    begin = tl.load(indptr + row)
-    end = tl.load(indptr + row + 1)
-    size = _chunk_tokens(end - begin, CHUNK, MOST, BLOCK)
-    n = tl.maximum((end - begin + size - 1) // size, 1)
-    i = tl.arange(0, MOST)
-    used = i * group < n
-    mine = items + (before + i) * 8
-    zeros = tl.zeros([MOST], tl.int32)
-    tl.store(mine, zeros + row, mask=used)
-    tl.store(mine + 1, zeros + begin, mask=used)
-    tl.store(mine + 2, zeros + end, mask=used)
-    tl.store(mine + 3, zeros + size, mask=used)
-    tl.store(mine + 4, zeros + n, mask=used)
-    tl.store(mine + 5, i * group, mask=used)
-    tl.store(mine + 6, tl.minimum((i + 1) * group, n), mask=used)
-    if row == 0:
-        tl.store(count, tl.sum(counts, 0))
+    total = tl.sum(chunks, 0)
+    # Where every row cut at multiples of the largest share leaves no group two pieces, no piece is longer than that, and few
+    # rows are cut. Mostly the lengths do not fit so: then all chunks in one line, cut into equal shares wherever a cut falls.
+    most = tl.maximum((total + groups - 1) // groups, 1)
+    pieces = (chunks + most - 1) // most
+    apart = tl.sum(pieces, 0) <= groups
+    upto = tl.cumsum(tl.where(apart, pieces, chunks), 0)
+    at = tl.where(apart, mine, mine * total // groups)
+    row = tl.sum(tl.where(live & (upto <= at), 1, 0), 0)
+    there = r == row
+    before = tl.sum(tl.where(there, upto - tl.where(apart, pieces, chunks), 0), 0)
+    first = (at - before) * tl.where(apart, most, 1)
+    count = tl.where(
+        apart, tl.minimum(most, tl.sum(tl.where(there, chunks, 0), 0) - first), (mine + 1) * total // groups - at
+    )
+    tl.store(shares + mine * 4, row)
+    tl.store(shares + mine * 4 + 1, first)
+    tl.store(shares + mine * 4 + 2, tl.where(row < rows, tl.maximum(count, 0), 0))
 
 
 @triton.jit
@@ -117,8 +114,8 @@ def decode_kernel(
     k,  # [slots, KV_HEADS, DIM], contiguous
     v,
     indices,  # int32: the slots of each row's context, in order
-    items,  # from plan_kernel
-    count,
+    indptr,
+    shares,  # from plan_kernel
     out,  # [rows, KV_HEADS * GROUP, DIM], contiguous
     parts,  # float32 [max rows, MOST, KV_HEADS, GROUP, DIM]: weighted values of a chunk
     sums,  # float32 [max rows, MOST, KV_HEADS, GROUP, 2]: its maximum (base 2) and its sum of weights
@@ -130,6 +127,7 @@ def decode_kernel(
     GROUP_P2: tl.constexpr,
     DOT_ROWS: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     MOST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -139,17 +137,17 @@ def decode_kernel(
     d = tl.arange(0, DIM)
     b = tl.arange(0, BLOCK)
     real = g < GROUP
-    work = tl.program_id(0)
-    while work < tl.load(count) * KV_HEADS:
-        item = items + work // KV_HEADS * 8
-        head = work % KV_HEADS
-        row = tl.load(item).to(tl.int64)
-        begin = tl.load(item + 1)
-        end = tl.load(item + 2)
-        size = tl.load(item + 3)
-        n = tl.load(item + 4)
-        first = tl.load(item + 5)
-        last = tl.load(item + 6)
+    head = tl.program_id(0) % KV_HEADS
+    share = shares + tl.program_id(0) // KV_HEADS * 4
+    row = tl.load(share).to(tl.int64)
+    first = tl.load(share + 1)
+    left = tl.load(share + 2)
+    while left > 0:
+        begin = tl.load(indptr + row)
+        end = tl.load(indptr + row + 1)
+        size = _chunk_tokens(end - begin, CHUNK, MOST, BLOCK)
+        n = tl.maximum((end - begin + size - 1) // size, 1)
+        last = tl.minimum(first + left, n)
         whole = last - first == n
         groups = row * KV_HEADS * GROUP + head * GROUP
         at = row * MOST * KV_HEADS + head
@@ -204,4 +202,6 @@ def decode_kernel(
             if arrived + last - first == n:
                 _join_stored(parts, sums, out, at, groups, n, KV_HEADS, GROUP, GROUP_P2, DIM, WIDE)
                 tl.store(counters + row * KV_HEADS + head, 0)
-        work += tl.num_programs(0)
+        left -= last - first
+        first = first * 0
+        row += 1

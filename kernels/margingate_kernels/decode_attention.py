@@ -69,13 +69,13 @@ class DecodeAttention:
         self._parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
         self._sums = torch.empty(*shape, 2, dtype=torch.float32, device=device)
         self._counters = torch.zeros(max_rows, kv_heads, dtype=torch.int32, device=device)
-        self._items = torch.zeros(max_rows * MOST_CHUNKS, 8, dtype=torch.int32, device=device)
-        self._count = torch.zeros(1, dtype=torch.int32, device=device)
         self._indptr = torch.zeros(1, dtype=torch.int32, device=device)
-        self._programs = 5
+        groups = 5
         if self.device.type == "cuda":
             sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-            self._programs = PROGRAMS_PER_SM * sms
+            groups = max(1, PROGRAMS_PER_SM * sms // kv_heads)
+        # Of each group of programs, one a K/V head: the row and chunk it begins with, and how many chunks it takes.
+        self._shares = torch.zeros(groups, 4, dtype=torch.int32, device=device)
 
     @staticmethod
     def supports(q_heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -106,9 +106,9 @@ class DecodeAttention:
         from margingate_kernels._triton_decode_attention import plan_kernel
 
         with on_device(indptr):
-            plan_kernel[(rows,)](
-                indptr, self._items, self._count, rows, self._programs,
-                KV_HEADS=self.kv_heads, CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=power_of_2(self.max_rows), num_warps=1,
+            plan_kernel[(len(self._shares),)](
+                indptr, self._shares, rows,
+                CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=power_of_2(self.max_rows), num_warps=1,
             )  # fmt: skip
 
     def __call__(
@@ -151,11 +151,11 @@ class DecodeAttention:
         # Two loads in flight where three would not fit the shared memory of the cards that have least.
         warps, stages = WARPS * max(1, sums // WIDE_SUMS), STAGES if sums <= 2 * WIDE_SUMS else 2
         with on_device(q):
-            decode_kernel[(self._programs,)](
-                q, k, v, indices, self._items, self._count, out, self._parts, self._sums, self._counters,
+            decode_kernel[(len(self._shares) * self.kv_heads,)](
+                q, k, v, indices, self._indptr, self._shares, out, self._parts, self._sums, self._counters,
                 scale * math.log2(math.e), q.stride(0),
                 KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), DOT_ROWS=dot_rows,
-                DIM=self.head_dim, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=stages, WIDE=WIDE, num_warps=warps,
+                DIM=self.head_dim, CHUNK=CHUNK, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=stages, WIDE=WIDE, num_warps=warps,
             )  # fmt: skip
         return out
 

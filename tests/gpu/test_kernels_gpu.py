@@ -448,15 +448,34 @@ def test_decode_attention_row_invariance(attention_module, monkeypatch):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[: 3 + 7 * seed]
         for r, got in zip(order, attended(attend, *to.arguments(order))):
             assert torch.equal(got, alone[r]), f"row of {to.lengths[r]} tokens among {len(order)}"
-    # As many programs as chunks, or one for all of a row: who works on what changes no bit.
-    for programs in (3, 10_000):
-        monkeypatch.setattr(attend, "_programs", programs)
+    # As many groups of programs as chunks, a few that each take several rows, or one for all: who works on what changes no bit.
+    for groups in (1, 3, 40 if INTERPRETED else 1000):
+        monkeypatch.setattr(attend, "_shares", torch.zeros(groups, 4, dtype=torch.int32, device=DEVICE))
         for r, got in zip(rows, attended(attend, *to.arguments(rows))):
-            assert torch.equal(got, alone[r]), f"row of {to.lengths[r]} tokens with {programs} programs"
+            assert torch.equal(got, alone[r]), f"row of {to.lengths[r]} tokens with {groups} groups of programs"
     # Could this fail? Another cut of the contexts is another order of summation, and shows.
     monkeypatch.setattr(attention_module, "CHUNK", 2 * attention_module.CHUNK)
     other = [attended(attend, *to.arguments([r]))[0] for r in rows]
     assert not all(torch.equal(a, b) for a, b in zip(alone, other))
+
+
+@pytest.mark.parametrize("groups", [1, 4, 5, 12, 66])
+@pytest.mark.parametrize("chunks", [[3], [4] * 12, [1, 7, 2, 0, 5, 3, 8], [9, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
+    """Every chunk is in one share, and no share is more than one chunk longer than they must be."""
+    chunks = [min(n, attention_module.MOST_CHUNKS) for n in chunks]
+    attend = DecodeAttention(len(chunks) + 2, 4, 4, 16, DEVICE)
+    monkeypatch.setattr(attend, "_shares", torch.full((groups, 4), -1, dtype=torch.int32, device=DEVICE))
+    lengths = torch.tensor([0, *(max(0, n * attention_module.CHUNK - 3) for n in chunks)], device=DEVICE)
+    attend.plan(lengths.cumsum(0).int())
+    line = [(row, chunk) for row, n in enumerate(chunks) for chunk in range(max(1, n))]
+    taken, counts = [], []
+    for row, first, count, _ in attend._shares.tolist():
+        counts.append(count)
+        begin = line.index((row, first)) if count else 0
+        taken += line[begin : begin + count]
+    assert taken == line
+    assert max(counts) == -(-len(line) // groups)
 
 
 def test_decode_attention_chunks(attention_module):
