@@ -13,6 +13,7 @@ import torch
 
 from sglang_margingate.canonical.engine import Engine, Extend, lent_table, slots
 from sglang_margingate.canonical.invariance import RowSizes
+from sglang_margingate.canonical.ranks import Ranks
 
 REQUESTS = 4
 LEAST_TOKENS = 16
@@ -67,6 +68,38 @@ class Graphs(Protocol):
 
     def drop(self, size: int) -> None:
         """Use this size no more."""
+
+
+class Timed(Protocol):
+    """Captured prefills that can be timed."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Padded sizes in use, rising."""
+
+    def milliseconds(self, size: int) -> float:
+        """Return the least time of a few replays."""
+
+    def drop(self, size: int) -> None:
+        """Use this size no more."""
+
+
+def drop_slow(graphs: Timed, ranks: Ranks) -> dict[int, float]:
+    """Drop every size that takes longer than a larger one; return what each dropped one took, in ms.
+
+    A matrix product chooses its kernel by its rows, and at some sizes badly: 448 rows took a third longer than 512 on one
+    GPU. Sizes of the class give a row the same bits, so time may choose among them. All ranks drop the same: the slowest
+    rank's times count.
+    """
+    took = {size: max(ranks.exchange(f"ms of {size} tokens", graphs.milliseconds(size))) for size in graphs.sizes}
+    slow: dict[int, float] = {}
+    least = float("inf")
+    for size in reversed(graphs.sizes):
+        if took[size] > least:
+            graphs.drop(size)
+            slow[size] = took[size]
+        least = min(least, took[size])
+    return slow
 
 
 def try_prefill_graphs(engine: Engine, graphs: Graphs) -> tuple[str, ...]:

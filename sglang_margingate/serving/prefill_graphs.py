@@ -48,6 +48,9 @@ MOST_REQUESTS, FEW_REQUESTS, TOKENS_A_REQUEST = 128, 8, 32
 """Requests of a prefill that a graph holds: of all sizes, of the smallest, and one more for each so many tokens. Each costs
 an attention program for every K/V head and layer, though it be of no request; more run at a larger size, or eagerly."""
 
+TIMED = 4
+"""Replays of a size that are timed."""
+
 Run = Callable[[], None]
 Record = Callable[[Run], Run]
 """Capture what a function launches; return what launches it again."""
@@ -222,6 +225,18 @@ class PrefillGraphs:
     def drop(self, size: int) -> None:
         """Use the graph of this size no more."""
         del self._graphs[size]
+
+    def milliseconds(self, size: int) -> float:
+        """Return the least time of a few replays, with the buffers as they are: products of matrices do not look at their input."""
+        wait = torch.cuda.synchronize if self._hidden.is_cuda else lambda: None
+        times = []
+        for _ in range(TIMED):
+            wait()
+            start = time.perf_counter()
+            self._graphs[size].replay()
+            wait()
+            times.append(1000 * (time.perf_counter() - start))
+        return min(times)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from sglang_margingate.canonical.engine import Engine
 from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
 from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
 from sglang_margingate.canonical.path_probe import try_fast_path
-from sglang_margingate.canonical.prefill_graph_probe import try_prefill_graphs
+from sglang_margingate.canonical.prefill_graph_probe import drop_slow, try_prefill_graphs
 from sglang_margingate.canonical.ranks import digest
 from sglang_margingate.canonical.score_probe import NO_SCORES, ScoreTrial, rows_hold
 from sglang_margingate.canonical.selftest import SelfTestResult, run_self_test
@@ -239,6 +239,9 @@ def _prefill_graphs(
         return RowSizes(), notes
     shape_hooks.replay_prefills(graphs)
     start = time.perf_counter()
+    if slow := drop_slow(graphs, group.ranks()):
+        told = ", ".join(f"{size} ({ms:.1f} ms)" for size, ms in slow.items())
+        log.info("margingate: prefill graphs that take longer than a larger one are not used: %s", told)
     notes += try_prefill_graphs(engine, graphs)
     sizes = RowSizes(graphs.sizes)
     log.info("margingate: prefill graphs tried against eager forwards in %.1f s: %s tokens in use",

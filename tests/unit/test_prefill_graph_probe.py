@@ -9,7 +9,8 @@ import torch
 from fake_engine import FakeEngine
 
 from sglang_margingate.canonical.engine import Extend
-from sglang_margingate.canonical.prefill_graph_probe import PREFIX, try_prefill_graphs
+from sglang_margingate.canonical.prefill_graph_probe import PREFIX, drop_slow, try_prefill_graphs
+from sglang_margingate.canonical.ranks import Ranks
 
 SIZES = (24, 40, 64)
 
@@ -92,3 +93,36 @@ def test_what_cannot_be_tried_is_not_used() -> None:
     assert try_prefill_graphs(few, few) == ("prefill graphs are not used: 4 requests are needed to try them, of 3",)
     assert few.sizes == ()
     assert try_prefill_graphs(few, few) == (), "nothing is left to try"
+
+
+class TimedGraphs:
+    """Sizes with a time each."""
+
+    def __init__(self, **ms: float) -> None:
+        self.ms = {int(size[1:]): took for size, took in ms.items()}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(sorted(self.ms))
+
+    def milliseconds(self, size: int) -> float:
+        return self.ms[size]
+
+    def drop(self, size: int) -> None:
+        del self.ms[size]
+
+
+def test_a_size_that_is_slower_than_a_larger_one_is_not_used() -> None:
+    graphs = TimedGraphs(_192=9.0, _384=21.0, _448=23.0, _512=19.0, _640=22.0, _768=22.0)
+    assert drop_slow(graphs, Ranks()) == {384: 21.0, 448: 23.0}
+    assert graphs.sizes == (192, 512, 640, 768)
+
+
+def test_the_slowest_rank_decides_for_all() -> None:
+    class Others(Ranks):
+        def exchange(self, what: str, value: float, seconds: float | None = None) -> list[float]:
+            return [value, 30.0 if "of 64 " in what else 1.0]
+
+    graphs = TimedGraphs(_64=5.0, _128=6.0)
+    assert drop_slow(graphs, Others()) == {64: 30.0}
+    assert graphs.sizes == (128,)

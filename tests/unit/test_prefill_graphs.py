@@ -331,3 +331,9 @@ def test_every_rank_ends_capturing_where_one_cannot(rank: int) -> None:
     assert graphs.sizes == (256,)
     assert asked == ["the prefill graph of 256 tokens", "the prefill graph of 128 tokens"]
     assert ("another rank" in note) is (rank == 0)
+
+
+def test_a_captured_size_is_timed_without_being_counted(server: Server) -> None:
+    server.graphs.capture(24)
+    assert server.graphs.milliseconds(24) > 0
+    assert server.graphs.replays == 0
