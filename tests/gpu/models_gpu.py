@@ -54,9 +54,10 @@ class Models(Run):
     """The tests of several GPUs with one of them, for models of other kinds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        args.tp, args.gpus, args.stock_gpus, args.quick = 1, "", "", False
+        args.tp, args.quick = 1, False
         super().__init__(args)
         self.flags: tuple[str, ...] = ()
+        self.repeats = 4
         if self.cpu:
             return
         # Two servers that load at once see each other's weights come: a share that leaves room for both, and a pool of a set size.
@@ -70,11 +71,13 @@ class Models(Run):
 
             return tiny_moe.write(self.out / model)
         wanted = MODELS[model]
-        folder, shape = Path("/dev/shm", f"margingate-{model}"), Path("/tmp", f"shape-{model}")
+        change = dict(wanted.change) | ({"num_hidden_layers": self.args.layers} if self.args.layers else {})
+        name = f"{model}-{self.args.layers}" if self.args.layers else model
+        folder, shape = Path("/dev/shm", f"margingate-{name}"), Path("/tmp", f"shape-{name}")
         if not (folder / "model.safetensors.index.json").exists():
             shape.mkdir(exist_ok=True)
             config = json.loads(Path(".gpu/shapes", wanted.shape, "config.json").read_text())
-            (shape / "config.json").write_text(json.dumps(config | dict(wanted.change)))
+            (shape / "config.json").write_text(json.dumps(config | change))
             command = [sys.executable, str(HERE / wanted.writer), str(shape), str(folder)]
             subprocess.run(command, check=True, timeout=200, stdout=subprocess.DEVNULL)
             self.say(f"made {folder}")
@@ -82,8 +85,9 @@ class Models(Run):
 
     def start(self, stack: ExitStack, name: str, model: Path, ours: bool, more: tuple[str, ...] = (),
               env: dict[str, str] | None = None, gpus: str = "") -> Server:  # fmt: skip
-        """Start a server with the model's own flags."""
-        return super().start(stack, name, model, ours, (*more, *self.flags), env, gpus)
+        """Start a server with the model's own flags; DeepGEMM compiles what is asked for, not every number of rows first."""
+        around = {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "false", **(env or {})}
+        return super().start(stack, name, model, ours, (*more, *self.flags), around, gpus)
 
     def run(self) -> None:
         """Run everything that fits, the most telling first."""
@@ -148,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--models", default=",".join(MODELS))
     add("--parts", default="faults", help="faults: a server with broken experts, too")
+    add("--layers", type=int, default=0, help="of a model, where it is not to be the usual number")
+    add("--gpus", default="", help="CUDA_VISIBLE_DEVICES of our server; all by default")
+    add("--stock-gpus", default="", help="of stock's; the same by default")
     add("--all-sizes", action="store_true", help="ask stock at every size as well")
     add("--budget", type=float, default=280, help="seconds (%(default)s)")
     args = parser.parse_args(words)

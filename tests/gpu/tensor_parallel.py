@@ -88,8 +88,8 @@ class Run:
         self.cpu = args.device == "cpu"
         self.scale = CPU if self.cpu else QUICK if args.quick else GPU
         self.apart = bool(args.stock_gpus) and args.stock_gpus != args.gpus
-        self.slowest = 1.03
-        """Of stock's step, at most."""
+        self.slowest, self.repeats = 1.03, 2
+        """Of stock's step, at most; how often each is timed."""
         self.found: dict[str, Any] = {"command": sys.argv, "checks": {}, "cost": {}, "mixed": {}, "start": {}}
         cores = "|".join(str(rank % 2) for rank in range(args.tp))
         self.cores = {"SGLANG_CPU_OMP_THREADS_BIND": cores} if self.cpu else {}
@@ -156,7 +156,7 @@ class Run:
     def steps(self, model: str, servers: dict[str, Target]) -> None:
         """Time the decode step, one server at a time, in turns."""
         runs: dict[str, dict[str, list[float]]] = {name: {} for name in servers}
-        for number in range(2):
+        for number in range(self.repeats):
             for name in list(servers)[:: 1 if number % 2 == 0 else -1]:
                 servers[name].flush_cache()
                 arm = "stock" if name == "stock" else "gate"
