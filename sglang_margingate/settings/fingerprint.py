@@ -8,7 +8,7 @@ gated answer (ports, logs, paths, batch limits, the size of the K/V pool) is in 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_margingate.canonical.classes import FastPath
@@ -35,6 +35,16 @@ model's files and its tokenizer are parts of their own."""
 
 FELT_ENVIRONMENT = ("SGLANG_RETURN_ORIGINAL_LOGPROB",)
 """Environment variables of SGLang that break no claim and still change answers: log-probabilities before the temperature."""
+
+NOT_FELT = ("cuda_graph_config", "dp_size")
+"""Settings that are watched for claims and change no gated answer by themselves: of graphs the back ends are a part of their own, since
+their sizes only choose among numbers of rows of one class; and each scheduler gives the same answer."""
+
+WHENCE = ("_name_or_path", "_commit_hash", "transformers_version")
+"""Where a model's configuration was read from, and by what; sub-configurations have them as well."""
+
+SURE_ROWS = 64
+"""Numbers of rows up to this are probed whatever the largest batch or chunk may be."""
 
 BLOCK_BYTES = 1 << 26
 """Weights are read in blocks of about this size: on a CPU the digest makes copies."""
@@ -98,7 +108,7 @@ def parts_of(
     """
     found = kernel_environment(device)
     packages = {name: found[name] for name in KERNEL_PACKAGES if name in found}
-    neutral = neutral_fields() - set(NEUTRAL_BUT_FELT)
+    neutral = {*neutral_fields(), *NOT_FELT} - set(NEUTRAL_BUT_FELT)
     settings = {
         name: hidden(getattr(args, name)) if value == SET else value
         for name, value in clear_settings(args).items()
@@ -110,27 +120,52 @@ def parts_of(
         "versions": {**versions(), **packages},
         "classes": None if fast is None else classes_of(fast),
         "margingate": {name: plain(getattr(config, name)) for name in OURS},
-        "sglang": settings | {name: os.environ[name] for name in FELT_ENVIRONMENT if name in os.environ},
+        "sglang": settings | graph_backends(args) | {n: os.environ[n] for n in FELT_ENVIRONMENT if n in os.environ},
     }
 
 
+def graph_backends(args: Any) -> dict[str, str]:
+    """Return what captures the graphs of decodes and of prefills: another back end may run other kernels."""
+    config = getattr(args, "cuda_graph_config", None)
+    phases = {name: getattr(config, name, None) for name in ("decode", "prefill")}
+    found = {name: getattr(phase, "backend", None) for name, phase in phases.items()}
+    return {f"cuda_graph_backend_{name}": str(plain(value)) for name, value in found.items() if value is not None}
+
+
 def classes_of(fast: FastPath) -> dict[str, Any]:
-    """Return which shapes forwards keep to, and what was found of them; nothing of when or how long it was probed."""
+    """Return which classes forwards keep to, and what was found of them; nothing of when or how far it was probed.
+
+    A class is known by its smallest number of rows: how far the others go depends on the largest chunk and batch, and changes
+    no bit. Captured sizes are numbers of rows of a class, or outside it, where nothing is promised of their bits.
+    """
     classes, trial = fast.classes, fast.trial
-    layers = [{k: v for k, v in layer.to_dict().items() if k != "name"} for layer in classes.map.layers]
+    layers = [
+        [
+            layer.shape,
+            layer.count,
+            layer.head,
+            layer.kind,
+            _shared({m: k for m, k in layer.labels.items() if m <= SURE_ROWS}),
+        ]
+        for layer in classes.map.layers
+    ]
     return {
         "map": digest(layers),
-        "decode_rows": classes.decode.describe(),
-        "prefill_rows": classes.prefill.describe(),
-        "head_rows": classes.head.describe(),
+        "decode_class": min(classes.decode.sizes, default=None),
+        "prefill_class": min(classes.prefill.sizes, default=None),
+        "head_class": min(classes.head.sizes, default=None),
         "verify_rows": classes.verify_rows,
-        "graph_sizes": list(trial.graphs.sizes),
-        "prefill_graph_sizes": list(trial.prefill_graphs.sizes),
         "decode_attention": trial.decode_attention,
         "prefill_attention": trial.prefill_attention,
         "decode_ok": trial.decode_ok,
         "prefill": trial.prefill,
     }
+
+
+def _shared(labels: dict[int, int | None]) -> list[list[int | None]]:
+    """Return each number of rows with the smallest one that shares its bits, None where it shares none: no matter how classes are numbered."""
+    smallest: dict[int, int] = {}
+    return [[m, k if k is None else smallest.setdefault(k, m)] for m, k in sorted(labels.items())]
 
 
 def hidden(value: Any) -> str:
@@ -160,8 +195,7 @@ def model_facts(dtype: object, config: Any, tokenizer: Any) -> dict[str, Any]:
     tokenizer
         What turns prompts into tokens; None where requests bring tokens.
     """
-    about = config.to_dict() if hasattr(config, "to_dict") else {}
-    about = {name: value for name, value in about.items() if name not in ("_name_or_path", "transformers_version")}
+    about = _without(config.to_dict() if hasattr(config, "to_dict") else {}, WHENCE)
     fast = getattr(tokenizer, "backend_tokenizer", None)
     words = fast.to_str() if fast is not None else repr(sorted(getattr(tokenizer, "get_vocab", dict)().items()))
     return {
@@ -169,6 +203,13 @@ def model_facts(dtype: object, config: Any, tokenizer: Any) -> dict[str, Any]:
         "config": digest(about),
         "tokenizer": None if tokenizer is None else digest([words, getattr(tokenizer, "chat_template", None)]),
     }
+
+
+def _without(value: Any, names: Sequence[str]) -> Any:
+    """Return plain types without the named fields, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(part, names) for name, part in value.items() if name not in names}
+    return [_without(part, names) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def weights_digest(model: Any) -> str:

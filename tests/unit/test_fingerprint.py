@@ -21,6 +21,11 @@ from sglang_margingate.settings import fingerprint
 from sglang_margingate.settings.fingerprint import Fingerprint, differing, model_facts, parts_of, weights_digest
 
 
+def graphs(decode: str = "full", prefill: str = "disabled", sizes: tuple[int, ...] = (1, 2)) -> Any:
+    """As SGLang resolves its graph settings."""
+    return Some(decode=Some(backend=decode, bs=list(sizes)), prefill=Some(backend=prefill, bs=[]))
+
+
 @dataclasses.dataclass
 class Args:
     """Some settings of SGLang's, with its own defaults."""
@@ -36,6 +41,9 @@ class Args:
     chat_template: str | None = None
     reasoning_parser: str | None = None
     preferred_sampling_params: str | None = None
+    dp_size: int = 1
+    tp_size: int = 1
+    cuda_graph_config: Any = dataclasses.field(default_factory=graphs)
 
 
 def a_model(seed: int = 0, names: tuple[str, str] = ("up", "down")) -> torch.nn.Module:
@@ -83,10 +91,27 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_restart_or_a_replica_changes_is_in_no_part() -> None:
     again = parts(
         MarginGateConfig(trace_dir="elsewhere", map_dir="/other", audit_rate=0.5),
-        Args(port=1, random_seed=2, model_path="b", mem_fraction_static=0.5), a_path(seconds=9.0, file="b"),
+        Args(port=1, random_seed=2, model_path="b", mem_fraction_static=0.5, dp_size=2), a_path(seconds=9.0, file="b"),
     )  # fmt: skip
     assert parts() == again
     assert differing(parts(), again) == []
+
+
+def test_sizes_of_graphs_and_how_far_a_map_goes_are_in_no_part() -> None:
+    """A larger batch or chunk has more sizes of the same classes, numbered in another order."""
+    few = parts(fast=a_path({1: 0, 2: 1, 64: 1}, graphs=RowSizes((1, 2))))
+    more = a_path({1: 3, 2: 0, 64: 0, 96: 3, 128: 0}, graphs=RowSizes((1, 2, 4)), prefill_graphs=RowSizes((1,)))
+    assert differing(few, parts(args=Args(cuda_graph_config=graphs(sizes=(1, 2, 4))), fast=more)) == []
+    beyond = Classes(more.classes.map, RowSizes((1, 2, 96)), RowSizes((1, 2, 128)), RowSizes((1, 2)), 2)
+    assert differing(few, parts(fast=FastPath(beyond, more.trial))) == []
+
+
+def test_another_class_is_another_part() -> None:
+    one = a_path({1: 0, 2: 1, 64: 1})
+    for name, sizes in (("decode", (2, 64)), ("prefill", (64,)), ("head", ())):
+        other = dataclasses.replace(one.classes, **{name: RowSizes(sizes)})
+        (found,) = differing(parts(fast=one), parts(fast=FastPath(other, one.trial)))
+        assert found.startswith(f"classes.{name}_class: 1, here ")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +119,13 @@ def test_what_a_restart_or_a_replica_changes_is_in_no_part() -> None:
     [
         ({"config": MarginGateConfig(policy=Policy.ALWAYS)}, "margingate.policy: gate, here always"),
         ({"config": MarginGateConfig(chunk=96)}, "margingate.chunk: "),
+        ({"fast": a_path({1: 0, 2: None})}, "classes.map: "),
+        ({"args": Args(cuda_graph_config=graphs("disabled"))}, "sglang.cuda_graph_backend_decode: full, here disabled"),
+        (
+            {"args": Args(cuda_graph_config=graphs(prefill="full"))},
+            "sglang.cuda_graph_backend_prefill: disabled, here full",
+        ),
+        ({"args": Args(tp_size=2)}, "sglang.tp_size: 1, here 2"),
         ({"args": Args(page_size=16)}, "sglang.page_size: 1, here 16"),
         ({"args": Args(enable_fp32_lm_head=True)}, "sglang.enable_fp32_lm_head: False, here True"),
         ({"args": Args(quantization_param_path="/secret")}, "sglang.quantization_param_path: nothing, here <"),
@@ -137,12 +169,17 @@ def test_environment_variables_that_choose_kernels_count(monkeypatch: pytest.Mon
 
 
 def test_tokenizer_and_configuration_count_wherever_they_lie() -> None:
-    def facts(words: str = "a", template: str = "t", rope: int = 1, path: str = "here") -> dict[str, Any]:
+    def facts(
+        words: str = "a", template: str = "t", rope: int = 1, path: str = "here", inner: int = 1
+    ) -> dict[str, Any]:
         tokenizer = Some(backend_tokenizer=Some(to_str=lambda: words), chat_template=template)
-        return model_facts(torch.bfloat16, Some(to_dict=lambda: {"rope": rope, "_name_or_path": path}), tokenizer)
+        whence = {"_name_or_path": path, "transformers_version": path}
+        about = {"rope": rope, **whence, "text_config": {"heads": inner, **whence}, "parts": [{"heads": 2, **whence}]}
+        return model_facts(torch.bfloat16, Some(to_dict=lambda: about), tokenizer)
 
     assert facts() == facts(path="there")
-    assert len({str(facts()), str(facts(words="b")), str(facts(template="u")), str(facts(rope=2))}) == 4
+    others = [facts(words="b"), facts(template="u"), facts(rope=2), facts(inner=2)]
+    assert len({str(facts()), *map(str, others)}) == 5
     slow = model_facts(torch.bfloat16, None, Some(get_vocab=lambda: {"a": 1}))
     assert slow["tokenizer"] != model_facts(torch.bfloat16, None, Some(get_vocab=lambda: {"a": 2}))["tokenizer"]
 
