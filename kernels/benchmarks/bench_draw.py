@@ -1,6 +1,6 @@
 """Time the seeded draw against top2_margin, and against what stock SGLang does for a sampled batch.
 
-    python kernels/benchmarks/bench_draw.py [--json FILE] [--tune]
+    python kernels/benchmarks/bench_draw.py [--json FILE] [--tune [--cut BLOCK GROUPS WARPS]]
 
 "stock" is the work of SGLang's sampler: division by the temperatures, softmax, and a draw from the probabilities
 (torch.multinomial without filters, FlashInfer's top-k/top-p kernel with them where it is installed).
@@ -15,14 +15,13 @@ from typing import Any
 
 import common
 import torch
-from margingate_kernels import Top2Workspace, top2_margin
-from margingate_kernels.seeded import Draw, DrawWorkspace, draw, draw_reference, pack
+from margingate_kernels import Workspace, top2_margin
+from margingate_kernels.seeded import Draw, draw, draw_reference, pack
 
 VOCAB = 128256
-# (block, groups, warps) tried by --tune
+# (block, groups, warps) tried by --tune: as many lanes as threads
 CANDIDATES = [
-    (256, 1, 1), (256, 1, 2), (256, 2, 2), (256, 1, 4), (512, 1, 2), (512, 1, 4), (512, 2, 4), (512, 4, 4), (512, 1, 8), (1024, 1, 4), (1024, 1, 8),
-    (1024, 2, 8), (1024, 4, 8), (1024, 8, 8),
+    (128, 1, 4), (128, 2, 4), (128, 4, 4), (128, 8, 4), (256, 1, 8), (256, 2, 8), (256, 4, 8), (256, 8, 8), (512, 1, 16), (512, 4, 16),
 ]  # fmt: skip
 FILTERS = {
     "none": {}, "top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}, "min-p 0.05": {"min_p": 0.05},
@@ -40,15 +39,15 @@ def drawn(rows: int, vocab: int, made: list[torch.Tensor], seeded: bool = True, 
     """Time the draw of a batch and check its first result."""
     draws = [Draw(i, 0.8, **filters) if seeded else None for i in range(rows)]
     packed = pack(draws, range(rows)).cuda()
-    workspace = DrawWorkspace(rows, vocab, "cuda")
-    got, want = draw(made[0], packed, bool(filters), workspace), draw_reference(made[0].cpu(), packed.cpu())
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want)), "wrong result"
+    workspace = Workspace(rows, vocab, "cuda")
+    got, want = draw(made[0], packed, bool(filters), workspace), draw_reference(made[0], packed)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)), "wrong result"
     return common.time_calls([functools.partial(draw, x, packed, bool(filters), workspace) for x in made]).median
 
 
 def greedy(rows: int, vocab: int, made: list[torch.Tensor]) -> float:
     """Time top2_margin."""
-    workspace, thresholds = Top2Workspace(rows, vocab, "cuda"), torch.zeros(rows, device="cuda")
+    workspace, thresholds = Workspace(rows, vocab, "cuda"), torch.zeros(rows, device="cuda")
     return common.time_calls([functools.partial(top2_margin, x, thresholds, workspace=workspace) for x in made]).median
 
 
@@ -80,12 +79,12 @@ def stock(rows: int, made: list[torch.Tensor], **filters: Any) -> float | str:
     return common.eager_time(call)
 
 
-def tune() -> list[dict[str, object]]:
+def tune(candidates: list[tuple[int, ...]]) -> list[dict[str, object]]:
     """Time every candidate cut at the sizes that matter."""
     module: Any = importlib.import_module("margingate_kernels.seeded.sample")
     chosen, rows = module._split, []
     sizes = {rows: inputs(rows, VOCAB) for rows in (1, 8, 32, 64)}
-    for block, groups, warps in CANDIDATES:
+    for block, groups, warps in candidates:
         module._split = lambda vocab, _, b=block, g=groups, w=warps: module._Split(b, g, w, -(-vocab // (g * 4096)))
         times: dict[str, object] = {f"B={n} us": drawn(n, VOCAB, made) for n, made in sizes.items()}
         rows.append({"block": block, "groups": groups, "warps": warps, **times})
@@ -112,11 +111,14 @@ def main() -> None:
     """Run the benchmark."""
     parser = common.parser(__doc__)
     parser.add_argument("--tune", action="store_true", help="time other cuts of a row instead")
+    parser.add_argument(
+        "--cut", type=int, nargs=3, action="append", metavar=("BLOCK", "GROUPS", "WARPS"), help="one to time"
+    )
     args = parser.parse_args()
     env, copy = common.start()
     torch.manual_seed(0)
     if args.tune:
-        common.finish(args.json, env, copy, tune())
+        common.finish(args.json, env, copy, tune([tuple(cut) for cut in args.cut] if args.cut else CANDIDATES))
         return
     shapes = [(1, VOCAB), (8, VOCAB), (32, VOCAB), (64, VOCAB), (64, 151936), (64, 32000)]
     common.finish(args.json, env, copy, [measure(*shape) for shape in shapes])

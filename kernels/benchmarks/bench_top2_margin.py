@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 import torch
-from margingate_kernels import Top2Workspace, top2_margin, top2_margin_reference
+from margingate_kernels import Workspace, top2_margin, top2_margin_reference
 
 VOCAB = 128256
 # (block, unroll, warps) tried by --tune
@@ -40,7 +40,7 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, copy: float, *, argmax: b
     size = rows * vocab * dtype.itemsize
     inputs = [torch.randn(rows, vocab, device="cuda").to(dtype) for _ in range(common.input_sets(size))]
     thresholds = torch.full((rows,), 0.05, device="cuda")
-    workspace = Top2Workspace(rows, vocab, "cuda")
+    workspace = Workspace(rows, vocab, "cuda")
     got, want = top2_margin(inputs[0], thresholds, workspace=workspace), top2_margin_reference(inputs[0], thresholds)
     assert all(torch.equal(a, b) for a, b in zip(got, want)), "wrong result"
     ours = common.time_calls([functools.partial(top2_margin, x, thresholds, workspace=workspace) for x in inputs])
@@ -65,7 +65,7 @@ def measure(rows: int, vocab: int, dtype: torch.dtype, copy: float, *, argmax: b
 
 def tune(copy: float) -> Iterable[dict[str, object]]:
     """Time every candidate split at the sizes that matter."""
-    module: Any = importlib.import_module("margingate_kernels.top2_margin")
+    module: Any = importlib.import_module("margingate_kernels.choice.top2_margin")
     chosen = module._split
     for block, unroll, warps in CANDIDATES:
         module._split = lambda vocab, _rows, b=block, u=unroll, w=warps: module._Split(b, u, w, -(-vocab // (b * u)))
@@ -81,7 +81,7 @@ def in_place(rows: int, vocab: int) -> dict[str, object]:
     """Time what the kernel adds where a server calls it: right after the logits are written in fp32."""
     narrow = [torch.randn(rows, vocab, device="cuda").bfloat16() for _ in range(common.input_sets(2 * rows * vocab))]
     logits, thresholds = torch.empty(rows, vocab, device="cuda"), torch.full((rows,), 0.05, device="cuda")
-    workspace = Top2Workspace(rows, vocab, "cuda")
+    workspace = Workspace(rows, vocab, "cuda")
     token = torch.empty(rows, dtype=torch.int64, device="cuda")
 
     def top2() -> object:

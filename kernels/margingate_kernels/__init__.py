@@ -3,6 +3,8 @@
 Without a GPU or without Triton every GPU function runs its reference; Triton is imported on first use, never here.
 """
 
+from margingate_kernels.choice.rows import Top2, Workspace
+from margingate_kernels.choice.top2_margin import top2_margin, top2_margin_reference
 from margingate_kernels.decode_attention import DecodeAttention, decode_attention_reference
 from margingate_kernels.fa3_prefill import Fa3PrefillAttention, fa3_available
 from margingate_kernels.host_attention import HostAttention, Part
@@ -15,7 +17,6 @@ from margingate_kernels.kv_column import (
 from margingate_kernels.prefill_attention import PrefillAttention, prefill_attention_reference
 from margingate_kernels.rank_sum import rank_sum, rank_sum_reference
 from margingate_kernels.row_digest import row_digest, row_digest_reference
-from margingate_kernels.top2_margin import Top2, Top2Workspace, top2_margin, top2_margin_reference
 
 __all__ = [
     "DecodeAttention",
@@ -25,7 +26,7 @@ __all__ = [
     "Part",
     "PrefillAttention",
     "Top2",
-    "Top2Workspace",
+    "Workspace",
     "decode_attention_reference",
     "fa3_available",
     "max_abs_change_reference",

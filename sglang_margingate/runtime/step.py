@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 
 import torch
-from margingate_kernels import Top2, Top2Workspace, top2_margin
+from margingate_kernels import Top2, Workspace, top2_margin
+from margingate_kernels.choice.top2_margin import top2_host
 from margingate_kernels.seeded import Drawn
-from margingate_kernels.top2_margin import top2_host
 
 from sglang_margingate.config import Policy
 from sglang_margingate.gate.audit import AuditSampler
@@ -62,7 +62,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.recorder, self.rules, self.verifier, self.window = recorder, rules, verifier, window
         self._sampler, self._knobs, self._metrics, self._note_batch = sampler, knobs, metrics, note_batch
-        self._workspace: Top2Workspace | None = None
+        self._workspace: Workspace | None = None
         self._zeros = torch.empty(0)
         self._drawer = Drawer()
         self._landings: Landings | None = None
@@ -251,7 +251,7 @@ class Step:
         """Return token, runner-up and margin of every row, of a seeded row its draw's, on the device of the logits."""
         work, rows = self._workspace, len(logits)
         if work is None or work.max_rows < rows or work.device != logits.device:
-            work = self._workspace = Top2Workspace(max(rows, 64), logits.shape[1], logits.device)
+            work = self._workspace = Workspace(max(rows, 64), logits.shape[1], logits.device)
             # The gate decides on the host, from the margin: the kernel's own trigger mask is not used here.
             self._zeros = torch.zeros(work.max_rows, device=logits.device)
         if self._landings is None:
@@ -259,7 +259,7 @@ class Step:
         packed = Packed(self._landings, rows, logits.device)
         found = Drawn(packed.column("token"), packed.column("second"), packed.column("margin"))
         if any_seeded(observed):
-            self._drawer.into(logits, observed, found)
+            self._drawer.into(logits, observed, work, found)
         else:
             top2_margin(logits, self._zeros[:rows], workspace=work, out=Top2(*found, work.out(rows).trigger))
         return packed

@@ -19,7 +19,7 @@ from margingate_kernels import (
     KVColumns,
     PrefillAttention,
     Top2,
-    Top2Workspace,
+    Workspace,
     decode_attention_reference,
     max_abs_change_reference,
     prefill_attention_reference,
@@ -49,7 +49,7 @@ needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
 
 @pytest.fixture(autouse=True)
 def small_programs(request, monkeypatch):
-    module = importlib.import_module("margingate_kernels.top2_margin")
+    module = importlib.import_module("margingate_kernels.choice.top2_margin")
     if INTERPRETED and "real_split" not in request.fixturenames:
         monkeypatch.setattr(module, "_split", lambda vocab, rows: module._Split(64, 4, 1, -(-vocab // 256)))
 
@@ -145,7 +145,7 @@ def test_top2_special_values(vocab, dtype):
 @pytest.mark.parametrize("cut", [(64, 4, 1), (128, 8, 2), (256, 2, 4), (1024, 32, 8)])
 def test_top2_does_not_depend_on_how_a_row_is_cut(cut, monkeypatch):
     """Few and many rows are cut in different ways, so this is what row-invariance rests on."""
-    module = importlib.import_module("margingate_kernels.top2_margin")
+    module = importlib.import_module("margingate_kernels.choice.top2_margin")
     block, unroll, _ = cut
     monkeypatch.setattr(module, "_split", lambda v, rows: module._Split(*cut, -(-v // (block * unroll))))
     check_top2(normal(3, LONG, seed=5))
@@ -165,7 +165,7 @@ def test_top2_no_rows():
 
 
 def test_top2_workspace_is_reused():
-    workspace = Top2Workspace(5, LONG, DEVICE)
+    workspace = Workspace(5, LONG, DEVICE)
     for seed, rows in enumerate((5, 1, 3, 5)):
         logits, thresholds = normal(rows, LONG, seed=seed), torch.full((rows,), 0.1, device=DEVICE)
         for column in workspace.out(5):
@@ -193,7 +193,7 @@ def test_top2_row_invariance():
 @needs_cuda
 def test_top2_graph_capture():
     logits, thresholds = normal(64, 128256), torch.full((64,), 0.05, device=DEVICE)
-    workspace = Top2Workspace(64, 128256, DEVICE)
+    workspace = Workspace(64, 128256, DEVICE)
     top2_margin(logits, thresholds, workspace=workspace)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     top2_margin(logits, thresholds, workspace=workspace)

@@ -10,8 +10,8 @@ import math
 
 import pytest
 import torch
-from margingate_kernels import Top2, Top2Workspace, top2_margin, top2_margin_reference
-from margingate_kernels.top2_margin import top2_host
+from margingate_kernels import Top2, Workspace, top2_margin, top2_margin_reference
+from margingate_kernels.choice.top2_margin import top2_host
 
 INF, NAN = math.inf, math.nan
 
@@ -85,7 +85,7 @@ def test_bad_input(logits, thresholds, error):
 
 def test_workspace_and_out_are_used():
     logits, thresholds = torch.tensor([[1.0, 2.0, 0.0], [5.0, 2.0, 0.0]]), torch.zeros(2)
-    workspace = Top2Workspace(4, 3, "cpu")
+    workspace = Workspace(4, 3, "cpu")
     first = top2_margin(logits, thresholds, workspace=workspace)
     assert first.token.tolist() == [1, 0]
     assert top2_margin(logits.flip(0), thresholds, workspace=workspace).token is first.token

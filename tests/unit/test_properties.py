@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from margingate_kernels import Top2Workspace, top2_margin
-from margingate_kernels.top2_margin import top2_host
+from margingate_kernels import Workspace, top2_margin
+from margingate_kernels.choice.top2_margin import top2_host
 
 from sglang_margingate.canonical.classes import Classes, FastPath, Trial
 from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses, MapError, RowSizes, spans
@@ -118,7 +118,7 @@ def test_the_best_two_of_any_row(rows: list[list[float]], dtype: torch.dtype, th
     logits = torch.tensor(rows, dtype=dtype)
     want = [naive(row) for row in logits.float().tolist()]
     thresholds = torch.full((len(rows),), threshold)
-    workspace = Top2Workspace(8, logits.shape[1], "cpu")
+    workspace = Workspace(8, logits.shape[1], "cpu")
     for found in (top2_margin(logits, thresholds), top2_margin(logits, thresholds, workspace=workspace)):
         assert list(zip(found.token.tolist(), found.second.tolist())) == [(a, b) for a, b, _ in want]
         np.testing.assert_array_equal(found.margin.numpy(), np.array([m for *_, m in want], dtype=np.float32))

@@ -85,6 +85,19 @@ def test_transform_falls_from_the_first_word_to_the_last():
     assert (-values[0]).item() == pytest.approx(22.87, abs=0.01)
 
 
+@pytest.mark.parametrize("shift", range(9))
+def test_no_noise_is_above_its_bound(shift):
+    """A word is a float with a mantissa of 24 bits: here the ends of each power of two, where the chord is tight, and a run between."""
+    ends = [n for e in range(25) for n in range(2**e - 2, 2**e + 3)]
+    low = 0 if shift == 0 else 1 << 23
+    words = torch.tensor([n for n in ends if low <= n < 1 << 24] + list(range(low, 1 << 24, 127))) << shift
+    words = torch.cat([words, torch.tensor([2**32 - 1, 2**32 - 128, 2**32 - 129])]).clamp(max=2**32 - 1)
+    bits = words.float().view(torch.int32).double()
+    above = 110.2105 - bits * exact.EXPONENT_LN2 + gumbel(words).double()
+    assert above.min() > 2e-5
+    assert exact.BOUND - 110.2105 > 2.0**-12 + 0.03
+
+
 def test_noise_is_gumbel():
     """Kolmogorov and Smirnov's distance of a million values; the critical value at 1e-6 is 2.7 / 1000."""
     values = -noise(torch.arange(100), torch.arange(100) * 7, 10_000).flatten().double()

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from margingate_kernels import Workspace
 from margingate_kernels.seeded import Draw, Drawn, draw_reference, pack
 
 from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, Repair
@@ -308,7 +309,7 @@ def test_high_margins_and_structural_steps_are_not_verified(in_class):
 
 def test_the_rows_parameters_move_on_with_their_requests():
     """Steps of the same batch, a step of another, and the first batch again: always what a fresh start gives."""
-    drawer = Drawer()
+    drawer, work = Drawer(), Workspace(3, logits_of(1, 0).shape[1], "cpu")
     one, two, greedy = seeded(), seeded(Draw(5, 1.2, 3)), RequestState(seeded().ledger)
     batches = [([one, greedy, two], at) for at in (10, 11, 12, 12, 15, 16)] + [
         ([two, one], 20),
@@ -318,7 +319,7 @@ def test_the_rows_parameters_move_on_with_their_requests():
         rows = [StepRow(i, 0, state, at + 3 * i, 1) for i, state in enumerate(states)]
         logits = logits_of(len(rows), number)
         out = Drawn(*(torch.zeros(len(rows), dtype=d) for d in (torch.int64, torch.int64, torch.float32)))
-        drawer.into(logits, rows, out)
+        drawer.into(logits, rows, work, out)
         want = draw_reference(logits, pack([s.draw for s in states], [row.position + 1 for row in rows]))
         assert all(torch.equal(a, b) for a, b in zip(out, want))
 

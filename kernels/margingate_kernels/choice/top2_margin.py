@@ -9,22 +9,7 @@ from typing import NamedTuple
 import torch
 
 from margingate_kernels._backend import on_device, use_triton
-
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Top2(NamedTuple):
-    """Result of :func:`top2_margin`; every tensor has shape [B] and lies on the device of the logits."""
-
-    token: torch.Tensor
-    """int64: argmax, the lowest index among exact ties."""
-    second: torch.Tensor
-    """int64: argmax of the rest, the lowest index among exact ties; never equal to ``token``."""
-    margin: torch.Tensor
-    """float32: top-1 minus top-2 in fp32. 0 for a tie, inf beside a single unmasked token, NaN where both are +inf or
-    both -inf."""
-    trigger: torch.Tensor
-    """bool: not (margin > threshold), so ties and NaN always trigger."""
+from margingate_kernels.choice.rows import Top2, Workspace, check_logits, empty_top2, power_of_two
 
 
 class _Split(NamedTuple):
@@ -42,52 +27,6 @@ def _split(vocab: int, rows: int) -> _Split:
     if rows >= 64 and vocab > 65536:  # enough rows to fill a GPU with few programs each, so fewer results are combined
         block, unroll, warps = 1024, 32, 8
     return _Split(block, unroll, warps, -(-vocab // (block * unroll)))
-
-
-class Top2Workspace:
-    """Buffers for :func:`top2_margin`, made once so that the hot path allocates nothing.
-
-    Results are views of the workspace: the next call with it overwrites them. Calls that share a workspace must be
-    ordered (one stream, or one CUDA graph at a time).
-
-    Parameters
-    ----------
-    max_rows
-        Largest B.
-    vocab
-        V of the logits.
-    device
-        Device of the logits.
-    """
-
-    def __init__(self, max_rows: int, vocab: int, device: torch.device | str) -> None:
-        if max_rows < 0 or vocab < 2:
-            raise ValueError(f"need max_rows >= 0 and vocab >= 2, got {max_rows} and {vocab}")
-        self.max_rows = max_rows
-        self.vocab = vocab
-        self.device = torch.empty(0, device=device).device
-        # Few rows are cut into most programs, and any cut of more rows needs no more room for each.
-        shape = (max_rows, _split(vocab, 1).splits, 2)
-        self.keys = torch.empty(shape, dtype=torch.int64, device=device)
-        self.counters = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._out = empty_top2(max_rows, device)
-        self._views: dict[int, Top2] = {}
-
-    def out(self, rows: int) -> Top2:
-        """Return the result buffers of the first ``rows`` rows."""
-        if rows not in self._views:
-            self._views[rows] = Top2(*(t[:rows] for t in self._out))
-        return self._views[rows]
-
-
-def empty_top2(rows: int, device: torch.device | str) -> Top2:
-    """Allocate uninitialised result buffers for ``rows`` rows."""
-    return Top2(
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.bool, device=device),
-    )
 
 
 def top2_margin_reference(logits: torch.Tensor, thresholds: torch.Tensor) -> Top2:
@@ -155,7 +94,7 @@ def top2_margin(
     logits: torch.Tensor,
     thresholds: torch.Tensor,
     *,
-    workspace: Top2Workspace | None = None,
+    workspace: Workspace | None = None,
     out: Top2 | None = None,
 ) -> Top2:
     """Return argmax, runner-up, margin and trigger mask of each row, in one launch and without a host sync.
@@ -181,13 +120,8 @@ def top2_margin(
     """
     _check(logits, thresholds)
     rows, vocab = logits.shape
-    if workspace is not None and (
-        rows > workspace.max_rows or vocab != workspace.vocab or logits.device != workspace.device
-    ):
-        raise ValueError(
-            f"a workspace for {workspace.max_rows} rows of {workspace.vocab} on {workspace.device} "
-            f"does not fit logits {tuple(logits.shape)} on {logits.device}"
-        )
+    if workspace is not None:
+        workspace.check(logits)
     if out is None and workspace is not None:
         out = workspace.out(rows)
     if not use_triton(logits):
@@ -200,17 +134,12 @@ def top2_margin(
     if out is None:
         out = empty_top2(rows, logits.device)
     if rows:
-        _launch(logits, thresholds, workspace or Top2Workspace(rows, vocab, logits.device), out)
+        _launch(logits, thresholds, workspace or Workspace(rows, vocab, logits.device), out)
     return out
 
 
 def _check(logits: torch.Tensor, thresholds: torch.Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits must be [B, V] with V >= 2, got {tuple(logits.shape)}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(f"logits must be float32 or bfloat16, got {logits.dtype}")
-    if logits.stride(1) != 1:
-        raise ValueError(f"logits must have unit stride along V, got strides {logits.stride()}")
+    check_logits(logits)
     if thresholds.shape != logits.shape[:1] or thresholds.dtype != torch.float32:
         raise ValueError(
             f"thresholds must be float32 [{logits.shape[0]}], got {thresholds.dtype} {tuple(thresholds.shape)}"
@@ -219,8 +148,8 @@ def _check(logits: torch.Tensor, thresholds: torch.Tensor) -> None:
         raise ValueError(f"thresholds are on {thresholds.device}, logits on {logits.device}")
 
 
-def _launch(logits: torch.Tensor, thresholds: torch.Tensor, work: Top2Workspace, out: Top2) -> None:
-    from margingate_kernels._triton_top2 import top2_kernel
+def _launch(logits: torch.Tensor, thresholds: torch.Tensor, work: Workspace, out: Top2) -> None:
+    from margingate_kernels.choice._triton_top2 import top2_kernel
 
     block, unroll, warps, splits = _split(logits.shape[1], len(logits))
     with on_device(logits):
@@ -236,6 +165,6 @@ def _launch(logits: torch.Tensor, thresholds: torch.Tensor, work: Top2Workspace,
             BLOCK=block,
             UNROLL=unroll,
             SPLITS=splits,
-            SPLITS_P2=1 << (splits - 1).bit_length(),
+            SPLITS_P2=power_of_two(splits),
             num_warps=warps,
         )

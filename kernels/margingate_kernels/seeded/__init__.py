@@ -4,6 +4,6 @@ Noise and arithmetic: :mod:`.noise`; filters, margin and the reference: :mod:`.d
 """
 
 from margingate_kernels.seeded.draw import Draw, Drawn, draw_reference, pack
-from margingate_kernels.seeded.sample import DrawWorkspace, draw
+from margingate_kernels.seeded.sample import draw
 
-__all__ = ["Draw", "DrawWorkspace", "Drawn", "draw", "draw_reference", "pack"]
+__all__ = ["Draw", "Drawn", "draw", "draw_reference", "pack"]

@@ -48,6 +48,13 @@ LOG_4, LOG_5, LOG_6 = 0.3325802683830261, -0.4999021589756012, 1.000004529953003
 EXP_1, EXP_2, EXP_3 = 0.0018775759963318706, 0.008989342488348484, 0.05582631379365921
 EXP_4, EXP_5, EXP_6 = 0.24015362560749054, 0.6931530833244324, 0.9999999403953552
 
+BOUND = 110.25
+"""No noise is above ``BOUND - n * EXPONENT_LN2``, where n are the bits of its word, converted to fp32, read as an integer.
+
+``n * 2**-23 - 127`` is at most log2 of the word (a chord below its curve), so that of v is above ``n * 2**-23 - 159``, and ``-log(1 - v) >= v``:
+the noise is at most ``log(2) * 159 - n * EXPONENT_LN2``, and ``log(2) * 159 < 110.2105``. The polynomials stay below that as well, by 2e-5, at every one of the
+2**32 words. The other 0.0395 is room for rounding: a score's bound in fp32 is off by less than 2**-21 of the score and 2**-12 of the temperature."""
+
 LARGEST = 3.4028234663852886e38
 """What filters take an infinite logit for: the largest of fp32."""
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from margingate_kernels import top2_margin
-from margingate_kernels.seeded import Draw, Drawn, DrawWorkspace, draw, pack
+from margingate_kernels import Workspace, top2_margin
+from margingate_kernels.seeded import Draw, Drawn, draw, pack
 
 from sglang_margingate.runtime.state import StepRow
 
@@ -35,12 +35,11 @@ class Drawer:
     """Draws the rows of one process's forwards."""
 
     def __init__(self) -> None:
-        self._workspace: DrawWorkspace | None = None
         self._draws: list[Draw | None] = []
         self._next: list[int] = []
         self._packed = torch.empty(0)
 
-    def into(self, logits: torch.Tensor, rows: Sequence[StepRow], out: Drawn) -> None:
+    def into(self, logits: torch.Tensor, rows: Sequence[StepRow], work: Workspace, out: Drawn) -> None:
         """Draw every row of a forward on its device; those that are not among ``rows``, or not seeded, as greedy ones.
 
         Parameters
@@ -49,6 +48,8 @@ class Drawer:
             [B, V], processed.
         rows
             The observed rows.
+        work
+            The step's, with room for B rows.
         out
             Takes the result, [B] each.
         """
@@ -56,9 +57,6 @@ class Drawer:
         positions = [0] * len(logits)
         for row in rows:
             draws[row.index], positions[row.index] = row.state.draw, row.position + 1
-        work = self._workspace
-        if work is None or work.max_rows < len(logits) or work.device != logits.device:
-            work = self._workspace = DrawWorkspace(max(len(logits), 64), logits.shape[1], logits.device)
         filtered = any(d is not None and d.filtered for d in draws)
         draw(logits, self._on_device(draws, positions, logits.device), filtered, work, out)
 
