@@ -30,7 +30,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that do not lie in docs/."""
     pages = {page: (ROOT / source).read_text("utf-8") for source, page in ELSEWHERE.items()}
-    pages |= {"flags.md": flags(), "commands.md": commands(), "metrics.md": metrics()}
+    pages |= {"flags.md": flags(), "commands.md": commands(), "metrics.md": metrics(), "environment.md": environment()}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -119,6 +119,49 @@ def _row(action: argparse.Action) -> str:
 def _place(value: object) -> str:
     """Return a default as text; a folder of whoever builds the site stands as ``~``."""
     return str(value).replace(str(Path.home()), "~")
+
+
+OURS = {
+    "MARGINGATE_API_KEY": "key of the server that a command asks (`check`, `doctor`, `calibrate`)",
+    "MARGINGATE_DEBUG": "set: a command's own errors come with their traceback",
+    "MARGINGATE_KV_DIGEST": "1: each summary holds `kv_digest`, the SHA-256 of the request's generated K/V columns",
+    "MARGINGATE_TRACE_DIR": "folder of runs of a dashboard that Streamlit starts by itself; `margingate dashboard` sets it",
+    "XDG_CACHE_HOME": "`margingate/maps` below it keeps the maps of probed layers",
+    "MARGINGATE_CONFIG": "set by the front door for its processes: the configuration's file",
+    "MARGINGATE_LAUNCHER_PID": "set by the front door for its processes: which of them is the launcher",
+    "MARGINGATE_RUN": "set by the front door for its processes: the name of the run that several schedulers write",
+}
+
+
+def environment() -> str:
+    """Return the page of environment variables: ours, faults for tests, and those that are refused or noted."""
+    from sglang_margingate.machine import KERNEL_SETTINGS_CPU, KERNEL_SETTINGS_GPU
+    from sglang_margingate.runtime import faults
+    from sglang_margingate.settings.rules import ENVIRONMENT
+
+    rule = "=" * 30
+    knobs = (faults.__doc__ or "").partition(rule)[2].rpartition(rule)[0].strip("= \n")
+    kinds = {"CPU": KERNEL_SETTINGS_CPU, "GPU": KERNEL_SETTINGS_GPU}
+    return "\n".join(
+        [
+            "# Environment\n\nVariables that are read. SGLang's refused ones and the libraries' are made from the code.\n",
+            "| variable | what it does |",
+            "| --- | --- |",
+            *(f"| `{name}` | {text} |" for name, text in OURS.items()),
+            "\n## Refused\nWith the gate, unless `--margingate-allow-untested` serves them at guarantee `none`.\n",
+            "| variable of SGLang | why |",
+            "| --- | --- |",
+            *(
+                f"| {', '.join(f'`{n}`' for n in r.names)} | {r.why}{' (always)' if r.absolute else ''} |"
+                for r in ENVIRONMENT
+            ),
+            "\n## Part of what a map and a fingerprint are bound to\nThey make a library choose other kernels.\n",
+            *(f"- On a {kind}: {', '.join(f'`{n}`' for n in names)}" for kind, names in kinds.items()),
+            "\n## Faults, for tests\nA server with one of them claims nothing.\n",
+            *(f"    {line}".rstrip().replace("``", "") for line in knobs.splitlines()),
+            "",
+        ]
+    )
 
 
 def metrics() -> str:

@@ -64,6 +64,15 @@ def test_every_metric_is_documented(site):
     assert [name for name in named if f"margingate_{name}" not in page] == []
 
 
+def test_every_environment_variable_is_documented(site):
+    rooms = (ROOT / "sglang_margingate", ROOT / "dashboard")
+    sources = "".join(p.read_text("utf-8") for room in rooms for p in room.rglob("*.py"))
+    named = set(re.findall(r"\bMARGINGATE_[A-Z_]*[A-Z]\b", sources))
+    assert len(named) > 10
+    page = text(site, "environment")
+    assert [name for name in named if name not in page] == []
+
+
 def test_the_python_api_is_made_from_the_docstrings(site):
     page = text(site, "api")
     for name in ("read_run", "RunFollower", "load_profile", "run_together", "serve", "DecodeAttention", "top2_margin"):
