@@ -65,7 +65,11 @@ class SGLangProcess:
         with self._lock:
             if self._process is None:
                 command = [sys.executable, "-u", str(Path(__file__).resolve())]
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                # The front door's own default, which comes too late for a fork that has torch: two spinning threads collapse.
+                env = {"OMP_NUM_THREADS": "1", **os.environ}
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+                )
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             self._process.stdin.write(json.dumps(job) + "\n")

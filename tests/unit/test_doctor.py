@@ -20,9 +20,10 @@ from fake_server import FakeServer
 from sglang_margingate.bench.doctor import examination, kernels, machine, report, served
 from sglang_margingate.bench.doctor.budget import Budget
 from sglang_margingate.bench.doctor.findings import Finding, Part, State, conclude, not_checked
-from sglang_margingate.bench.doctor.subject import subject_of, too_large
+from sglang_margingate.bench.doctor.subject import Subject, subject_of, too_large, write_weights
 from sglang_margingate.bench.doctor.visit import Visit
 from sglang_margingate.bench.kernels.shapes import SHAPES, weight_bytes
+from sglang_margingate.bench.options import UsageError
 from sglang_margingate.cli import main
 
 MAP = {
@@ -298,6 +299,21 @@ def test_shapes_have_the_sizes_of_their_models() -> None:
         "llama-3.2-1b": 1.2, "deepseek-r1-distill-qwen-7b": 7.6, "llama-3.1-8b": 8.0, "qwen3-8b": 8.2, "qwen2.5-14b": 14.8,
     }  # fmt: skip
     assert subject_of(None, "llama-3.1-8b").kernels() == "32,8,128,4096,14336,128256"
+
+
+def test_weights_of_a_shape_are_written_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    small = {**SHAPES["qwen3-8b"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
+             "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 128}  # fmt: skip
+    shape = Subject("small", "", small, weight_bytes(small), random=True)
+    made = write_weights(shape, tmp_path, "cpu")
+    assert shape.weights is not None
+    written = sum(file.stat().st_size for file in Path(made.path).glob("*.safetensors"))
+    assert shape.weights < written < 1.2 * shape.weights + 5000, "weights, and a header for each file"
+    assert json.loads((Path(made.path) / "config.json").read_text()) == small
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UsageError, match="name another folder with --scratch"):
+        write_weights(shape, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize(
