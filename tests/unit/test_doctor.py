@@ -232,6 +232,16 @@ def test_a_server_is_stopped_whole_even_when_the_budget_ends() -> None:
     assert budget.left == 0
 
 
+def test_a_repeat_that_the_client_read_late_is_no_time_of_a_step() -> None:
+    assert served.sound([0.06, 7.3, 10.2]) == [7.3, 10.2]
+    assert served.sound([7.1, 9.9, 7.4]) == [7.1, 9.9, 7.4]
+    costs = {served.OURS: {"1": served.sound([0.06, 8.0, 8.0])}, served.STOCK: {"1": [4.0, 4.0, 4.0]}}
+    found = served.compared(costs, "", {})
+    assert (
+        found.said == "our step is 2.00 at 1 of stock's, by batch; 1 repeats whose tokens came all at once are left out"
+    )
+
+
 def test_what_breaks_inside_a_part_is_a_finding(tmp_path: Path) -> None:
     visit = _visit(tmp_path, tmp_path)
 
@@ -239,7 +249,8 @@ def test_what_breaks_inside_a_part_is_a_finding(tmp_path: Path) -> None:
         raise RuntimeError("CUDA error:\n an illegal memory access")
 
     assert examination.examine(visit, [stub("a", broken), stub("b", lambda _: GOOD)]) == ""
-    assert visit.findings[0].said == "RuntimeError: CUDA error: an illegal memory access"
+    assert visit.findings[0].said == "could not be: RuntimeError: CUDA error: an illegal memory access"
+    assert visit.findings[0].state is State.NOT_CHECKED
     assert visit.findings[1].state is State.HOLDS
 
 
@@ -274,6 +285,15 @@ def test_the_kernels_of_a_cpu_hold_and_a_wrong_one_is_found(monkeypatch: pytest.
     assert [row["kernel"] for row in rows if row["what"] == "left out"] == ["the Triton kernels"]
     right = cases.Case("x", lambda: torch.ones(3), lambda: torch.ones(3), 1e-2, 1e-2)
     assert run.compare(right)["holds"]
+
+    def does_not_compile() -> Any:
+        raise RuntimeError("out of resource:\n shared memory")
+
+    broken = run.compare(right._replace(call=does_not_compile))
+    assert (broken["holds"], broken["error"]) == (False, "RuntimeError: out of resource: shared memory")
+    run.repeat([right._replace(call=does_not_compile)], "cpu", 0.01)
+    assert json.loads(capsys.readouterr().out)["why"] == broken["error"]
+    assert "RuntimeError" in str(kernels.compared([broken], "").tables[0].rows)
     assert not run.compare(right._replace(call=lambda: torch.tensor([1.0, 1.0, 1.1])))["holds"]
     assert not run.compare(right._replace(call=lambda: torch.tensor([1.0, 1.0, 1 + 1e-6]), rtol=0, atol=0))["holds"]
     results = iter([0.0, 0.0, 0.0, 1e-7])

@@ -97,6 +97,6 @@ def _run(visit: Visit, part: Part) -> Finding:
     except KeyboardInterrupt:
         finding = Finding(State.CUT, "begun, nothing was seen yet")
     except Exception as error:  # whatever a foreign machine comes up with is part of the report
-        finding = Finding(State.FAILS, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        finding = not_checked(f"could not be: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     finding.seconds = time.monotonic() - start
     return finding

@@ -78,19 +78,19 @@ def compared(rows: Rows, error: str) -> Finding:
     said = f"{len(made) - len(wrong)} of {len(made)} kernels give what their references give"
     if wrong:
         said += f"; not {', '.join(wrong)}"
-    table = [
-        (
-            r["kernel"],
-            "the same bits" if r["exact"] else f"{r['largest_difference']:.2g}",
-            "yes" if r["holds"] else "NO",
-        )
-        for r in made
-    ]
+    table = [(r["kernel"], _apart(r), "yes" if r["holds"] else "NO") for r in made]
     tables = [Table("Kernels against their references", ("kernel", "largest difference", "within its bound"), table)]
     left = [(r["kernel"], r["why"]) for r in rows if r["what"] == "left out"]
     if left:
         tables.append(Table("Kernels left out", ("kernel", "why"), [*left]))
     return _finding(made, bool(wrong), said, tables, rows, error)
+
+
+def _apart(row: dict[str, Any]) -> str:
+    """Say how far a kernel is from its reference."""
+    if "error" in row:
+        return str(row["error"])
+    return "the same bits" if row["exact"] and row["holds"] else f"{row['largest_difference']:.2g}"
 
 
 def repeated(rows: Rows, error: str) -> Finding:

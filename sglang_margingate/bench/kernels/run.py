@@ -39,9 +39,12 @@ def say(row: dict[str, Any]) -> None:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Run a kernel once and put it beside its reference."""
+    """Run a kernel once and put it beside its reference; one that raises, as where it does not compile, is wrong."""
     assert case.reference is not None
-    got, want = case.call().cpu(), case.reference().cpu()
+    try:
+        got, want = case.call().cpu(), case.reference().cpu()
+    except Exception as error:
+        return {"what": "compare", "kernel": case.name, "holds": False, "error": brief(error)}
     exact = not (case.rtol or case.atol)
     if exact:
         holds = torch.equal(bits_of(got.contiguous()), bits_of(want.contiguous()))
@@ -49,6 +52,11 @@ def compare(case: Case) -> dict[str, Any]:
         holds = torch.allclose(got.float(), want.float(), rtol=case.rtol, atol=case.atol)
     apart = float((got.double() - want.double()).abs().max()) if got.numel() else 0.0
     return {"what": "compare", "kernel": case.name, "holds": holds, "exact": exact, "largest_difference": apart}
+
+
+def brief(error: Exception) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def cases_of(device: str, shape: Shape) -> list[Case]:
@@ -65,7 +73,12 @@ def cases_of(device: str, shape: Shape) -> list[Case]:
 def repeat(cases: list[Case], device: str, seconds: float) -> None:
     """Repeat every kernel in every way, ``seconds`` in all."""
     kind = HostRepeated if device == "cpu" else Repeated
-    repeated = [kind(case.name, case.call) for case in cases]
+    repeated: list[Repeated | HostRepeated] = []
+    for case in cases:
+        try:
+            repeated.append(kind(case.name, case.call))
+        except Exception as error:
+            say({"what": "left out", "kernel": f"{case.name}, repeated", "why": brief(error)})
     ways = WAYS[device]
     turn = max(LEAST_TURN, seconds / max(1, len(repeated) * len(ways)))
     with stream_load(device) as load:
