@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,9 @@ LEAST_SEED, LARGEST_SEED = -(2**63), 2**63 - 1
 
 DERIVED_BITS = 53
 """Bits of a derived seed: every JSON reader keeps a whole number of so many."""
+
+HOTTEST = 1e30
+"""A higher temperature leaves nothing of the logits; fp32 ends at 3e38, and noise is multiplied by it."""
 
 NUMBERS = ("temperature", "top_p", "min_p")
 """Parameters that are numbers; SGLang checks their ranges."""
@@ -47,8 +49,8 @@ def check_sampling(params: Mapping[str, Any]) -> None:
     if top_k is not None and type(top_k) is not int:
         raise ConfigError(f"top_k: {top_k!r:.80} is not a whole number; give one from 1, or -1 for all tokens")
     temperature = params.get("temperature")
-    if temperature is not None and not math.isfinite(temperature):
-        raise ConfigError(f"temperature: {temperature!r} is not finite; give a number from 0")
+    if temperature is not None and not -HOTTEST <= temperature <= HOTTEST:
+        raise ConfigError(f"temperature: {temperature!r:.80} is not finite, or beyond {HOTTEST:g}; give a number from 0")
 
 
 def derived_seed(seed: int, sample: int) -> int:

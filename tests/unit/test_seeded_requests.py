@@ -51,6 +51,10 @@ from sglang_margingate.serving.answers.groups import COUNT, seed_sample
         ({"top_k": True}, "top_k: True"),
         ({"temperature": "hot"}, "temperature: 'hot'"),
         ({"temperature": float("inf")}, "temperature: inf"),
+        ({"temperature": float("nan")}, "temperature: nan"),
+        ({"temperature": 1e39}, "temperature: 1e+39"),
+        ({"temperature": 10**400}, "temperature: 1000"),
+        ({"top_p": 10**400, "min_p": 10**400}, "min_p: 1000"),
     ],
 )
 def test_bad_parameters_are_named(params, said):
