@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import common
 import torch
-from margingate_kernels import DecodeAttention, decode_attention, decode_attention_reference, fa3_available
+from margingate_kernels import DecodeAttention, decode_attention_reference, fa3_available
+from margingate_kernels.attention import decode_attention
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE = DIM**-0.5

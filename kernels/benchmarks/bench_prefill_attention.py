@@ -19,9 +19,9 @@ from margingate_kernels import (
     Fa3PrefillAttention,
     PrefillAttention,
     fa3_available,
-    prefill_attention,
     prefill_attention_reference,
 )
+from margingate_kernels.attention import prefill_attention
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 Heads = tuple[int, int, int]

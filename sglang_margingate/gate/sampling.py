@@ -50,7 +50,9 @@ def check_sampling(params: Mapping[str, Any]) -> None:
         raise ConfigError(f"top_k: {top_k!r:.80} is not a whole number; give one from 1, or -1 for all tokens")
     temperature = params.get("temperature")
     if temperature is not None and not -HOTTEST <= temperature <= HOTTEST:
-        raise ConfigError(f"temperature: {temperature!r:.80} is not finite, or beyond {HOTTEST:g}; give a number from 0")
+        raise ConfigError(
+            f"temperature: {temperature!r:.80} is not finite, or beyond {HOTTEST:g}; give a number from 0"
+        )
 
 
 def derived_seed(seed: int, sample: int) -> int:

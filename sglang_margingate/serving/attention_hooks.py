@@ -1,8 +1,8 @@
 """Attention on a GPU whose bits depend on a row's own context alone: of the canonical fast path, and of every verify.
 
 Prefill: one kernel with and without a prefix, FlashAttention-3 as SGLang's package ships it where it holds
-(:mod:`margingate_kernels.fa3_prefill`), else our own (:mod:`margingate_kernels.prefill_attention`), since FlashInfer's fa3 is
-not repeatable (see there). Decode: :mod:`margingate_kernels.decode_attention`, which cuts a context into chunks by its own
+(:mod:`margingate_kernels.attention.fa3_prefill`), else our own (:mod:`margingate_kernels.attention.prefill_attention`), since FlashInfer's fa3 is
+not repeatable (see there). Decode: :mod:`margingate_kernels.attention.decode_attention`, which cuts a context into chunks by its own
 length, so that few rows over long contexts still fill the GPU. Where they do not fit the model, FlashInfer prefills over
 pages with fa3 and decodes with tensor cores and without a K/V split: the same promise but for that race, and slow for
 long contexts.

@@ -2,7 +2,7 @@
 
 Three parts: stand-ins that must be in place before SGLang is first imported (a CPU-only environment has no triton and a
 torchvision without its compiled operators), hooks on SGLang functions that assume a GPU or vLLM, and attention whose bits
-depend on a row's own context alone (:mod:`margingate_kernels.host_attention`), for servers that verify.
+depend on a row's own context alone (:mod:`margingate_kernels.attention.host_attention`), for servers that verify.
 """
 
 from __future__ import annotations

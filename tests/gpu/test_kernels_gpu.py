@@ -390,7 +390,7 @@ LENGTHS = (
 @pytest.fixture
 def attention_module(monkeypatch):
     """In the interpreter chunks are small, so that short contexts still have several, and longer ones longer chunks."""
-    module = importlib.import_module("margingate_kernels.decode_attention")
+    module = importlib.import_module("margingate_kernels.attention.decode_attention")
     if INTERPRETED:
         for name, value in (("CHUNK", 32), ("MOST_CHUNKS", 4), ("BLOCK", 16)):
             monkeypatch.setattr(module, name, value)
@@ -545,7 +545,7 @@ def prefill_module(monkeypatch):
     """In the interpreter tiles and blocks are small, so that short prompts still have several, and products are exact in
     what they promise here: NumPy's BLAS rounds a row by its place in the matrix, tensor cores do not.
     """
-    module = importlib.import_module("margingate_kernels.prefill_attention")
+    module = importlib.import_module("margingate_kernels.attention.prefill_attention")
     if INTERPRETED:
         numpy = importlib.import_module("numpy")
         monkeypatch.setattr(

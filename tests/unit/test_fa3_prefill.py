@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from margingate_kernels import Fa3PrefillAttention, PrefillAttention, fa3_available, fa3_prefill
+from margingate_kernels import Fa3PrefillAttention, PrefillAttention, fa3_available
+from margingate_kernels.attention import fa3_prefill
 
 HEADS, KV_HEADS, DIM, SLOTS = 8, 2, 64, 90
 

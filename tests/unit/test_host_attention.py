@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from margingate_kernels import HostAttention, Part
-from margingate_kernels.host_attention import COLUMNS, TILE
+from margingate_kernels.attention.host_attention import COLUMNS, TILE
 
 from sglang_margingate.serving import cpu
 

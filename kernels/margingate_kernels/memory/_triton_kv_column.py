@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`margingate_kernels.kv_column`. Import only where Triton is installed.
+"""The Triton kernels of :mod:`margingate_kernels.memory.kv_column`. Import only where Triton is installed.
 
 Both take the pool as a device tensor of addresses, K of every layer then V of every layer, so that one launch reaches
 all layers. ALIGNED says that every row starts at a multiple of 16 bytes, which lets a thread move 16 bytes at once.

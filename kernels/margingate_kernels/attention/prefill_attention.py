@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from margingate_kernels._attention import check_attention, check_indptr, power_of_2, supports
 from margingate_kernels._backend import on_device, use_triton
+from margingate_kernels.attention._inputs import check_attention, check_indptr, power_of_2, supports
 
 ROWS = 128
 """Rows of a tile: tokens times the query heads of a K/V head (rounded up to a power of 2)."""
@@ -111,7 +111,7 @@ class PrefillAttention:
         self._queries, self._begins, self._ends = queries, columns, ends
         if not use_triton(queries):
             return
-        from margingate_kernels._triton_prefill_attention import plan_kernel
+        from margingate_kernels.attention._triton_prefill_attention import plan_kernel
 
         requests, tokens = len(queries) - 1, self._tile_tokens()
         self._tiles = torch.empty(-(-most_tokens // tokens) + requests, 4, dtype=torch.int32, device=queries.device)
@@ -146,7 +146,7 @@ class PrefillAttention:
         check_attention(q, k, v, indices, (self.q_heads, self.kv_heads, self.head_dim), self._count.device)
         if not use_triton(q):
             return _reference(q, k, v, self._queries, self._begins, self._ends, indices, scale)
-        from margingate_kernels._triton_prefill_attention import prefill_kernel
+        from margingate_kernels.attention._triton_prefill_attention import prefill_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         group = self.q_heads // self.kv_heads

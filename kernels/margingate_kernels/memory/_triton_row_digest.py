@@ -1,4 +1,4 @@
-"""The Triton kernel of :mod:`margingate_kernels.row_digest`. Import only where Triton is installed."""
+"""The Triton kernel of :mod:`margingate_kernels.memory.row_digest`. Import only where Triton is installed."""
 
 # mypy: allow-untyped-defs
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of :mod:`margingate_kernels.rank_sum`. Import only where Triton is installed."""
+"""The Triton kernel of :mod:`margingate_kernels.memory.rank_sum`. Import only where Triton is installed."""
 
 # mypy: allow-untyped-defs
 

@@ -1,7 +1,7 @@
 """Causal prefill attention by FlashAttention-3, as the package ``sgl_kernel`` ships it, with every choice pinned.
 
 SGLang's own default on Hopper, and a candidate for the canonical fast path's prefill beside
-:mod:`margingate_kernels.prefill_attention`: faster or as fast at every length (kernels/benchmarks/RESULTS.md). What its launcher would choose by the batch is fixed here:
+:mod:`margingate_kernels.attention.prefill_attention`: faster or as fast at every length (kernels/benchmarks/RESULTS.md). What its launcher would choose by the batch is fixed here:
 one K/V split, query heads of a K/V head packed into one tile, and the longest request announced as always the same, so that no
 smaller tile is taken for short ones. Over pages of one column it then cuts a context into blocks from its first column and walks them
 from a token's last block down; where a tile begins decides which blocks need a mask, nothing else. That a token's bits therefore
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from margingate_kernels._attention import check_attention, check_indptr
+from margingate_kernels.attention._inputs import check_attention, check_indptr
 
 HEAD_DIMS = (64, 128)
 """Head sizes that are tried: SGLang's package has others too."""

@@ -37,7 +37,7 @@ def rank_sum(parts: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"parts must be bfloat16, float16 or float32, got {parts.dtype}")
     if not use_triton(parts):
         return rank_sum_reference(parts)
-    from margingate_kernels._triton_rank_sum import rank_sum_kernel
+    from margingate_kernels.memory._triton_rank_sum import rank_sum_kernel
 
     out = torch.empty_like(parts[0])
     if out.numel():

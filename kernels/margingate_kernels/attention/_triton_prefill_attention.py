@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`margingate_kernels.prefill_attention`. Import only where Triton is installed.
+"""The Triton kernels of :mod:`margingate_kernels.attention.prefill_attention`. Import only where Triton is installed.
 
 A program attends for a tile: neighbouring tokens of one request with all query heads of one K/V head, so that K and V
 are read once for them. It walks the context from its first column in blocks of fixed size. Blocks that every token of

@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`margingate_kernels.decode_attention`. Import only where Triton is installed.
+"""The Triton kernels of :mod:`margingate_kernels.attention.decode_attention`. Import only where Triton is installed.
 
 What is computed and who computes it are two things here. Every context is cut into chunks by a rule that looks at its
 own length alone; each chunk is attended to by itself, and the chunks' results are joined in rising order by

@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from margingate_kernels._attention import check_attention, check_indptr, power_of_2, supports
 from margingate_kernels._backend import on_device, use_triton
+from margingate_kernels.attention._inputs import check_attention, check_indptr, power_of_2, supports
 
 CHUNK = 128
 """Tokens of a chunk, for contexts up to ``CHUNK * MOST_CHUNKS``."""
@@ -103,7 +103,7 @@ class DecodeAttention:
         self._indptr = indptr
         if not use_triton(indptr):
             return
-        from margingate_kernels._triton_decode_attention import plan_kernel
+        from margingate_kernels.attention._triton_decode_attention import plan_kernel
 
         with on_device(indptr):
             plan_kernel[(len(self._shares),)](
@@ -142,7 +142,7 @@ class DecodeAttention:
     def _launch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        from margingate_kernels._triton_decode_attention import decode_kernel
+        from margingate_kernels.attention._triton_decode_attention import decode_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         group = self.q_heads // self.kv_heads

@@ -104,7 +104,7 @@ class KVColumns:
     def _copy(self, slots: torch.Tensor, staging: torch.Tensor, *, save: bool) -> None:
         import triton.language as tl
 
-        from margingate_kernels._triton_kv_column import copy_kernel
+        from margingate_kernels.memory._triton_kv_column import copy_kernel
 
         if not len(slots):
             return
@@ -133,7 +133,7 @@ class KVColumns:
     def _change(self, slots: torch.Tensor, staging: torch.Tensor, out: torch.Tensor) -> None:
         import triton.language as tl
 
-        from margingate_kernels._triton_kv_column import change_kernel
+        from margingate_kernels.memory._triton_kv_column import change_kernel
 
         names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
         with on_device(staging):

@@ -41,7 +41,7 @@ def row_digest(x: torch.Tensor) -> torch.Tensor:
     units = _units(x)
     if not use_triton(x):
         return _reference(units)
-    from margingate_kernels._triton_row_digest import digest_kernel
+    from margingate_kernels.memory._triton_row_digest import digest_kernel
 
     rows, count = units.shape
     width = units.itemsize
