@@ -239,6 +239,8 @@ def test_a_repeat_that_the_client_read_late_is_no_time_of_a_step() -> None:
     found = served.compared(costs, "", {})
     assert (
         found.said == "our step is 2.00 at 1 of stock's, by batch; 1 repeats whose tokens came all at once are left out"
+    costs[served.STOCK]["1"] = [4.0, 4.0, 9.0]
+    assert served.compared(costs, "", {}).said.endswith("something else used the machine meanwhile")
     )
 
 

@@ -27,6 +27,8 @@ CONTEXT = {True: 64, False: 512}
 """Prompt tokens where the cost of a step is measured; on a CPU, on a GPU."""
 NEW = 96
 REPEATS = 3
+QUIET = 1.5
+"""Repeats on a machine that does nothing else lie closer together than this factor."""
 LATE = 0.2
 """A repeat with less than this share of the longest one's time was read late by the client."""
 
@@ -308,6 +310,8 @@ def compared(costs: dict[str, dict[str, list[float]]], said: str, details: dict[
     table = Table("A decode step, ms (min to max)", ("batch", "ours", "stock", "of stock's"), rows)
     dropped = REPEATS * 2 * len(rows) - sum(len(ms) for steps in (costs[OURS], costs[STOCK]) for ms in steps.values())
     left_out = f"; {dropped} repeats whose tokens came all at once are left out" if dropped > 0 else ""
+    if any(max(ms) > QUIET * min(ms) for steps in (costs[OURS], costs[STOCK]) for ms in steps.values()):
+        left_out += "; repeats lie far apart, so something else used the machine meanwhile"
     text = ", ".join(f"{ratio:.2f} at {batch}" for batch, ratio in ratios.items())
     return Finding(
         State.NOTED, f"our step is {text} of stock's, by batch{left_out}", [table], {**details, "ratios": ratios}
