@@ -55,18 +55,25 @@ def make_sample(
     structural: np.ndarray,
 ) -> Sample:
     """Sort a run's decode steps; a margin that is not a number triggers at any threshold, so it counts as 0."""
-    margin = np.nan_to_num(margin, nan=0.0)
-    gated = np.where(structural, np.inf, margin)
-    beyond = decode & ~triggered
+    margin = np.nan_to_num(margin[decode], nan=0.0)
+    order = np.argsort(margin)  # once; every other array is a part of this one, in the same order
+    margin, flipped, structural = margin[order], flipped[decode][order], structural[decode][order]
+    beyond, verified = ~triggered[decode][order], verified[decode][order]
+
+    def gated(keep: np.ndarray) -> np.ndarray:
+        low = margin[keep & ~structural]
+        return np.concatenate([low, np.full(int((keep & structural).sum()), np.inf, dtype=low.dtype)])
+
+    every = np.ones(margin.size, dtype=bool)
     return Sample(
-        margins=np.sort(margin[decode]),
-        gated=np.sort(gated[decode]),
-        gated_flips=np.sort(gated[decode & flipped]),
-        at_flips=np.sort(margin[decode & flipped]),
-        others=np.sort(margin[decode & ~flipped]),
-        untriggered=np.sort(gated[beyond]),
-        examined=np.sort(gated[beyond & verified]),
-        flips_examined=np.sort(gated[beyond & verified & flipped]),
+        margins=margin,
+        gated=gated(every) if structural.any() else margin,
+        gated_flips=gated(flipped),
+        at_flips=margin[flipped],
+        others=margin[~flipped],
+        untriggered=gated(beyond),
+        examined=gated(beyond & verified),
+        flips_examined=gated(beyond & verified & flipped),
     )
 
 
@@ -74,7 +81,9 @@ def join(parts: list[Sample]) -> Sample:
     """Return several samples' steps as one."""
     if len(parts) == 1:
         return parts[0]
-    return Sample(*(np.sort(np.concatenate([getattr(p, f.name) for p in parts])) for f in fields(Sample)))
+    # A stable sort merges what is sorted in parts.
+    every = (np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Sample))
+    return Sample(*(np.sort(values, kind="stable") for values in every))
 
 
 def _above(values: np.ndarray, threshold: float) -> int:

@@ -244,3 +244,16 @@ def test_a_transfer_matrix_has_its_own_rows_and_confidence() -> None:
     assert set(table["threshold"]) == {threshold_for(*sample, 0.6, 0.5).threshold}
     assert table["miss_upper"].tolist() == trade_off(*sample, table["threshold"][:1], 0.5)["miss_upper"].tolist() * 4
     assert len(transfer_matrix({})) == 0
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 40])
+def test_few_thresholds_are_counted_as_many_are(count: int) -> None:
+    rng = np.random.default_rng(count)
+    margin = np.round(rng.exponential(2, 5000) * 16) / 16
+    margin[::97] = np.nan  # always triggers
+    flip = rng.random(5000) < 0.02
+    taus = rng.choice(np.unique(margin[np.isfinite(margin)]), count, replace=False)
+    table = trade_off(margin, flip, taus)
+    for _, row in table.iterrows():
+        low = ~(margin > row["threshold"])
+        assert (row["triggered"], row["missed"]) == (int(low.sum()), int((flip & ~low).sum()))

@@ -20,6 +20,8 @@ LOOKED_AT = 3
 """Newest runs that the identity view looks at."""
 MOST_COMPARED = 6
 """Runs in one identity view."""
+QUIET_SECONDS = 8.0
+"""How often a folder in which nothing lives is looked at for a new run."""
 HIDDEN = "hidden"
 """A run with this tag is not listed, unless it is asked for."""
 WARNED = 30
@@ -164,7 +166,10 @@ def _note(info: RunInfo) -> None:
 def _follow(seen: object, infos: list[RunInfo], uncounted: bool) -> None:
     """Look at the folder now and then, which costs next to nothing, and show the page again where it has changed."""
 
-    @st.fragment(run_every=0.5 if uncounted else ui.FOLLOW_SECONDS)
+    live = any(info.is_live for info in infos) or not infos
+
+    # Each look makes the browser go through the page as well, which is most of what an idle page costs.
+    @st.fragment(run_every=0.5 if uncounted else ui.FOLLOW_SECONDS if live else QUIET_SECONDS)
     def watch() -> None:
         if uncounted or state_of_folder(infos) != seen:
             st.rerun(scope="app")
