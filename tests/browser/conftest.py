@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import socket
@@ -28,6 +29,14 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+MAP = {
+    "decode_ok": True, "decode_rows": 64, "prefill": "batched",
+    "map": {"layers": [
+        {"name": "qkv_proj", "shape": [1536, 1024], "count": 24, "classes": [[1, 1, 0], [2, 16, 1], [17, 64, 2]]},
+        {"name": "gate_up_proj", "shape": [5632, 1024], "count": 24, "classes": [[1, 8, 0], [9, 32, None], [33, 64, 1]]},
+        {"name": "lm_head", "shape": [32000, 1024], "count": 1, "classes": [[1, 64, 0]]},
+    ]},
+}  # fmt: skip
 ATTACK = "<img src=x onerror=\"document.title='attacked'\">"
 
 
@@ -66,6 +75,11 @@ def trace_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # As long as a threshold needs.
     synthetic.write_run(folder / "calibration", synthetic.SyntheticSpec(policy="always", requests=96))
     synthetic.write_run(folder / "stock", synthetic.SyntheticSpec(policy="off"))
+    canonical = synthetic.write_run(
+        folder / "canonical", synthetic.SyntheticSpec(requests=24, tokens=80, structural=1.0, perturbation=0.0)
+    )
+    manifest = json.loads((canonical / "manifest.json").read_text())
+    (canonical / "manifest.json").write_text(json.dumps({**manifest, "invariance": MAP}))
     hostile = synthetic.write_run(folder / "hostile", synthetic.SyntheticSpec(policy="always", datasets=(ATTACK,)))
     poison(hostile)
     return folder

@@ -8,49 +8,11 @@ from typing import Any
 
 import pytest
 from _pytest.fixtures import FixtureRequest
+from pages_in_browser import SCREENSHOTS, cards, faint, keep, overlaps, visit, wait_drawn
 
-ROOT = Path(__file__).resolve().parents[2]
-SCREENSHOTS = ROOT / "out" / "screenshots"
 PAGES = ("runs", "overview", "requests", "request", "margins", "flips", "latency", "tuning", "compare")
 
 pytestmark = pytest.mark.browser
-
-
-def wait_drawn(tab: Any, title: str) -> None:
-    """Wait until the page's script has ended, nothing on it is stale, and its charts are drawn."""
-    tab.wait_for_function(
-        """title => {
-            const head = document.querySelector('.mg-head h1');
-            const app = document.querySelector('[data-testid=stApp]');
-            const charts = document.querySelectorAll('[data-testid=stPlotlyChart]');
-            return head && head.textContent === title && app.dataset.testScriptState === 'notRunning'
-                && !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stSkeleton]')
-                && [...charts].every(c => c.querySelector('.main-svg'));
-        }""",
-        arg=title,
-        timeout=180_000,
-    )
-
-
-def visit(tab: Any, address: str, page: str, query: str = "") -> None:
-    tab.goto(f"{address}/{'' if page == 'runs' else page}{query}")
-    wait_drawn(tab, page.title())
-
-
-def keep(tab: Any, name: str) -> None:
-    """Save a screenshot of the whole page: Streamlit scrolls inside, so the window is made as tall as the content."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    height = tab.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
-    tab.set_viewport_size({"width": 1440, "height": max(800, min(height + 20, 6000))})
-    tab.wait_for_timeout(500)
-    tab.screenshot(path=SCREENSHOTS / f"{name}.png")
-    tab.set_viewport_size({"width": 1440, "height": 1000})
-
-
-def cards(tab: Any) -> dict[str, str]:
-    """Return the headline numbers by label."""
-    labels = tab.locator(".mg-card .label").all_text_contents()
-    return dict(zip(labels, tab.locator(".mg-card .value").all_text_contents()))
 
 
 @pytest.mark.parametrize("tab", ["light", "dark"], indirect=True)
@@ -59,6 +21,7 @@ def test_each_page_opens(tab: Any, address: str, name: str, request: FixtureRequ
     visit(tab, address, name, "?run=sample")
     assert tab.locator("[data-testid=stException]").count() == 0
     assert tab.locator("[data-testid=stAlertContentError]").count() == 0
+    assert faint(tab) == {}, "text below the contrast of WCAG's level AA"
     keep(tab, f"{name}-{request.node.callspec.params['tab']}")
 
 
@@ -236,6 +199,7 @@ def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None
         shutil.copy(whole / "steps-0000.parquet", live)
         visit(tab, address, "overview", "?run=live")
         tab.locator(".mg-chip.live").wait_for()
+        tab.get_by_text("Newest flips").wait_for()
         before = tab.locator(".mg-card .sub").nth(1).text_content()
         manifest["heartbeat"] = datetime.now(timezone.utc).isoformat()
         (live / "manifest.json").write_text(json.dumps(manifest))
@@ -246,6 +210,7 @@ def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None
         manifest["closed_at"] = datetime.now(timezone.utc).isoformat()
         (live / "manifest.json").write_text(json.dumps(manifest))
         tab.locator(".mg-chip.live").wait_for(state="detached")
+        assert tab.get_by_text("Newest flips").count() == 0, "nothing new comes any more"
     finally:
         shutil.rmtree(live)
 
@@ -333,7 +298,7 @@ def test_requests_are_found_by_their_words(tab: Any, address: str) -> None:
     assert 0 < int(cards(tab)["Requests"]) < 153
 
 
-@pytest.mark.parametrize("name", ["overview", "latency", "compare"])
+@pytest.mark.parametrize("name", ["runs", "overview", "request", "flips", "latency", "tuning", "compare"])
 def test_a_phone_shows_it_all(tab: Any, address: str, name: str) -> None:
     tab.set_viewport_size({"width": 390, "height": 844})
     visit(tab, address, name, "?run=calibration" + ("&other=stock" if name == "compare" else ""))
@@ -347,3 +312,4 @@ def test_a_phone_shows_it_all(tab: Any, address: str, name: str) -> None:
         }).length"""
     )
     assert covered == 0, "a legend lies on an axis"
+    assert overlaps(tab) == [], "titles of axes lie on each other"

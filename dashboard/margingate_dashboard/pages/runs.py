@@ -165,7 +165,6 @@ def _note(info: RunInfo) -> None:
 
 def _follow(seen: object, infos: list[RunInfo], uncounted: bool) -> None:
     """Look at the folder now and then, which costs next to nothing, and show the page again where it has changed."""
-
     live = any(info.is_live for info in infos) or not infos
 
     # Each look makes the browser go through the page as well, which is most of what an idle page costs.
