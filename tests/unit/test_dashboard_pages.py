@@ -340,25 +340,41 @@ def test_links_to_what_is_not_there_fall_back(
 
 
 def test_untrusted_text_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every field that users, models or other writers fill, and in the run's own name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    run = write_run(tmp_path / "x", SMALL)
     attack = '<img src=x onerror="alert(1)">'
+    run = write_run(tmp_path / "<img src=x>", SyntheticSpec(requests=6, tokens=40, policy="always", perturbation=0.5))
     for file in run.glob("*.parquet"):
         table = pq.read_table(file)
-        for name in ("token_text", "prompt_text"):
+        for name in ("token_text", "prompt_text", "request_id", "dataset", "guarantee_note", "finish_reason", "repair"):
             if name in table.column_names:
                 index = table.column_names.index(name)
                 table = table.set_column(index, name, pa.array([attack] * table.num_rows))
         pq.write_table(table, file)
-    rewrite_manifest(run, model=attack, device=attack)
+    layers = [{"name": attack, "shape": [8, 8], "count": 1, "classes": [[1, 4, attack]]}]
+    rewrite_manifest(
+        run, model=attack, device=attack, policy=attack, notes=[attack], live=attack,
+        self_test={"passed": False, "broken_layer": attack},
+        invariance={"decode_ok": True, "decode_rows": attack, "prefill": attack, "map": {"layers": layers}},
+    )  # fmt: skip
+    marks = [{"request": 1, "step": 3, "text": attack}, {"request": 1, "step": None, "text": attack}]
+    (run / "notes.json").write_text(json.dumps({"note": attack, "tags": [attack], "marks": marks}))
     at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["timeline"] = "true"
     for page in PAGES.values():
+        at.query_params["step"] = "3"
         at.switch_page(page).run()
         assert not at.exception
+        assert not at.error
         assert "<img" not in shown(at)
-        assert not any("<img" in m.value for m in [*at.markdown, *at.caption])
+        assert [
+            m.value for m in [*at.markdown, *at.caption, *at.warning] if re.search(r"(?<!\\)<img", m.value)
+        ] == [], page
+        for chart in at.get("plotly_chart"):
+            spec = json.loads(chart.proto.spec)
+            assert "<img" not in json.dumps({"layout": spec["layout"], "data": spec["data"]}), page
 
 
 def test_the_threshold_slider_takes_effect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
