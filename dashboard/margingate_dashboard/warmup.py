@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -44,3 +46,7 @@ def load() -> None:
     ):
         figure.to_json()
     tokens.strip(steps)
+    # Streamlit collects all garbage after every run of a page, of a fragment that looks for new runs as well, and goes through
+    # every object for it: half a million of the libraries', which live as long as the server. They are not looked at again.
+    gc.collect()
+    gc.freeze()

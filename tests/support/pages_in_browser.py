@@ -58,7 +58,7 @@ FAINT = """() => {
     const t = walk.currentNode.textContent.trim(), el = walk.currentNode.parentElement;
     if (!t || !el || ['SCRIPT','STYLE','NOSCRIPT','TITLE'].includes(el.tagName) || !el.checkVisibility({checkOpacity:true,checkVisibilityCSS:true})) continue;
     const s = getComputedStyle(el), svg = el instanceof SVGElement;
-    if (el.closest('[disabled],[aria-disabled=true],.w,[data-testid=stIconMaterial]')) continue;
+    if (el.closest('[disabled],[aria-disabled=true],.w,.m,[data-testid=stIconMaterial],[data-testid=stSliderThumbValue]')) continue;
     const r = el.getBoundingClientRect(); if (r.width<1||r.height<1) continue;
     let c = parse(svg ? s.fill : s.color); if (svg && s.fill==='none') continue;
     let o = 1; for (let e=el; e; e=e.parentElement) o*=parseFloat(getComputedStyle(e).opacity);
@@ -86,7 +86,8 @@ OVERLAPS = """() => {
 def faint(tab: Any) -> dict[str, Any]:
     """Return the visible texts with less contrast than WCAG's level AA asks for, by what they stand in.
 
-    4.5 to 1, 3 to 1 for large text; disabled controls are exempt there, and marks of white space and of bars here.
+    4.5 to 1, 3 to 1 for large text; disabled controls are exempt there. Marks are left out here (of white space, in legends, on
+    bars), and the value of a slider, which stands above its thumb and not on it.
     """
     found: dict[str, Any] = tab.evaluate(FAINT)
     return found
