@@ -237,11 +237,10 @@ def test_a_repeat_that_the_client_read_late_is_no_time_of_a_step() -> None:
     assert served.sound([7.1, 9.9, 7.4]) == [7.1, 9.9, 7.4]
     costs = {served.OURS: {"1": served.sound([0.06, 8.0, 8.0])}, served.STOCK: {"1": [4.0, 4.0, 4.0]}}
     found = served.compared(costs, "", {})
-    assert (
-        found.said == "our step is 2.00 at 1 of stock's, by batch; 1 repeats whose tokens came all at once are left out"
+    late = "1 repeats whose tokens came all at once are left out"
+    assert found.said == f"our step is 2.00 at 1 of stock's, by batch; {late}"
     costs[served.STOCK]["1"] = [4.0, 4.0, 9.0]
     assert served.compared(costs, "", {}).said.endswith("something else used the machine meanwhile")
-    )
 
 
 def test_what_breaks_inside_a_part_is_a_finding(tmp_path: Path) -> None:
