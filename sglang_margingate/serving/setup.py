@@ -134,18 +134,11 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
     RankError
         A trial, an attention kernel or a threshold differs.
     """
-    ranks = group.ranks()
-    decided: dict[str, Any] = {"notes": list(config.notes), "verify rows": config.verify_rows, "chunk": config.chunk}
-    if fast is not None:
-        trial, classes = fast.trial, fast.classes
-        decided |= {
-            "sizes": digest([classes.decode.sizes, classes.prefill.sizes, classes.head.sizes]),
-            "decode graphs": list(trial.graphs.sizes), "prefill graphs": list(trial.prefill_graphs.sizes), "decode in class": trial.decode_ok,
-            "prefill": trial.prefill, "trial": list(trial.notes), "decode attention": trial.decode_attention,
-            "prefill attention": trial.prefill_attention,
-        }  # fmt: skip
+    ranks, decided = group.ranks(), _decided(config, fast)
     decided["attention"] = group.attention_names(model_runner)
     ranks.same("what was chosen", decided)
+    if fast is not None:  # all ranks of a forward replay one size
+        ranks.same("prefill graphs", {"prefill graphs": list(fast.trial.prefill_graphs.sizes)})
     about = {
         "rank": ranks.rank,
         "pid": os.getpid(),
@@ -155,6 +148,23 @@ def _ranks(config: MarginGateConfig, model_runner: Any, fast: FastPath | None) -
     if fast is not None:
         about["map"] = fast.classes.map.origin()
     return ranks.exchange("about each rank", about)
+
+
+def _decided(config: MarginGateConfig, fast: FastPath | None) -> dict[str, Any]:
+    """Return what all ranks and schedulers of a server must have in common.
+
+    Sizes of prefill graphs are not of it: time chose among sizes of one class, so a scheduler on another GPU may have others.
+    """
+    decided: dict[str, Any] = {"notes": list(config.notes), "verify rows": config.verify_rows, "chunk": config.chunk}
+    if fast is not None:
+        trial, classes = fast.trial, fast.classes
+        decided |= {
+            "sizes": digest([classes.decode.sizes, classes.prefill.sizes, classes.head.sizes]),
+            "decode graphs": list(trial.graphs.sizes), "decode in class": trial.decode_ok,
+            "prefill": trial.prefill, "trial": list(trial.notes), "decode attention": trial.decode_attention,
+            "prefill attention": trial.prefill_attention,
+        }  # fmt: skip
+    return decided
 
 
 def assemble(

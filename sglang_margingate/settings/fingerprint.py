@@ -206,10 +206,15 @@ def model_facts(dtype: object, config: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _without(value: Any, names: Sequence[str]) -> Any:
-    """Return plain types without the named fields, at any depth."""
+    """Return plain types without the named fields, at any depth; of an object that describes itself, its type.
+
+    SGLang puts a model's configuration into the description of its own quantisation.
+    """
     if isinstance(value, dict):
         return {name: _without(part, names) for name, part in value.items() if name not in names}
-    return [_without(part, names) for part in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_without(part, names) for part in value]
+    return type(value).__name__ if hasattr(value, "to_dict") else value
 
 
 def weights_digest(model: Any) -> str:

@@ -17,6 +17,7 @@ from sglang_margingate.runtime.labels import Labels
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.record import Recorder
 from sglang_margingate.runtime.status import Runtime
+from sglang_margingate.serving.setup import _decided
 from sglang_margingate.settings import fingerprint
 from sglang_margingate.settings.fingerprint import Fingerprint, differing, model_facts, parts_of, weights_digest
 
@@ -182,6 +183,31 @@ def test_tokenizer_and_configuration_count_wherever_they_lie() -> None:
     assert len({str(facts()), *map(str, others)}) == 5
     slow = model_facts(torch.bfloat16, None, Some(get_vocab=lambda: {"a": 1}))
     assert slow["tokenizer"] != model_facts(torch.bfloat16, None, Some(get_vocab=lambda: {"a": 2}))["tokenizer"]
+
+
+def test_a_configuration_that_holds_itself_is_read_once() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, Any]:
+            return {"rope": 1, "quantization_config": {"bits": 8, "hf_config": self}}
+
+        def __str__(self) -> str:
+            raise TypeError("Object of type Config is not JSON serializable")
+
+    class Other(Config):
+        def to_dict(self) -> dict[str, Any]:
+            return {"rope": 1, "quantization_config": {"bits": 4, "hf_config": self}}
+
+    one, same, other = (model_facts(torch.bfloat16, of(), None) for of in (Config, Config, Other))
+    assert one == same != other
+
+
+def test_schedulers_may_replay_prefills_at_other_sizes_but_choose_nothing_else_alone() -> None:
+    def decided(**trial: Any) -> dict[str, Any]:
+        return _decided(MarginGateConfig(), a_path(**trial))
+
+    assert decided(prefill_graphs=RowSizes((192, 256))) == decided(prefill_graphs=RowSizes((256,)))
+    assert decided(prefill_attention="fa3") != decided(prefill_attention="triton")
+    assert decided(decode_ok=True) != decided(decode_ok=False)
 
 
 def test_changed_weights_change_it_and_released_ones_are_not_read() -> None:
