@@ -21,6 +21,9 @@ PREFIX = 130
 """Most cached columns of a prompt."""
 
 
+ROUNDS, SLOWER = 3, 1.05
+"""How often each captured size is timed, and how much longer than a larger one it must take not to be used."""
+
 FINE, COARSE, COARSE_FROM = 64, 128, 512
 """Sizes are multiples of the first up to the last, of the second above it, and an eighth apart: padding costs GPU time."""
 
@@ -91,11 +94,14 @@ def drop_slow(graphs: Timed, ranks: Ranks) -> dict[int, float]:
     GPU. Sizes of the class give a row the same bits, so time may choose among them. All ranks drop the same: the slowest
     rank's times count.
     """
-    took = {size: max(ranks.exchange(f"ms of {size} tokens", graphs.milliseconds(size))) for size in graphs.sizes}
+    rounds = [
+        [graphs.milliseconds(size) for size in graphs.sizes] for _ in range(ROUNDS)
+    ]  # somebody else's work passes
+    took = {size: max(ranks.exchange(f"ms of {size} tokens", min(ms))) for size, ms in zip(graphs.sizes, zip(*rounds))}
     slow: dict[int, float] = {}
     least = float("inf")
     for size in reversed(graphs.sizes):
-        if took[size] > least:
+        if took[size] > SLOWER * least:
             graphs.drop(size)
             slow[size] = took[size]
         least = min(least, took[size])

@@ -48,7 +48,7 @@ MOST_REQUESTS, FEW_REQUESTS, TOKENS_A_REQUEST = 128, 8, 32
 """Requests of a prefill that a graph holds: of all sizes, of the smallest, and one more for each so many tokens. Each costs
 an attention program for every K/V head and layer, though it be of no request; more run at a larger size, or eagerly."""
 
-TIMED = 4
+TIMED = 2
 """Replays of a size that are timed."""
 
 Run = Callable[[], None]
