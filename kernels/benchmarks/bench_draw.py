@@ -21,7 +21,7 @@ from margingate_kernels.seeded import Draw, Drawn, draw, draw_reference, pack
 VOCAB = 128256
 # (block, groups, warps) tried by --tune: as many lanes as threads
 CANDIDATES = [
-    (128, 1, 4), (128, 2, 4), (128, 4, 4), (128, 8, 4), (256, 1, 8), (256, 2, 8), (256, 4, 8), (256, 8, 8), (512, 1, 16), (512, 4, 16),
+    (64, 1, 2), (128, 1, 4), (128, 2, 4), (256, 1, 8), (256, 2, 8), (256, 4, 8), (512, 1, 16), (512, 4, 16),
 ]  # fmt: skip
 FILTERS = {
     "none": {}, "top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}, "min-p 0.05": {"min_p": 0.05},
@@ -70,13 +70,10 @@ def stock(rows: int, made: list[torch.Tensor], **filters: Any) -> float | str:
         top_k = torch.full((rows,), filters.get("top_k", 1 << 30), dtype=torch.int32, device="cuda")
         top_p = torch.full((rows,), filters.get("top_p", 1.0), device="cuda")
         if "min_p" in filters:
-            sample = functools.partial(
-                min_p_sampling_from_probs, min_p=torch.full((rows,), filters["min_p"], device="cuda")
-            )
+            min_p = torch.full((rows,), filters["min_p"], device="cuda")
+            sample = lambda probs: min_p_sampling_from_probs(probs, min_p)  # noqa: E731
         else:
-            sample = functools.partial(
-                top_k_top_p_sampling_from_probs, top_ks=top_k, top_ps=top_p, filter_apply_order="joint"
-            )
+            sample = lambda probs: top_k_top_p_sampling_from_probs(probs, top_k, top_p, filter_apply_order="joint")  # noqa: E731
     at = iter(range(10**9))
 
     def call() -> None:

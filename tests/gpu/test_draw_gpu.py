@@ -107,7 +107,7 @@ def test_draw_where_the_best_tokens_share_a_lane():
     for draws in (
         [Draw(i, 0.8) for i in range(7)],
         [None] * 7,
-        [Draw(i, t) for i, t in enumerate((1e-38, 1e-9, 1e37, 1e30, 1e37, 1e-30, 40.0))],
+        [Draw(i, t) for i, t in enumerate((1e-38, 1e-9, 1e37, 1e30, 0.5, 1e-30, 40.0))],
     ):
         check(logits.to(DEVICE), packed_of(draws))
 

@@ -77,6 +77,12 @@ def _scan(
 
 
 @triton.jit
+def _best_two(first, second, other_first, other_second):
+    """Return the two largest of four keys, the first of each pair being its larger."""
+    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
+
+
+@triton.jit
 def _unsettled(others, runner_up, temperature, lane):
     """Return a lane among whose other tokens may be one of a score that reaches the runner-up's, -1 where there is none."""
     score = value_of(runner_up)
@@ -102,14 +108,17 @@ def draw_kernel(
     STEPS: tl.constexpr,  # a lane's tokens are start + step * BLOCK + lane
     SPLITS: tl.constexpr,
     SPLITS_P2: tl.constexpr,
+    SOME_FILTERED: tl.constexpr,
 ):
     """Program (row, split) = divmod(program id, SPLITS). Rows with filters are left to the other kernel."""
     program = tl.program_id(0)
     row = (program // SPLITS).to(tl.int64)
     split = program % SPLITS
     words = packed + row * WORDS
-    if (tl.load(words + 4) & FILTERED) != 0:
-        return
+    # Without filters in the batch the logits are on their way before the row's words are here.
+    if SOME_FILTERED:  # noqa: SIM102
+        if (tl.load(words + 4) & FILTERED) != 0:
+            return
     position = tl.load(words).to(tl.uint32, bitcast=True)
     low = tl.load(words + 1).to(tl.uint32, bitcast=True)
     high = tl.load(words + 2).to(tl.uint32, bitcast=True)
@@ -122,8 +131,7 @@ def draw_kernel(
     else:
         value, step, others = _scan(pointer, split, temperature, position, low, high, V, BLOCK, GROUPS, HALVES, True)
     lanes = key_of(value, tl.where(step < 0, NONE, start + step * BLOCK + lane))
-    first = tl.max(lanes, 0)
-    runner_up = tl.max(tl.where(lanes == first, NOTHING, lanes), 0)
+    first, runner_up = tl.reduce((lanes, tl.full([BLOCK], NOTHING, tl.int64)), 0, _best_two)
 
     unsettled = _unsettled(others, runner_up, temperature, lane)
     while unsettled >= 0:
@@ -132,10 +140,8 @@ def draw_kernel(
         x = x - temperature * noise_at(token, position, low, high)
         new = (x > float("-inf")) & (token != index_of(first)) & (token != index_of(runner_up))
         more = key_of(tl.where(new, x, float("-inf")), tl.where(new, token, NONE))
-        best = tl.max(more, 0)
-        rest = tl.max(tl.where(more == best, NOTHING, more), 0)
-        runner_up = tl.maximum(tl.minimum(first, best), tl.maximum(runner_up, rest))
-        first = tl.maximum(first, best)
+        best, rest = tl.reduce((more, tl.full([STEPS], NOTHING, tl.int64)), 0, _best_two)
+        first, runner_up = _best_two(first, runner_up, best, rest)
         others = tl.where(lane == unsettled, float("-inf"), others)
         unsettled = _unsettled(others, runner_up, temperature, lane)
 

@@ -22,13 +22,12 @@ class _Split(NamedTuple):
 
 
 def _split(vocab: int, rows: int) -> _Split:
-    """Return the launch constants of the kernel without filters, for ``rows`` rows of ``vocab`` logits.
+    """Return the launch constants of the kernel without filters, for ``rows`` rows of ``vocab`` logits (``bench_draw.py --tune``).
 
-    A lane is a thread: with more lanes than threads, Triton would move every word between threads.
+    A lane is a thread: with more lanes than threads, Triton would move every word between threads. Few rows are spread over as many
+    threads as they can be; many fill a GPU with the smallest programs most evenly.
     """
-    block, groups, warps = 256, 1, 8
-    if rows >= 64 and vocab > 65536:
-        groups = 4
+    block, groups, warps = (128, 1, 4) if rows >= 32 else (256, 1, 8)
     return _Split(block, groups, warps, -(-vocab // (groups * GROUP)))
 
 
@@ -102,7 +101,7 @@ def _launch(logits: torch.Tensor, packed: torch.Tensor, filtered: bool, work: Wo
         draw_kernel[(rows * splits,)](
             logits, logits.stride(0), packed, *out, work.keys, work.counters, V=vocab, BLOCK=block, GROUPS=groups,
             HALVES=BLOCK // block, STEPS=steps, SPLITS=splits,
-            SPLITS_P2=power_of_two(splits), num_warps=warps, **exact,
+            SPLITS_P2=power_of_two(splits), SOME_FILTERED=filtered, num_warps=warps, **exact,
         )  # fmt: skip
         if filtered:
             filtered_kernel[(rows,)](
