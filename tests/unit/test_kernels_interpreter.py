@@ -30,14 +30,14 @@ def python_with_triton() -> str:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["top2", "kv_column", "digest", "decode_attention", "prefill_attention", "draw", "rank_sum"]
+    "kernel", ["top2", "kv_column", "digest", "decode_attention", "prefill_attention", "draw", "rank_sum", "cases"]
 )
 def test_kernel_in_the_interpreter(kernel, python_with_triton):
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), env.get("PYTHONPATH")]))
     env.pop("PYTEST_ADDOPTS", None)
     command = [python_with_triton, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kernel]
-    own = ("draw", "rank_sum")
+    own = ("draw", "rank_sum", "cases")
     tests = f"tests/gpu/test_{kernel if kernel in own else 'kernels'}_gpu.py"
     run = subprocess.run([*command, tests], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

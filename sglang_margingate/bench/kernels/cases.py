@@ -38,6 +38,7 @@ PREFILLS: Mapping[str, Sequence[tuple[int, int]]] = {  # of each request: cached
 DECODES: Sequence[Sequence[int]] = ([431, 207] + [1] * 15, list(range(60, 1050, 30)), [9000] + [1] * 16)
 """Contexts of the rows of a decode."""
 MANY_ROWS = (17, 64, 352, 648)
+DTYPE = torch.bfloat16
 FEW_ROWS = (1, 8, 33)
 """Rows of a product; few of them on a CPU."""
 DRAWS = (None, Draw(7, 0.8), Draw(2**40 + 3, 1.3, 50), Draw(-9, 0.7, 0, 0.9), Draw(3, 0.9, 0, 1.0, 0.05))
@@ -85,8 +86,8 @@ class LeftOut(NamedTuple):
 
 
 def normal(device: str, *shape: int) -> torch.Tensor:
-    """Return normal numbers in bfloat16."""
-    return torch.randn(shape, device=device, dtype=torch.float32).bfloat16()
+    """Return normal numbers in :data:`DTYPE`."""
+    return torch.randn(shape, device=device, dtype=torch.float32).to(DTYPE)
 
 
 def starts(lengths: Sequence[int], device: str) -> torch.Tensor:
@@ -94,10 +95,10 @@ def starts(lengths: Sequence[int], device: str) -> torch.Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
 
 
-def of_a_gpu(shape: Shape) -> Iterator[Case | LeftOut]:
-    """Give the cases of a GPU."""
+def of_a_gpu(shape: Shape, device: str = "cuda") -> Iterator[Case | LeftOut]:
+    """Give the cases of a GPU; ``device`` is "cpu" in Triton's interpreter."""
     slots = max(sum(p + n for p, n in requests) for requests in PREFILLS.values())
-    k, v = (normal("cuda", max(slots, 4000), shape.kv_heads, shape.head_dim) for _ in range(2))
+    k, v = (normal(device, max(slots, 4000), shape.kv_heads, shape.head_dim) for _ in range(2))
     if PrefillAttention.supports(*shape.heads):
         for name, requests in PREFILLS.items():
             yield from prefills(shape, name, prefill_inputs(shape, requests, k, v))
@@ -105,12 +106,12 @@ def of_a_gpu(shape: Shape) -> Iterator[Case | LeftOut]:
     else:
         why = f"the kernel does not exist for {shape.q_heads} / {shape.kv_heads} heads of {shape.head_dim}"
         yield LeftOut("attention ours", why)
-    yield from choices(shape, "cuda")
-    yield from columns(shape)
-    yield from products(shape, "cuda", MANY_ROWS)
+    yield from choices(shape, device)
+    yield from columns(shape, device)
+    yield from products(shape, device, MANY_ROWS)
     yield LeftOut("rank_sum", "it adds over several GPUs; a server with --tp-size tries it at every start")
     try:
-        yield from list(norms(shape))
+        yield from list(norms(shape, device))
     except ImportError as error:
         yield LeftOut("norms and activation of sgl_kernel", str(error))
 
@@ -138,9 +139,10 @@ class Prefill(NamedTuple):
 def prefill_inputs(shape: Shape, requests: Sequence[tuple[int, int]], k: torch.Tensor, v: torch.Tensor) -> Prefill:
     """Return the inputs of these requests, at random slots of the pool."""
     new, all_of = [n for _, n in requests], [p + n for p, n in requests]
-    slots = torch.randperm(len(k), device="cuda")[: sum(all_of)].int()
-    q = normal("cuda", sum(new), shape.q_heads, shape.head_dim)
-    return Prefill(q, k, v, starts(new, "cuda"), starts(all_of, "cuda"), slots)
+    device = k.device.type
+    slots = torch.randperm(len(k), device=device)[: sum(all_of)].int()
+    q = normal(device, sum(new), shape.q_heads, shape.head_dim)
+    return Prefill(q, k, v, starts(new, device), starts(all_of, device), slots)
 
 
 def prefills(shape: Shape, name: str, to: Prefill) -> Iterator[Case]:
@@ -150,9 +152,9 @@ def prefills(shape: Shape, name: str, to: Prefill) -> Iterator[Case]:
     def reference() -> torch.Tensor:
         return prefill_attention_reference(*to, scale)
 
-    kernels: dict[str, PrefillAttention | Fa3PrefillAttention] = {"ours": PrefillAttention(*shape.heads, "cuda")}
+    kernels: dict[str, PrefillAttention | Fa3PrefillAttention] = {"ours": PrefillAttention(*shape.heads, to.q.device)}
     if fa3_available(*shape.heads):
-        kernels["sgl fa3"] = Fa3PrefillAttention(*shape.heads, "cuda")
+        kernels["sgl fa3"] = Fa3PrefillAttention(*shape.heads, str(to.q.device))
     for whose, attend in kernels.items():
         attend.plan(to.queries, to.columns, len(to.slots))
         # Weights are rounded to the values' dtype before the product, as in any flash attention.
@@ -163,11 +165,12 @@ def prefills(shape: Shape, name: str, to: Prefill) -> Iterator[Case]:
 def decodes(shape: Shape, k: torch.Tensor, v: torch.Tensor) -> Iterator[Case]:
     """Give decode attention of few and many rows, short and long."""
     for contexts in DECODES:
-        rows, pieces, scale = len(contexts), starts(contexts, "cuda"), shape.head_dim**-0.5
-        attend = DecodeAttention(64, *shape.heads, "cuda")
+        device = k.device.type
+        rows, pieces, scale = len(contexts), starts(contexts, device), shape.head_dim**-0.5
+        attend = DecodeAttention(64, *shape.heads, device)
         attend.plan(pieces)
-        q = normal("cuda", rows, shape.q_heads, shape.head_dim)
-        slots = torch.randint(0, len(k), (sum(contexts),), device="cuda").int()
+        q = normal(device, rows, shape.q_heads, shape.head_dim)
+        slots = torch.randint(0, len(k), (sum(contexts),), device=device).int()
         call = partial(attend, q, k, v, slots, scale)
         reference = partial(decode_attention_reference, q, k, v, pieces, slots, scale)
         yield Case(f"decode, {rows} rows, longest {max(contexts)}", call, reference, 2e-2, 2e-3)
@@ -192,10 +195,10 @@ def choices(shape: Shape, device: str) -> Iterator[Case]:
     yield Case("row_digest, 17 rows", lambda: row_digest(logits), lambda: row_digest_reference(logits.cpu()))
 
 
-def columns(shape: Shape) -> Iterator[Case]:
+def columns(shape: Shape, device: str) -> Iterator[Case]:
     """Give what a repair keeps of K/V columns."""
-    planes = [normal("cuda", 64, shape.kv_heads, shape.head_dim) for _ in range(8)]
-    pool, slots = KVColumns(planes[:4], planes[4:]), torch.tensor([7, 39, 0, 20], device="cuda")
+    planes = [normal(device, 64, shape.kv_heads, shape.head_dim) for _ in range(8)]
+    pool, slots = KVColumns(planes[:4], planes[4:]), torch.tensor([7, 39, 0, 20], device=device)
 
     def saved(save: Callable[[torch.Tensor], object]) -> torch.Tensor:
         staging = pool.staging(len(slots))
@@ -228,10 +231,10 @@ def products(shape: Shape, device: str, many: Sequence[int]) -> Iterator[Case]:
 
 def exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the product rounded once."""
-    return (x.double() @ weight.double().T).bfloat16()
+    return (x.double() @ weight.double().T).to(DTYPE)
 
 
-def norms(shape: Shape) -> Iterator[Case]:
+def norms(shape: Shape, device: str) -> Iterator[Case]:
     """Give what stands between the products, as sgl_kernel has it.
 
     Raises
@@ -241,8 +244,8 @@ def norms(shape: Shape) -> Iterator[Case]:
     """
     from sgl_kernel import fused_add_rmsnorm, rmsnorm, silu_and_mul
 
-    x, weight = normal("cuda", 352, shape.hidden), normal("cuda", shape.hidden)
-    wide = normal("cuda", 352, 2 * shape.inner)
+    x, weight = normal(device, 352, shape.hidden), normal(device, shape.hidden)
+    wide = normal(device, 352, 2 * shape.inner)
     functional = torch.nn.functional
 
     def fused() -> torch.Tensor:
