@@ -32,9 +32,17 @@ GATHERED = 512
 
 
 def worker(
-    rank: int, ranks: int, port: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool, results: Any
+    rank: int,
+    ranks: int,
+    port: int,
+    hidden: int,
+    rows: tuple[int, ...],
+    cpu: bool,
+    gathers: bool,
+    results: Any,
+    go: Any,
 ) -> None:
-    """Add up at every size; put what was seen."""
+    """Set up the group, say so, and when it is this one's turn add up at every size; put what was seen."""
     from sglang_margingate.serving.cpu import install_stand_ins
 
     install_stand_ins()
@@ -57,6 +65,8 @@ def worker(
     known = {reduce_probe._digests(reduce_probe.in_rank_order(parts)[None].to(device)).tolist()[0]: 0}
     mine = parts[rank].to(device).expand(max(rows), -1).contiguous()
     reduce, out = GroupReduce(), []
+    results.put((rank, None))
+    go.wait()
 
     def order(seen: list[int]) -> Any:
         return known.setdefault(seen[0], len(known)) if seen[0] == seen[1] else "place"
@@ -119,36 +129,56 @@ def timed(torch: Any, run: Any) -> float:
     return round(best, 1)
 
 
-def measure(
-    ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool, seconds: float
-) -> list[list[dict[str, Any]]]:
-    """Run the workers; return what each rank saw."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=worker, args=(r, ranks, port, hidden, rows, cpu, gathers, results), daemon=True)
-        for r in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    found: dict[int, list[dict[str, Any]]] = {}
-    end = time.monotonic() + seconds
-    try:
-        while len(found) < ranks and time.monotonic() < end and not any(p.exitcode for p in processes):
-            if not results.empty():
-                rank, lines = results.get()
-                found[rank] = lines
-            time.sleep(0.05)
-    finally:
-        for process in processes:
+class Workers:
+    """The processes of one setting: they set up their group at once, and begin when told.
+
+    Starts take a minute where kernels are compiled, so all settings' groups start together; what is timed runs alone.
+    """
+
+    def __init__(self, ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.ranks, self.results, self._go = ranks, context.Queue(), context.Event()
+        self.processes = [
+            context.Process(
+                target=worker, args=(r, ranks, port, hidden, rows, cpu, gathers, self.results, self._go), daemon=True
+            )
+            for r in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def _answers(self, what: str, seconds: float) -> list[Any]:
+        found: dict[int, Any] = {}
+        end = time.monotonic() + seconds
+        while len(found) < self.ranks:
+            ended = [r for r, process in enumerate(self.processes) if process.exitcode]
+            if ended or time.monotonic() > end:
+                why = f"rank {ended[0]} ended" if ended else f"{seconds:.0f} s have passed"
+                raise RuntimeError(f"only ranks {sorted(found)} of {self.ranks} {what}: {why}")
+            if self.results.empty():
+                time.sleep(0.05)
+            else:
+                rank, answer = self.results.get()
+                found[rank] = answer
+        return [found[rank] for rank in range(self.ranks)]
+
+    def ready(self, seconds: float) -> None:
+        """Wait until every rank's group stands."""
+        self._answers("are ready", seconds)
+
+    def measure(self, seconds: float) -> list[list[dict[str, Any]]]:
+        """Let them begin; return what each rank saw."""
+        self._go.set()
+        return self._answers("have added up", seconds)
+
+    def stop(self) -> None:
+        """End every process."""
+        for process in self.processes:
             process.join(3)
             process.kill()
-    if len(found) < ranks:
-        raise SystemExit(f"only ranks {sorted(found)} of {ranks} ended in {seconds:.0f} s")
-    return [found[rank] for rank in range(ranks)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", default="", help="CUDA_VISIBLE_DEVICES of the workers")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of the largest prefill")
-    parser.add_argument("--seconds", type=float, default=90, help="for each of the two settings")
+    parser.add_argument("--start", type=float, default=180, help="seconds until all groups stand (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="for each setting, from then on (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args(words)
     cpu = args.device == "cpu"
@@ -182,21 +213,35 @@ def main(argv: list[str] | None = None) -> int:
     rows = ROWS_CPU if cpu else ROWS
     found: dict[str, list[dict[str, Any]]] = {}
     problems = []
-    for name, env in arms.items():
-        os.environ.update(env)
-        ranks = measure(args.ranks, args.hidden, rows, cpu, name == "gathered", args.seconds)
-        found[name] = ranks[0]
-        orders = [[(line["eager"], line.get("graph")) for line in lines] for lines in ranks]
-        if any(other != orders[0] for other in orders):
-            problems.append(f"{name}: ranks hold other sums")
-    kept = {o for x in found["ours"] if x["rows"] <= args.chunk for o in (x["eager"], x.get("graph", x["eager"]))}
+    workers: dict[str, Workers] = {}
+    try:
+        for name, env in arms.items():
+            os.environ.update(env)
+            workers[name] = Workers(args.ranks, args.hidden, rows, cpu, name == "gathered")
+        for name, group in workers.items():
+            try:
+                group.ready(args.start)
+                ranks = group.measure(args.seconds)
+            except RuntimeError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            found[name] = ranks[0]
+            orders = [[(line["eager"], line.get("graph")) for line in lines] for lines in ranks]
+            if any(other != orders[0] for other in orders):
+                problems.append(f"{name}: ranks hold other sums")
+            document = {"ranks": args.ranks, "hidden": args.hidden, "set": arms, "found": found, "problems": problems}
+            (args.out / f"reduce-{args.ranks}.json").write_text(json.dumps(document, indent=1) + "\n")
+    finally:
+        for group in workers.values():
+            group.stop()
+    seen = found.get("ours", [])
+    kept = {o for x in seen if x["rows"] <= args.chunk for o in (x["eager"], x.get("graph", x["eager"]))}
     if len(kept) > 1 or "place" in kept:
         problems.append(f"ours: orders {sorted(map(str, kept))} up to {args.chunk} rows")
-    document = {"ranks": args.ranks, "hidden": args.hidden, "set": arms, "found": found, "problems": problems}
-    (args.out / f"reduce-{args.ranks}.json").write_text(json.dumps(document, indent=1) + "\n")
     body = []
-    for a, b, c in zip_longest(*found.values(), fillvalue={}):
-        cells = [str(a["rows"]), f"{a['bytes'] / 1024:.0f}"]
+    for a, b, c in zip_longest(*(found.get(name, []) for name in arms), fillvalue={}):
+        known = a or b or c
+        cells = [str(known["rows"]), f"{known['bytes'] / 1024:.0f}"]
         for line, modes in ((a, ("graph", "eager")), (b, ("graph", "eager")), (c, ("graph",))):
             for mode in modes:
                 cells.append(
