@@ -94,7 +94,7 @@ def test_no_noise_is_above_its_bound(shift):
     words = torch.cat([words, torch.tensor([2**32 - 1, 2**32 - 128, 2**32 - 129])]).clamp(max=2**32 - 1)
     bits = words.float().view(torch.int32).double()
     above = 110.2105 - bits * exact.EXPONENT_LN2 + gumbel(words).double()
-    assert above.min() > 2e-5
+    assert above.min() > 1e-4
     assert exact.BOUND - 110.2105 > 2.0**-12 + 0.03
 
 

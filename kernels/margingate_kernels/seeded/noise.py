@@ -52,7 +52,7 @@ BOUND = 110.25
 """No noise is above ``BOUND - n * EXPONENT_LN2``, where n are the bits of its word, converted to fp32, read as an integer.
 
 ``n * 2**-23 - 127`` is at most log2 of the word (a chord below its curve), so that of v is above ``n * 2**-23 - 159``, and ``-log(1 - v) >= v``:
-the noise is at most ``log(2) * 159 - n * EXPONENT_LN2``, and ``log(2) * 159 < 110.2105``. The polynomials stay below that as well, by 2e-5, at every one of the
+the noise is at most ``log(2) * 159 - n * EXPONENT_LN2``, and ``log(2) * 159 < 110.2105``. The polynomials stay below that as well, by 1e-4, at every one of the
 2**32 words. The other 0.0395 is room for rounding: a score's bound in fp32 is off by less than 2**-21 of the score and 2**-12 of the temperature."""
 
 LARGEST = 3.4028234663852886e38
