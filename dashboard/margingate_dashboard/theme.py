@@ -152,7 +152,10 @@ CSS = """
 }
 .mg-two { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap:1rem; }
 .st-key-mg-nav a { padding-top:.22rem; padding-bottom:.22rem; }
-@media (max-width: 640px) { .st-key-mg-nav a { padding-top:.5rem; padding-bottom:.5rem; } }
+@media (max-width: 640px) {
+  .st-key-mg-nav a { padding-top:.5rem; padding-bottom:.5rem; }
+  [data-testid=stButtonGroup] > div { flex-wrap:wrap; max-width:100%; }
+}
 /* Streamlit's own captions are 3.6:1 on white, the keys on its buttons 3.9:1. */
 [data-testid=stBaseButton-secondary]:not(:disabled) * { opacity:1; }
 [data-testid=stCaptionContainer] { color:inherit; opacity:.78; }

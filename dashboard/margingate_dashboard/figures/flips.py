@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from margingate_dashboard.figures.common import empty, finish
-from margingate_dashboard.rates import upper_95
+from margingate_dashboard.rates import of, upper_95
 from margingate_dashboard.states import CODE
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED
 
@@ -71,42 +71,51 @@ def bars(table: pd.DataFrame, title: str, axis: str, subtitle: str = "") -> go.F
         return empty(
             title, "No flip has been confirmed." if len(table) else "No decode steps have been recorded.", height=260
         )
+    # Lying bars: each has a line of its own for its name and its counts, however narrow the page is.
+    names = [str(label) for label in table["label"]]
     fig = go.Figure()
     for look in FLIP_STATES:
         if not table[look.name].any():
             continue
         fig.add_trace(
             go.Bar(
-                x=table["label"],
-                y=1000.0 * table[look.name] / table["steps"],
+                y=names,
+                x=1000.0 * table[look.name] / table["steps"],
                 name=look.name,
+                orientation="h",
                 marker_color=look.colour,
                 customdata=np.stack([table[look.name], table["steps"], 1000 * table["upper_95"]], axis=-1),
-                hovertemplate="%{x}: %{customdata[0]:,} / %{customdata[1]:,} steps"
+                hovertemplate="%{y}: %{customdata[0]:,} / %{customdata[1]:,} steps"
                 "<br>all flips at most %{customdata[2]:.3g} per 1,000 (95%)<extra>" + look.name + "</extra>",
             )
         )
-    crowded = len(table) > 11
     fig.add_trace(
         go.Scatter(
-            x=table["label"],
-            y=1000.0 * table["rate"],
+            y=names,
+            x=1000.0 * table["rate"],
             mode="text",
             showlegend=False,
             hoverinfo="skip",
             cliponaxis=False,
-            text=[f"{f:,}<br>/{n:,}" if not crowded else f"{f:,}" for f, n in zip(table["flips"], table["steps"])],
-            textposition="top center",
-            textfont={"size": 10},
+            text=[f" {of(f, n)}" for f, n in zip(table["flips"], table["steps"])],
+            textposition="middle right",
+            textfont={"size": 11},
         )
     )
     fig.update_layout({"barmode": "stack"})
-    order = {"type": "category", "categoryorder": "array", "categoryarray": table["label"].tolist()}
-    return finish(
+    order = {
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": names,
+        "autorange": "reversed",
+        "showgrid": False,
+    }
+    finish(
         fig,
         title,
-        height=340,
+        height=150 + 24 * max(4, len(names)),
         subtitle=subtitle,
-        x={"title": axis, "tickangle": 0, "tickfont": {"size": 11}, **order},
-        y={"title": "flips per 1,000 steps", "range": [0, 1000.0 * float(table["rate"].max()) * 1.28]},
+        x={"title": "flips per 1,000 steps", "range": [0, 1000.0 * float(table["rate"].max()) * 1.45]},
+        y={"title": axis, "tickfont": {"size": 11}, **order},
     )
+    return fig.update_layout({"margin": {"l": 44 + int(6.4 * max(map(len, names)))}})

@@ -14,12 +14,14 @@ MAX_FACETS = 8
 """More datasets than this are drawn as the first ones and the rest left to the filter."""
 
 
+MOST_TICKS = 5
+
+
 def ticks(bins: Bins) -> tuple[list[float], list[str]]:
-    """Return ticks of a logarithmic margin axis: the ties' bin, then powers of two (bf16's own steps)."""
+    """Return ticks of a logarithmic margin axis: the ties' bin, then powers of two (bf16's own steps), few enough for a phone."""
     low, high = bins.drawn[2] if bins.drawn.size > 2 else 0.1, bins.drawn[-1]
     powers = [2.0**p for p in range(-12, 12) if low * 0.7 <= 2.0**p <= high]
-    if len(powers) > 12:
-        powers = powers[::2]
+    powers = powers[:: -max(1, -(-len(powers) // MOST_TICKS))][::-1]
     return [float(bins.centres[0]), *powers], ["0", *(f"{p:g}" for p in powers)]
 
 
