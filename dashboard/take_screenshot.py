@@ -14,7 +14,7 @@ from pathlib import Path
 from bench_dashboard import CHROMIUM_FLAGS, HERE, server, wait_drawn
 
 WIDTH = 1440
-ROOM = 24
+ROOM = 4
 """Pixels below what is shown last."""
 
 
