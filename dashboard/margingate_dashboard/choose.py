@@ -5,6 +5,7 @@ What is chosen lives in the URL. Nothing is written there that the reader did no
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import streamlit as st
@@ -91,14 +92,36 @@ def navigate(places: dict[str, tuple[str, str, str]]) -> None:
         st.page_link(script, label=title, icon=icon, query_params=carried or None)
 
 
-def missing(what: str, asked: object, infos: list[RunInfo], page: str) -> None:
-    """Say that a link names what is not here, and offer what is; nothing else is shown."""
+def here(label: str, place: Any = st, icon: str | None = None, **params: str) -> None:
+    """Show a button to this page with other parameters: a link to the page that one is on would leave the address as it is."""
+
+    def go() -> None:
+        for name in ("request", "number", "step", "taus"):
+            st.query_params.pop(name, None)
+        for name, value in params.items():
+            st.query_params[name] = value
+
+    place.button(label, key=f"here-{label}", icon=icon, on_click=go, type="tertiary")
+
+
+def missing(asked: object, infos: list[RunInfo], parameter: str = "run") -> None:
+    """Say that a link names a run that is not here, and offer what is; nothing else is shown.
+
+    Parameters
+    ----------
+    asked
+        The name.
+    infos
+        The runs that there are.
+    parameter
+        Where the link names it.
+    """
     st.warning(
-        f"There is no {what} named “{markdown_safe(str(asked)[:80])}” in this trace folder.", icon=":material/link_off:"
+        f"There is no run named “{markdown_safe(str(asked)[:80])}” in this trace folder.", icon=":material/link_off:"
     )
     st.markdown("##### Runs in this folder" + (f", newest {LISTED} of {len(infos):,}" if len(infos) > LISTED else ""))
     for info in infos[:LISTED]:
-        st.page_link(page, label=markdown_safe(info.name), query_params=links.params(info.name))
+        here(markdown_safe(info.name), **{parameter: info.name})
 
 
 def choose_filters(run: data.RunData) -> Filters:

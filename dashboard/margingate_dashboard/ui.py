@@ -237,7 +237,7 @@ def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
     info = choose.choose_run(infos)
     if info is None:
         header(title, lead)
-        choose.missing("run", st.query_params.get("run"), infos, PAGES[title.lower()])
+        choose.missing(st.query_params.get("run"), infos)
         return None
     st.set_page_config(page_title=f"{title} · {info.name} · MarginGate")
     header(title, lead, run_chips(info))

@@ -23,11 +23,20 @@ def test_two_runs_stand_side_by_side_and_change_places(tab: Any, address: str) -
     assert tab.locator(".mg-two .mg-strip .t.again").count() > 0, (
         "where they meet again is told from what is on one side only"
     )
-    tab.get_by_role("link", name="Swap a and b").click()
+    tab.get_by_role("button", name="Swap a and b").click()
     tab.wait_for_url(re.compile(r"run=stock"))
     wait_drawn(tab, "Compare")
     assert "other=calibration" in tab.url
+    assert "stock" in tab.locator(".mg-chip").first.text_content()
     keep(tab, "compare-swapped")
+
+
+def test_a_run_that_is_not_there_leads_to_one_that_is(tab: Any, address: str) -> None:
+    visit(tab, address, "overview", "?run=renamed")
+    tab.get_by_role("button", name="canonical").click()
+    tab.wait_for_url(re.compile(r"run=canonical"))
+    wait_drawn(tab, "Overview")
+    assert "canonical" in tab.locator(".mg-chip").first.text_content(), "the address says what is shown"
 
 
 def test_a_comparison_of_two_models_is_warned_of(tab: Any, address: str) -> None:

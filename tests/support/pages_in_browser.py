@@ -58,7 +58,7 @@ FAINT = """() => {
     const t = walk.currentNode.textContent.trim(), el = walk.currentNode.parentElement;
     if (!t || !el || ['SCRIPT','STYLE','NOSCRIPT','TITLE'].includes(el.tagName) || !el.checkVisibility({checkOpacity:true,checkVisibilityCSS:true})) continue;
     const s = getComputedStyle(el), svg = el instanceof SVGElement;
-    if (el.closest('[disabled],[aria-disabled=true],.w,.m,[data-testid=stIconMaterial],[data-testid=stSliderThumbValue],[role=slider]')) continue;
+    if (el.closest('[disabled],[aria-disabled=true],label:has(input:disabled),.w,.m,[data-testid=stIconMaterial],[data-testid=stSliderThumbValue],[role=slider]')) continue;
     const r = el.getBoundingClientRect(); if (r.width<1||r.height<1) continue;
     let c = parse(svg ? s.fill : s.color); if (svg && s.fill==='none') continue;
     let o = 1; for (let e=el; e; e=e.parentElement) o*=parseFloat(getComputedStyle(e).opacity);

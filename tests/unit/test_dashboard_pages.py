@@ -258,6 +258,23 @@ def test_a_link_cannot_leave_the_trace_folder(
     )
 
 
+def test_swapping_two_runs_keeps_the_filters_and_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_runs(tmp_path)
+    at = open_app(tmp_path, monkeypatch).run()
+    for key, value in (("run", "a"), ("other", "b"), ("dataset", "story")):
+        at.query_params[key] = value
+    at.switch_page("compare.py").run()
+    next(b for b in at.button if b.label == "Swap a and b").click().run()
+    assert ["".join(at.query_params[k]) for k in ("run", "other", "dataset")] == ["b", "a", "story"]
+    assert not at.exception
+    at.query_params["other"] = "nobody"
+    at.run()
+    assert any("There is no run named “nobody”" in w.value for w in at.warning)
+    next(b for b in at.button if b.label == "a").click().run()
+    assert "".join(at.query_params["other"]) == "a"
+    assert not at.warning
+
+
 def test_a_symbolic_link_cannot_leave_the_trace_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "traces"
     write_run(tmp_path / "secret", SMALL)

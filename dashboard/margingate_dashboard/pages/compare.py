@@ -56,7 +56,7 @@ def _other(page: Page) -> RunInfo | None:
         return None
     asked = st.query_params.get("other")
     if asked is not None and asked != page.run and links.known_run(asked, infos) is None:
-        choose.missing("run", asked, every, ui.PAGES["compare"])
+        choose.missing(asked, every, "other")
         return None
     left, right = st.columns([0.7, 0.3], vertical_alignment="bottom")
     name = (
@@ -77,12 +77,7 @@ def _other(page: Page) -> RunInfo | None:
         on_change=remember,
         help=f"A run tagged “{BASELINE}” on the Runs page comes first.",
     )
-    right.page_link(
-        ui.PAGES["compare"],
-        label="Swap a and b",
-        icon=":material/swap_horiz:",
-        query_params=links.params(name, other=page.run),
-    )
+    choose.here("Swap a and b", right, ":material/swap_horiz:", run=name, other=page.run)
     return infos[name]
 
 
