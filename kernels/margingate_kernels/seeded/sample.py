@@ -12,6 +12,10 @@ from margingate_kernels.seeded.draw import WORDS, Drawn, draw_reference
 from margingate_kernels.seeded.noise import BLOCK, GROUP
 
 
+_AT_ONCE = 2048
+"""Programs of 128 threads that a GPU of 128 multiprocessors holds."""
+
+
 class _Split(NamedTuple):
     """How a row is cut into programs. Comparisons are exact, so no cut changes a result: only the time depends on it."""
 
@@ -25,9 +29,12 @@ def _split(vocab: int, rows: int) -> _Split:
     """Return the launch constants of the kernel without filters, for ``rows`` rows of ``vocab`` logits (``bench_draw.py --tune``).
 
     A lane is a thread: with more lanes than threads, Triton would move every word between threads. Few rows are spread over as many
-    threads as they can be; many fill a GPU with the smallest programs most evenly.
+    threads as they can be; many fill a GPU most evenly with the smallest programs that it holds at once.
     """
-    block, groups, warps = (128, 1, 4) if rows >= 32 else (256, 1, 8)
+    block, groups, warps = 256, 1, 8
+    if rows >= 32:
+        block, warps = 128, 4
+        groups = 1 if rows * -(-vocab // GROUP) <= _AT_ONCE else 2
     return _Split(block, groups, warps, -(-vocab // (groups * GROUP)))
 
 
