@@ -1,6 +1,6 @@
 """Mixtures of experts and weights of 8 bits on one GPU: identity, faults and speed against stock. One command.
 
-    python3 tests/gpu/models_gpu.py --out DIR [--models moe,fp8-channel,fp8-block] [--budget 280]      needs .gpu/ like truth.py
+    python3 tests/gpu/models_gpu.py --out DIR [--models moe,olmoe,mixtral,fp8-channel,fp8-block] [--budget 280]      needs .gpu/ like truth.py
 
 For each model stock (its own defaults) and ours share the GPU; whoever is not asked is idle. First the decode step and a mixed
 load, in turns, and identity: 24 sequences alone against batches of each size on a cold and a warm prefix cache, which
@@ -45,9 +45,31 @@ class Model:
 
 MODELS = {
     "moe": Model("qwen3-30b-a3b-24l", change=(("num_hidden_layers", 8),), slowest_step=1.10),
+    "olmoe": Model("olmoe-1b-7b", flags=("--context-length", "4096"), slowest_step=1.10),
+    "mixtral": Model("mixtral-8x7b", change=(("num_hidden_layers", 8),), slowest_step=1.10),
     "fp8-channel": Model("llama-3.1-8b", flags=("--quantization", "fp8")),
     "fp8-block": Model("qwen3-8b", "random_fp8.py"),
 }
+
+
+USUAL = "moe,fp8-channel,fp8-block"
+SHAPES: dict[str, dict[str, object]] = {
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "norm_topk_prob": False, "vocab_size": 50304, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "clip_qkv": None,
+        "max_position_embeddings": 4096, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "attention_bias": False, "eos_token_id": 50279, "pad_token_id": 1,
+    },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 32000, "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None,
+        "max_position_embeddings": 32768, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip
+"""Configurations that do not lie in .gpu/shapes: what the models' cards say."""
 
 
 class Models(Run):
@@ -69,14 +91,15 @@ class Models(Run):
         if self.cpu:
             import tiny_moe
 
-            return tiny_moe.write(self.out / model)
+            return tiny_moe.write(self.out / model, model)
         wanted = MODELS[model]
         change = dict(wanted.change) | ({"num_hidden_layers": self.args.layers} if self.args.layers else {})
         name = f"{model}-{self.args.layers}" if self.args.layers else model
         folder, shape = Path("/dev/shm", f"margingate-{name}"), Path("/tmp", f"shape-{name}")
         if not (folder / "model.safetensors.index.json").exists():
             shape.mkdir(exist_ok=True)
-            config = json.loads(Path(".gpu/shapes", wanted.shape, "config.json").read_text())
+            known = SHAPES.get(wanted.shape)
+            config = known or json.loads(Path(".gpu/shapes", wanted.shape, "config.json").read_text())
             (shape / "config.json").write_text(json.dumps(config | change))
             command = [sys.executable, str(HERE / wanted.writer), str(shape), str(folder)]
             subprocess.run(command, check=True, timeout=200, stdout=subprocess.DEVNULL)
@@ -150,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         default="cuda",
         help="cpu: the same logic with a tiny mixture, without a GPU",
     )
-    add("--models", default=",".join(MODELS))
+    add("--models", default=USUAL, help=f"of {', '.join(MODELS)} (%(default)s)")
     add("--parts", default="faults", help="faults: a server with broken experts, too")
     add("--layers", type=int, default=0, help="of a model, where it is not to be the usual number")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES of our server; all by default")

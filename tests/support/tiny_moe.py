@@ -1,6 +1,6 @@
-"""A mixture of experts of random weights, small enough for a test, beside the embedded model's tokenizer.
+"""Mixtures of experts of random weights, small enough for a test, beside the embedded model's tokenizer.
 
-One layer of four experts, two to a row. The way back from an expert's 1,536 intermediate values is a product that CPUs sum in
+Qwen3-MoE, OLMoE and Mixtral differ in their router (which scores add up to one) and in their norms. One layer of four experts, two to a row. The way back from an expert's 1,536 intermediate values is a product that CPUs sum in
 another order for one row than for several, so a row's bits depend on how many others go to its expert. Most of it are large
 terms that appear with both signs: they leave nothing but rounding, or nobody would see the order in 64 rounded sums.
 """
@@ -23,8 +23,12 @@ STD = 0.25
 """Large: rows that differ in one bit part soon."""
 
 
-def write(folder: Path) -> Path:
-    """Write the checkpoint into a folder; return it."""
+FAMILIES = ("moe", "olmoe", "mixtral")
+"""Qwen3-MoE, OLMoE, Mixtral."""
+
+
+def write(folder: Path, family: str = "moe") -> Path:
+    """Write the checkpoint of a family into a folder; return it."""
     folder.mkdir(parents=True, exist_ok=True)
     source = model_path()
     for file in source.iterdir():
@@ -38,34 +42,49 @@ def write(folder: Path) -> Path:
 
     weights = {"model.embed_tokens.weight": normal(vocab, HIDDEN), "lm_head.weight": normal(vocab, HIDDEN)}
     at = "model.layers.0."
-    for part, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+    kv_heads = kv_heads_of(family)
+    for part, rows in (("q", HEADS), ("k", kv_heads), ("v", kv_heads)):
         weights[f"{at}self_attn.{part}_proj.weight"] = normal(rows * DIM, HIDDEN)
     weights[f"{at}self_attn.o_proj.weight"] = normal(HIDDEN, HEADS * DIM)
-    weights[f"{at}mlp.gate.weight"] = normal(EXPERTS, HIDDEN)
+    bank, gate, up, down = (
+        ("block_sparse_moe", "w1", "w3", "w2") if family == "mixtral" else ("mlp", "gate_proj", "up_proj", "down_proj")
+    )
+    weights[f"{at}{bank}.gate.weight"] = normal(EXPERTS, HIDDEN)
     for expert in range(EXPERTS):
-        for part in ("gate", "up"):
-            up = normal(INNER, HIDDEN)
-            up[PAIRS : 2 * PAIRS] = up[:PAIRS]
-            weights[f"{at}mlp.experts.{expert}.{part}_proj.weight"] = up
-        down = normal(HIDDEN, INNER)
-        down[:, :PAIRS] *= LARGE
-        down[:, PAIRS : 2 * PAIRS] = -down[:, :PAIRS]
-        weights[f"{at}mlp.experts.{expert}.down_proj.weight"] = down
+        for part in (gate, up):
+            there = normal(INNER, HIDDEN)
+            there[PAIRS : 2 * PAIRS] = there[:PAIRS]
+            weights[f"{at}{bank}.experts.{expert}.{part}.weight"] = there
+        back = normal(HIDDEN, INNER)
+        back[:, :PAIRS] *= LARGE
+        back[:, PAIRS : 2 * PAIRS] = -back[:, :PAIRS]
+        weights[f"{at}{bank}.experts.{expert}.{down}.weight"] = back
     norms = {"model.norm": HIDDEN, f"{at}input_layernorm": HIDDEN, f"{at}post_attention_layernorm": HIDDEN}
-    norms |= {f"{at}self_attn.{part}_norm": DIM for part in "qk"}
+    if family == "moe":
+        norms |= {f"{at}self_attn.{part}_norm": DIM for part in "qk"}
+    elif family == "olmoe":
+        norms |= {f"{at}self_attn.q_norm": HEADS * DIM, f"{at}self_attn.k_norm": kv_heads * DIM}
     weights |= {f"{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config(vocab), indent=1))
+    (folder / "config.json").write_text(json.dumps(config(vocab, family), indent=1))
     return folder
 
 
-def config(vocab: int) -> dict[str, object]:
+def kv_heads_of(family: str) -> int:
+    """Return a family's K/V heads: OLMoE has as many as query heads."""
+    return HEADS if family == "olmoe" else KV_HEADS
+
+
+def config(vocab: int, family: str = "moe") -> dict[str, object]:
     """Return the model's configuration."""
+    name, kind = {
+        "moe": ("Qwen3MoeForCausalLM", "qwen3_moe"), "olmoe": ("OlmoeForCausalLM", "olmoe"), "mixtral": ("MixtralForCausalLM", "mixtral"),
+    }[family]  # fmt: skip
     return {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16", "vocab_size": vocab,
+        "architectures": [name], "model_type": kind, "num_local_experts": EXPERTS, "clip_qkv": None, "torch_dtype": "bfloat16", "vocab_size": vocab,
         "hidden_size": HIDDEN, "intermediate_size": INNER, "moe_intermediate_size": INNER, "num_hidden_layers": 1,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": DIM, "num_experts": EXPERTS,
-        "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "num_attention_heads": HEADS, "num_key_value_heads": kv_heads_of(family), "head_dim": DIM, "num_experts": EXPERTS,
+        "num_experts_per_tok": 2, "norm_topk_prob": family != "olmoe", "decoder_sparse_step": 1, "mlp_only_layers": [],
         "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096,
         "attention_bias": False, "tie_word_embeddings": False, "eos_token_id": vocab - 1, "bos_token_id": 1,
         "use_sliding_window": False, "sliding_window": None,
