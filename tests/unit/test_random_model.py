@@ -34,6 +34,13 @@ EXPERTS = {"mlp.gate.weight": (3, 64)}
 for e in range(3):
     EXPERTS |= {f"mlp.experts.{e}.{n}_proj.weight": (48, 64) for n in ("gate", "up")}
     EXPERTS |= {f"mlp.experts.{e}.down_proj.weight": (64, 48)}
+OLMOE = {"mlp.gate.weight": (2, 64), "self_attn.q_norm.weight": (64,), "self_attn.k_norm.weight": (32,)}
+MIXTRAL = {"block_sparse_moe.gate.weight": (2, 64)}
+for e in range(2):
+    OLMOE |= {f"mlp.experts.{e}.{n}_proj.weight": (96, 64) for n in ("gate", "up")}
+    OLMOE |= {f"mlp.experts.{e}.down_proj.weight": (64, 96)}
+    MIXTRAL |= {f"block_sparse_moe.experts.{e}.{n}.weight": (96, 64) for n in ("w1", "w3")}
+    MIXTRAL |= {f"block_sparse_moe.experts.{e}.w2.weight": (64, 96)}
 SHAPES = {
     "LlamaForCausalLM": ({}, attention(16) | MLP),
     "Qwen2ForCausalLM": ({}, attention(16) | MLP | BIASES),
@@ -42,6 +49,8 @@ SHAPES = {
         {"head_dim": 32, "num_experts": 3, "moe_intermediate_size": 48},
         attention(32) | EXPERTS | QK_NORMS,
     ),
+    "OlmoeForCausalLM": ({"num_experts": 2}, attention(16) | OLMOE),
+    "MixtralForCausalLM": ({"num_local_experts": 2}, attention(16) | MIXTRAL),
 }
 
 
