@@ -16,7 +16,7 @@ from sglang_process import SGLangProcess
 
 from sglang_margingate.bench.prompts.embedded import demo_prompts
 from sglang_margingate.bench.servers import process
-from sglang_margingate.bench.servers.client import Prompt
+from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
 
 BY_COMMAND = process.begin
@@ -102,3 +102,29 @@ def audit_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def prompts() -> list[Prompt]:
     """A few held-out prompts of each dataset."""
     return demo_prompts(24)
+
+
+# What several tests compare with: each prompt alone takes 24 times as many forwards as all of them together.
+
+
+@pytest.fixture(scope="session")
+def tokens() -> int:
+    """The most that an answer has which is compared with the same one in a batch."""
+    return 160
+
+
+@pytest.fixture(scope="session")
+def gate_alone(gate_server: Server, prompts: list[Prompt], tokens: int) -> list[Completion]:
+    return run_alone(gate_server.client, prompts, max_new_tokens=tokens)
+
+
+@pytest.fixture(scope="session")
+def canonical_alone(canonical_server: Server, prompts: list[Prompt], tokens: int) -> list[Completion]:
+    return run_alone(canonical_server.client, prompts, max_new_tokens=tokens)
+
+
+@pytest.fixture(scope="session")
+def log_both(log_server: Server, prompts: list[Prompt], tokens: int) -> tuple[list[Completion], list[Completion]]:
+    """Without a gate: alone, and sixteen at a time."""
+    alone = run_alone(log_server.client, prompts, max_new_tokens=tokens)
+    return alone, run_together(log_server.client, prompts, 16, max_new_tokens=tokens)

@@ -75,8 +75,8 @@ def test_other_traffic_beside_alone_is_named(
     thread = threading.Thread(target=neighbour)
     thread.start()
     try:
-        words = ["--phases", "alone,together", "--repeats", "1", "--expect-fail"]
-        assert main(["check", "--base-url", gate_server.base_url, *FEW, *words]) == 2
+        words = ["--phases", "alone,together", "--repeats", "1", "--expect-fail", "--dataset", "story", "--limit", "4"]
+        assert main(["check", "--base-url", gate_server.base_url, "--max-tokens", "48", *words]) == 2
     finally:
         stop.set()
         thread.join()

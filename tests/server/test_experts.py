@@ -11,6 +11,8 @@ import tiny_moe
 from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
 
+pytestmark = pytest.mark.xdist_group("experts")
+
 CANONICAL = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 NEW = 96
 PROMPTS = 12

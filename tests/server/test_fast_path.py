@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sglang_margingate.bench.servers.client import Prompt, run_alone, run_together
+from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
 
 FLAGS = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
@@ -30,6 +30,11 @@ def split_server(tmp_path_factory: pytest.TempPathFactory, canonical_server: Ser
     env = {"MARGINGATE_TEST_SPLIT": f"layers.0.mlp.gate_up_proj@{SPLIT_AT}"}
     with serve([*FLAGS, *maps_in(folder)], log=folder / "server.log", env=env) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def split_alone(split_server: Server, prompts: list[Prompt], tokens: int) -> list[Completion]:
+    return run_alone(split_server.client, prompts, max_new_tokens=tokens)
 
 
 def maps_in(folder: Path) -> list[str]:
@@ -61,11 +66,14 @@ def structural(run: Any) -> bool:
 
 
 def test_the_ungated_server_differs_and_the_canonical_one_does_not(
-    log_server: Server, canonical_server: Server, prompts: list[Prompt]
+    log_both: tuple[list[Completion], list[Completion]],
+    canonical_server: Server,
+    canonical_alone: list[Completion],
+    prompts: list[Prompt],
+    tokens: int,
 ) -> None:
-    for server, identical in ((log_server, False), (canonical_server, True)):
-        alone = run_alone(server.client, prompts)
-        together = run_together(server.client, prompts, 16)
+    batch = run_together(canonical_server.client, prompts, 16, max_new_tokens=tokens)
+    for (alone, together), identical in ((log_both, False), ((canonical_alone, batch), True)):
         assert max(c.margingate["max_batch_rows"] for c in together) >= 12, "no batch formed"
         assert all(a.same_as(b) for a, b in zip(alone, together)) is identical
     assert guarantees(together) == {"structural"}
@@ -85,7 +93,7 @@ def test_neighbours_that_ask_for_prompt_log_probabilities_leave_the_gated_ones_i
 ) -> None:
     """1,500 rows of the layer that makes logits, where a prefill brings one a request: they run in blocks of probed sizes."""
     client, some = canonical_server.client, prompts[:8]
-    alone = run_alone(client, some)
+    alone = run_alone(client, some, max_new_tokens=64)
     scored: list[int] = []
     done = threading.Event()
 
@@ -103,7 +111,7 @@ def test_neighbours_that_ask_for_prompt_log_probabilities_leave_the_gated_ones_i
     with ThreadPoolExecutor(2) as pool:
         workers = [pool.submit(score, worker) for worker in range(2)]
         try:
-            together = run_together(client, some, 8)
+            together = run_together(client, some, 8, max_new_tokens=64)
         finally:
             done.set()
         for worker in workers:
@@ -125,23 +133,26 @@ def test_a_request_that_samples_is_left_alone(canonical_server: Server, prompts:
     assert done.margingate["guarantee"] == "none"
 
 
-def test_a_split_layer_is_on_the_map_and_its_border_is_kept(split_server: Server, prompts: list[Prompt]) -> None:
+def test_a_split_layer_is_on_the_map_and_its_border_is_kept(
+    split_server: Server, split_alone: list[Completion], prompts: list[Prompt], tokens: int
+) -> None:
     found = split_server.client.status()["invariance"]
     layer = next(x for x in found["map"]["layers"] if x["name"] == "model.layers.0.mlp.gate_up_proj")
     classes = {m: label for first, last, label in layer["classes"] for m in (first, last)}
     assert classes[SPLIT_AT] != classes[SPLIT_AT + 1]
-    alone = run_alone(split_server.client, prompts)
-    together = run_together(split_server.client, prompts, 16)
-    assert all(a.same_as(b) for a, b in zip(alone, together))
+    together = run_together(split_server.client, prompts, 16, max_new_tokens=tokens)
+    assert all(a.same_as(b) for a, b in zip(split_alone, together))
     assert all(map(structural, together))
     assert guarantees(together) == {"none"}, "the fault was put in on purpose"
 
 
-def test_beyond_the_class_the_gate_takes_over(split_server: Server, prompts: list[Prompt]) -> None:
+def test_beyond_the_class_the_gate_takes_over(
+    split_server: Server, split_alone: list[Completion], prompts: list[Prompt], tokens: int
+) -> None:
     """Batches of more than 20 rows leave the class: their steps are gated by margin, and the response says so."""
     many = [Prompt(f"{p.id}-{k}", p.text, p.dataset) for p in prompts for k in range(2)]
-    alone = {p.id: split_server.client.generate(p) for p in prompts}
-    together = run_together(split_server.client, many, 40)
+    alone = {p.id: answer for p, answer in zip(prompts, split_alone)}
+    together = run_together(split_server.client, many, 40, max_new_tokens=tokens)
     assert max(c.margingate["max_batch_rows"] for c in together) > SPLIT_AT, "no batch left the class"
     assert not all(map(structural, together))
     assert sum(c.margingate["triggers"] for c in together) > 0
@@ -154,8 +165,8 @@ def test_attention_that_depends_on_the_batch_is_found_and_gated(tmp_path: Path, 
         found = server.client.status()["invariance"]
         assert not found["decode_ok"]
         assert any("decode differs from the verify at 1 requests" in note for note in found["notes"])
-        alone = run_alone(server.client, prompts)
-        together = run_together(server.client, prompts, 16)
+        alone = run_alone(server.client, prompts, max_new_tokens=96)
+        together = run_together(server.client, prompts, 16, max_new_tokens=96)
         assert max(c.margingate["max_batch_rows"] for c in together) > 8, "no batch left the split"
         assert sum(c.margingate["structural"] for c in (*alone, *together)) == 0
         assert guarantees(together) == {"none"}, "the fault was put in on purpose"

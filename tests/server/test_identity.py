@@ -22,18 +22,13 @@ def largest_batch(client: Client) -> int:
     return client.status()["batch_rows"]["max"]
 
 
-@pytest.fixture(scope="module")
-def gate_alone(gate_server: Server, prompts: list[Prompt]) -> list[Completion]:
-    return run_alone(gate_server.client, prompts)
-
-
 @pytest.mark.parametrize("arrival", ["together", "staggered", "mixed"])
 def test_gated_sequences_do_not_depend_on_the_batch(
-    gate_server: Server, prompts: list[Prompt], gate_alone: list[Completion], arrival: str
+    gate_server: Server, prompts: list[Prompt], gate_alone: list[Completion], arrival: str, tokens: int
 ) -> None:
     together = run_together(
         gate_server.client, prompts, CONCURRENCY, stagger_seconds=0.3 if arrival == "staggered" else 0.0,
-        background=prompts[:3] if arrival == "mixed" else (),
+        background=prompts[:3] if arrival == "mixed" else (), max_new_tokens=tokens,
     )  # fmt: skip
     assert largest_batch(gate_server.client) >= 8, "no batch formed, so the test proves nothing"
     assert differences(gate_alone, together) == []
@@ -50,16 +45,21 @@ def test_always_is_bitwise_alone_and_together(gate_server: Server, prompts: list
     assert {c.margingate["guarantee"] for c in together} == {"verified"}
 
 
-def test_the_ungated_server_fails_the_same_test(log_server: Server, prompts: list[Prompt], tmp_path: Path) -> None:
-    alone = run_alone(log_server.client, prompts)
-    together = run_together(log_server.client, prompts, CONCURRENCY)
+def test_the_ungated_server_fails_the_same_test(
+    log_server: Server,
+    log_both: tuple[list[Completion], list[Completion]],
+    prompts: list[Prompt],
+    tokens: int,
+    tmp_path: Path,
+) -> None:
+    alone, together = log_both
     assert largest_batch(log_server.client) >= 8
     found = differences(alone, together)
     if not found:  # this CPU's kernels may not flip by themselves: inject what others do
         flags = ["--margingate-policy", "log", "--margingate-trace", "off"]
         with serve(flags, log=tmp_path / "server.log", env={"MARGINGATE_TEST_FLIP_RATE": "0.01"}) as server:
-            alone = run_alone(server.client, prompts)
-            found = differences(alone, run_together(server.client, prompts, CONCURRENCY))
+            alone = run_alone(server.client, prompts, max_new_tokens=tokens)
+            found = differences(alone, run_together(server.client, prompts, CONCURRENCY, max_new_tokens=tokens))
     assert found
     assert {c.margingate["guarantee"] for c in together} == {"none"}
 

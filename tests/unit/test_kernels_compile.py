@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("MARGINGATE_TRITON_PYTHON", sys.executable)
+MOST_KEPT = 1500
+"""Kernels in the cache; a run has some 200."""
+
 SPILLED = 256
 """Bytes a thread: above this a kernel would run from memory instead of registers."""
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's own cache, kept between runs: it knows a kernel by its source, arguments, options, card and compiler.
+
+    What compiled once is looked at again each time, and compiled again where any of these is another.
+    """
+    if not hasattr(pytestconfig, "cache"):  # -p no:cacheprovider
+        return tmp_path_factory.mktemp("kernels")
+    folder = pytestconfig.cache.mkdir("kernels")
+    if sum(1 for _ in folder.iterdir()) > MOST_KEPT:
+        shutil.rmtree(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     has = subprocess.run([PYTHON, "-c", "import triton.language"], capture_output=True, text=True)
     if has.returncode and "MARGINGATE_TRITON_PYTHON" not in os.environ:
         pytest.skip(f"{PYTHON} has no Triton; pip install --no-deps triton==3.6.0")
     folder = tmp_path_factory.mktemp("compiled")
-    env = dict(os.environ, PYTHONPATH=str(ROOT / "kernels"), TRITON_CACHE_DIR=str(folder / "cache"))
+    env = dict(os.environ, PYTHONPATH=str(ROOT / "kernels"), TRITON_CACHE_DIR=str(cache))
     env.pop("TRITON_INTERPRET", None)
     command = [PYTHON, "kernels/benchmarks/compile_cards.py", "--json", str(folder / "found.json")]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
