@@ -105,7 +105,7 @@ def address(trace_dir: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "sglang_margingate.dashboard", "--trace-dir", str(trace_dir), "--port", str(port)]
     server = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
+        while True:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -114,7 +114,7 @@ def address(trace_dir: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,7 @@ def tab(profiles: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[An
     """A fresh tab without a history; ends the test if the page asked anybody but us for something."""
     context = profiles[request.param]
     page = context.new_page()
+    page.set_default_timeout(180_000)  # a loaded machine draws late
     outside: list[str] = []
     page.on(
         "request",

@@ -47,8 +47,7 @@ def tokens(completions: list[Completion]) -> list[list[int]]:
 
 def settled(server: Server, requests: int) -> dict[str, Any]:
     """Return the status once so many requests have ended."""
-    end = time.monotonic() + 20
-    while (status := server.client.status())["totals"]["requests"] < requests and time.monotonic() < end:
+    while (status := server.client.status())["totals"]["requests"] < requests:
         time.sleep(0.2)
     return status
 
@@ -112,7 +111,7 @@ def test_a_killed_scheduler_is_reported_and_the_trace_of_the_other_is_whole(serv
     run, process = Path(status["trace"]["path"]), status["schedulers"][1]["scheduler"]["pid"]
     kept = status["schedulers"][0]["totals"]
     os.kill(process, signal.SIGKILL)
-    server.process.wait(60)
+    server.process.wait()
     assert f"scheduler 1 (rank 0, process {process}) has ended" in server.log_path.read_text()
     (info,) = list_runs(run.parent)
     found = read_run(run)

@@ -140,7 +140,7 @@ def test_a_demo_that_is_stopped_takes_its_server_with_it(tmp_path: Path, number:
             time.sleep(0.2)
         demo.send_signal(number)
         assert demo.wait() == 0
-        gone, alive = psutil.wait_procs(children, timeout=60)
+        gone, alive = psutil.wait_procs(children, timeout=300)
         assert gone
         assert not alive
     finally:

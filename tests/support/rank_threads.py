@@ -46,7 +46,7 @@ class SharedSum:
     def __init__(self, size: int, add: Add, in_graph: Add | None = None) -> None:
         self._add, self._in_graph = add, in_graph or add
         self._parts: list[torch.Tensor] = [torch.empty(0)] * size
-        self._barrier = threading.Barrier(size, timeout=30)
+        self._barrier = threading.Barrier(size, timeout=300)
 
     def of(self, rank: int) -> RankSum:
         """Return it as one rank asks for it."""

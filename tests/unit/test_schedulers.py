@@ -67,17 +67,16 @@ def scheduler(folder: Path, rank: int) -> subprocess.Popen[bytes]:
         "from multiprocessing.util import _exit_function\n"
         "from sglang_margingate.serving.several.schedulers import attest\n"
         f"attest({rank}, 0)\n"
-        "try:\n    time.sleep(60)\n"
+        "try:\n    time.sleep(600)\n"
         f"except KeyboardInterrupt:\n    open(r'{folder}/closed-{rank}', 'w').close()\n"
     )
     return subprocess.Popen([sys.executable, "-c", code])
 
 
-def until(holds: Any, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
+def until(holds: Any) -> None:
+    """Wait as long as it takes: what never comes ends at the limit that every test has."""
+    while not holds():
         time.sleep(0.05)
-    assert holds()
 
 
 def test_a_killed_scheduler_is_named_the_others_close_and_the_server_ends(
@@ -91,11 +90,11 @@ def test_a_killed_scheduler_is_named_the_others_close_and_the_server_ends(
     assert thread.is_alive()
     children[1].kill()  # a zombie, as nobody asks for its status
     until(lambda: bool(ended))
-    thread.join(5)
+    thread.join()
     assert ended == [True], "the server ended before the other scheduler had closed"
     assert f"scheduler 1 (rank 0, process {children[1].pid}) has ended" in caplog.text
     for child in children:
-        child.wait(10)
+        child.wait()
 
 
 def test_a_scheduler_that_ends_by_itself_is_no_news(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,7 +103,7 @@ def test_a_scheduler_that_ends_by_itself_is_no_news(folder: Path, caplog: pytest
     ended: list[bool] = []
     watch(attested(), lambda: ended.append(True), 0.05)
     child.send_signal(signal.SIGINT)
-    child.wait(30)
+    child.wait()
     time.sleep(0.5)
     assert not ended
     assert "has ended" not in caplog.text

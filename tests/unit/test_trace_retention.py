@@ -160,12 +160,12 @@ def test_the_writer_does_it_at_start_and_hourly(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(writer_module, "limit_folder", limit)
     with TraceWriter(tmp_path, {"model": "m"}, keep=Keep(DAY)) as w:
-        assert done.wait(20)
+        assert done.wait()
         assert left(tmp_path) == {w.path.name}
         done.clear()
         a_run(tmp_path, "later", ended=3 * DAY)
         w._limited_at -= 3601
-        assert done.wait(20)
+        assert done.wait()
         assert left(tmp_path) == {w.path.name}
     assert read_manifest(w.path)["run"] == w.path.name
     assert len(list_runs(tmp_path)) == 1
