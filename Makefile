@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-warn-conflicts
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
 
-.PHONY: help install demo serve dashboard test test-unit test-versions test-gpu mutants overlays lint docs clean
+.PHONY: help install demo serve dashboard test tests style types test-unit test-versions test-gpu mutants overlays lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,8 +45,13 @@ serve: install  ## serve the embedded model with the gate
 dashboard: install  ## open the dashboard on traces/
 	@$(BIN)/python -m sglang_margingate.dashboard
 
-lint: install  ## ruff and mypy
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: style types  ## ruff and mypy
+
+style: install
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: install
+	@$(BIN)/mypy
 
 docs: install  ## the documentation as a site, in out/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q && echo "out/site/index.html"
@@ -72,7 +77,11 @@ SPREAD = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # Rooms that need no server are measured line by line while their tests run; pyproject.toml names them and the least share.
 COVER = --cov --cov-report=term:skip-covered
 
-test: install lint $(TRITON_STAMP)  ## everything that needs no GPU; of other SGLang versions the contract
+test: style $(TRITON_STAMP)  ## everything that needs no GPU; of other SGLang versions the contract
+	@# mypy beside the tests: servers that are waited for leave it room.
+	@$(MAKE) --no-print-directory -j2 types tests
+
+tests: install $(TRITON_STAMP)
 	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest $(SPREAD) $(COVER) -m 'not versions'
 
 test-unit: install  ## the fast tests alone

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -325,3 +326,14 @@ def test_a_merge_that_found_other_rows_than_its_names_say(tmp_path: Path) -> Non
     names = name_of("steps", 0, 2), name_of("steps", 6, 9)
     assert str(caught.value) == f"{tmp_path.name}: files {names[0]} to {names[1]} hold 9 rows"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(name_of("steps", *span) for span in wrong)
+
+
+def test_a_merged_file_has_row_groups_of_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact_module, "GROUP_ROWS", 4)
+    spans = [part(tmp_path, first, 3) for first in (0, 3, 6)]
+    assert len(list(merge(tmp_path, "steps", spans))) == 2, "a piece at each step"
+    (file,) = tmp_path.iterdir()
+    assert file.name == name_of("steps", 0, 8)
+    found = pq.read_metadata(file)
+    assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [4, 2, 3]
+    assert pq.read_table(file)["step"].to_pylist() == list(range(9))

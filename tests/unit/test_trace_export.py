@@ -165,3 +165,11 @@ def test_folders_are_made_and_files_written_over(run: Run, tmp_path: Path) -> No
     for _ in range(2):
         assert export_chrome_trace(run, tmp_path / "a" / "b" / "t.json").exists()
         assert all(file.exists() for file in export_csv(run, tmp_path / "c" / "d"))
+
+
+def test_tracks_are_in_the_order_in_which_requests_began(run: Run) -> None:
+    run.steps = pd.concat([run.steps[run.steps["request"] == 2], run.steps[run.steps["request"] == 1]])
+    names = [
+        e["args"]["name"] for e in chrome_events(run) if e["name"] == "thread_name" and "held" not in str(e["args"])
+    ]
+    assert names == ["b", "a"]

@@ -28,6 +28,7 @@ from sglang_margingate.trace import (
     read_run,
 )
 from sglang_margingate.trace import schema as schema_module
+from sglang_margingate.trace.reader import is_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND = "steps-000000010-000000019.parquet"
@@ -334,3 +335,23 @@ def test_every_column_is_documented_and_the_readme_is_up_to_date() -> None:
     assert all(c.doc for c in (*STEP_COLUMNS, *schema_module.REQUEST_COLUMNS))
     text = (ROOT / "traces" / "README.md").read_text(encoding="utf-8")
     assert schema_module.with_tables(text) == text, "run: python -m sglang_margingate.trace.schema traces/README.md"
+
+
+def test_a_run_is_a_folder_with_a_manifest_or_with_rows(tmp_path: Path) -> None:
+    for name, file in (("both", SECOND), ("rows", SECOND), ("told", None), ("neither", "notes.txt")):
+        (tmp_path / name).mkdir()
+        if file is not None:
+            (tmp_path / name / file).touch()
+        if name in ("both", "told"):
+            (tmp_path / name / "manifest.json").touch()
+    assert {p.name for p in tmp_path.iterdir() if is_run(p)} == {"both", "rows", "told"}
+    assert not is_run(tmp_path / "missing")
+
+
+def test_a_follower_reads_the_columns_that_were_asked_for(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path, {}) as w:
+        w.add_steps(steps(4))
+        w.add_request({"request": 1, "request_id": "r1"})
+        assert w.flush()
+        found = RunFollower(w.path, step_columns=["token"], request_columns=["request_id", "request"]).poll()
+    assert (list(found.steps), list(found.requests)) == (["token"], ["request_id", "request"])

@@ -244,3 +244,30 @@ def test_a_link_to_a_run_is_none_of_the_folders(tmp_path: Path) -> None:
     (tmp_path / "traces" / "old").symlink_to(elsewhere)
     assert limit_folder(tmp_path / "traces", Keep(DAY)) == []
     assert (elsewhere / "manifest.json").exists()
+
+
+def test_the_log_says_which_limit_a_run_was_beyond(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a_run(tmp_path, "old", ended=3 * DAY)
+    a_run(tmp_path, "large", ended=60.0, size=1_000_000)
+    with caplog.at_level(logging.INFO):
+        limit_folder(tmp_path, Keep(DAY, 1000.0))
+    assert [r.getMessage().partition(" --margingate")[0] for r in caplog.records] == [
+        "margingate trace: removed run old (0.0 MB): older than",
+        "margingate trace: removed run large (1.0 MB): beyond the size of",
+    ]
+
+
+def test_what_a_link_leads_to_is_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(100_000))
+    run = a_run(tmp_path / "runs", "r", ended=60.0, size=10)
+    plain = sum(p.stat().st_size for p in run.iterdir())
+    (run / "steps-000000010-000000019.parquet").symlink_to(tmp_path / "large")
+    names, size = retention_module._content(run)
+    assert (len(names), size) == (4, plain)
+
+
+def test_a_file_that_is_gone_already_does_not_keep_the_others(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "r", ended=60.0)
+    names = ("steps-gone.parquet", *(p.name for p in run.iterdir()))
+    assert retention_module._remove(retention_module.OldRun(run, 0.0, 0, ((run, names),)))
+    assert not run.exists()

@@ -139,3 +139,23 @@ def test_which_columns_of_an_old_file_are_read() -> None:
     have = ["margin", "threshold", "prefill", "canonical", "request_id", "step"]
     assert set(inputs(["triggered"], have)) == {"margin", "threshold", "prefill"}
     assert inputs(["step", "nothing"], have) == ["step"]
+
+
+def test_a_step_without_a_threshold_was_structural_unless_it_ran_elsewhere() -> None:
+    table = pa.table({"threshold": [math.nan, math.nan, None, 0.5], "canonical": [True, False, None, True]})
+    for columns, expected in (
+        (["threshold", "canonical"], [True, False, True, False]),
+        (["threshold"], [True] * 3 + [False]),
+    ):
+        made = upgrade(table.select(columns), ["structural"], None, steps=True)
+        assert made["structural"].to_pylist() == expected
+        assert "structural" not in upgrade(table.select(columns), ["structural"], None, steps=False).column_names
+
+
+def test_a_file_that_came_later_is_numbered_behind_those_before(tmp_path: Path) -> None:
+    numbers = Numbers(tmp_path)
+    pq.write_table(pa.table({"request_id": ["x1", "x2"]}), tmp_path / "steps-0001.parquet")
+    assert numbers.of(pa.chunked_array([["x2", None]])).to_pylist() == [2, None]
+    pq.write_table(pa.table({"request_id": ["y1", "y2"]}), tmp_path / "steps-0002.parquet")
+    assert numbers.of(pa.chunked_array([["y2", "x1"]])).to_pylist() == [4, 1]
+    assert numbers.of(pa.chunked_array([["nowhere"]])).to_pylist() == [5]
