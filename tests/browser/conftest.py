@@ -129,22 +129,10 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def profiles(chromium: Any) -> Iterator[dict[str, Any]]:
-    """A light and a dark browser profile: the tabs of one share what it has downloaded and compiled, as a user's do."""
-    made = {
-        scheme: chromium.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=scheme)
-        for scheme in ("light", "dark")
-    }
-    yield made
-    for context in made.values():
-        context.close()
-
-
 @pytest.fixture(params=["light"])
-def tab(profiles: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A fresh tab without a history; ends the test if the page asked anybody but us for something."""
-    context = profiles[request.param]
+def tab(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A fresh tab; ends the test if the page asked anybody but us for something."""
+    context = chromium.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=request.param)
     page = context.new_page()
     page.set_default_timeout(180_000)  # a loaded machine draws late
     outside: list[str] = []
@@ -153,6 +141,5 @@ def tab(profiles: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[An
         lambda r: None if r.url.startswith(("http://127.0.0.1:", "data:", "blob:", "file:")) else outside.append(r.url),
     )
     yield page
-    page.close()
-    context.clear_cookies()
+    context.close()
     assert not outside, f"the page called out: {outside}"

@@ -312,3 +312,10 @@ def test_totals_name_what_they_count(writer: TraceWriter) -> None:
     assert writer.totals() == {
         "step_rows": 2, "request_rows": 1, "dropped_rows": 0, "dropped_requests": 0, "write_errors": 0, "files": 2,
     }  # fmt: skip
+
+
+def test_a_run_says_who_writes_it_before_anything_is_written(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "deep" / "er", {"model": "m"}) as w:
+        first = read_manifest(w.path)
+    assert (first["pid"], first["run"], first["totals"]["step_rows"]) == (os.getpid(), w.path.name, 0)
+    assert set(first["totals"]) == set(w.totals())
