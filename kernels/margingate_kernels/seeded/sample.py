@@ -11,7 +11,6 @@ from margingate_kernels.choice.rows import Workspace, check_logits, power_of_two
 from margingate_kernels.seeded.draw import WORDS, Drawn, draw_reference
 from margingate_kernels.seeded.noise import BLOCK, GROUP
 
-
 _AT_ONCE = 2048
 """Programs of 128 threads that a GPU of 128 multiprocessors holds."""
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 STD = 0.02
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM",
+)  # fmt: skip
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -83,6 +85,18 @@ def layer_sizes(c: dict[str, Any]) -> Sizes:
         sizes["mlp.gate.weight"] = c["num_experts"], hidden
         for expert in range(c["num_experts"]):
             sizes |= _mlp(f"mlp.experts.{expert}", hidden, c["moe_intermediate_size"])
+    elif name == "OlmoeForCausalLM":
+        sizes["mlp.gate.weight"] = c["num_experts"], hidden
+        for expert in range(c["num_experts"]):
+            sizes |= _mlp(f"mlp.experts.{expert}", hidden, c["intermediate_size"])
+        sizes |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (kv,)}
+    elif name == "MixtralForCausalLM":
+        bank, inner = "block_sparse_moe", c["intermediate_size"]
+        sizes[f"{bank}.gate.weight"] = c["num_local_experts"], hidden
+        for expert in range(c["num_local_experts"]):
+            at = f"{bank}.experts.{expert}"
+            up = {f"{at}.w1.weight": (inner, hidden), f"{at}.w3.weight": (inner, hidden)}
+            sizes |= up | {f"{at}.w2.weight": (hidden, inner)}
     else:
         sizes |= _mlp("mlp", hidden, c["intermediate_size"])
     if name == "Qwen2ForCausalLM":
