@@ -42,7 +42,7 @@ def load() -> None:
         overview.events(overview.over_time(steps)),
         request.margins(steps, selected=1, log=True),
         request.waterfall(requests.iloc[0]),
-        flips.bars(counted, "", ""),
+        flips.bars(counted, ""),
     ):
         figure.to_json()
     tokens.strip(steps)

@@ -90,7 +90,7 @@ def test_nothing_to_draw_is_said() -> None:
         margins.histogram({"a": nothing}, {"a": nothing}, margin_bins(nothing), "log", 0.5)
     )
     assert "No decode steps" in says(margins.effect({"a": (nothing, nothing, nothing)}, 0.5))
-    assert "No flip" in says(flips.bars(flips.by_bucket(np.zeros(3, int), np.zeros(3, int), ["a"]), "x", "y"))
+    assert "No flip" in says(flips.bars(flips.by_bucket(np.zeros(3, int), np.zeros(3, int), ["a"]), "x"))
     assert "No step was verified" in says(latency.verify_cost(latency.quantiles(np.zeros(0, int), nothing)))
     assert "No request" in says(latency.distribution({"gate": np.array([np.nan])}, "x", "ms"))
     assert "No matched" in says(compare.still_identical(pd.DataFrame({"dataset": []})))

@@ -65,7 +65,7 @@ def ranges(values: np.ndarray, count: int = 10) -> tuple[np.ndarray, list[str]]:
     return which[values], labels
 
 
-def bars(table: pd.DataFrame, title: str, axis: str, subtitle: str = "") -> go.Figure:
+def bars(table: pd.DataFrame, title: str, subtitle: str = "") -> go.Figure:
     """Draw flips per 1,000 steps in each bucket, with numerator and denominator on each bar."""
     if table.empty or not table["flips"].sum():
         return empty(
@@ -113,9 +113,9 @@ def bars(table: pd.DataFrame, title: str, axis: str, subtitle: str = "") -> go.F
     finish(
         fig,
         title,
-        height=150 + 24 * max(4, len(names)),
+        height=390,  # all of a pair alike
         subtitle=subtitle,
         x={"title": "flips per 1,000 steps", "range": [0, 1000.0 * float(table["rate"].max()) * 1.45]},
-        y={"title": axis, "tickfont": {"size": 11}, **order},
+        y={"tickfont": {"size": 11}, **order},
     )
-    return fig.update_layout({"margin": {"l": 44 + int(6.4 * max(map(len, names)))}})
+    return fig.update_layout({"margin": {"l": 22 + int(6.4 * max(map(len, names)))}})

@@ -85,13 +85,13 @@ def _figures(
     near = np.searchsorted(edges, margin, side="right")
     margin_labels = ["0", *(f"{grid * k:.6g}" for k in (1, 2, 4, 8, 16, 32)), "more"]
     found = {}
-    for name, title, axis, bucket, names in (
-        ("by-step", "By step", "step (output token)", position, labels),
-        ("by-class", "By token class", "class of the committed token", kinds, tokens.CLASSES),
-        ("by-margin", "By margin", "margin at most, logits", near, margin_labels),
-        ("by-batch", "By batch size", "batch rows", rows, row_labels),
+    for name, title, bucket, names in (
+        ("by-step", "By step (output token)", position, labels),
+        ("by-class", "By class of the committed token", kinds, tokens.CLASSES),
+        ("by-margin", "By margin at most, logits", near, margin_labels),
+        ("by-batch", "By batch rows", rows, row_labels),
     ):
-        found[name] = figures.bars(figures.by_bucket(bucket, state, names), title, axis, subtitle)
+        found[name] = figures.bars(figures.by_bucket(bucket, state, names), title, subtitle)
     return found
 
 
