@@ -271,9 +271,10 @@ def _page() -> None:
         _identity(infos, names, exports)
     if len(names) == 1:
         _note(next(i for i in infos if i.name == names[0]))
-    if frame["overhead"].notna().any():
+    # While runs are counted the page is shown again and again: figures that are drawn each time would delay the table.
+    if not uncounted and frame["overhead"].notna().any():
         ui.pairs(figures.price(frame), exports)
-    if len(frame) > 2:
+    if not uncounted and len(frame) > 2:
         ui.chart(figures.trend(frame), "trend", exports)
     exports.show("runs")
     warned = [info for info in infos if info.warnings]
