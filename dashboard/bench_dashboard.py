@@ -52,6 +52,8 @@ CHARTS = {
 OPEN_LIMIT = 3.0
 SWITCH_LIMIT = 1.0
 REQUEST_LIMIT, REQUEST_TOKENS = 2.0, 30_000
+LONG_MEAN = 51_500
+"""Mean of the drawn length with which the one request gets that many tokens."""
 LIST_LIMIT, IDLE_LIMIT, IDLE_SECONDS = 2.0, 0.02, 12.0
 """A folder of many runs: seconds until its table stands, and the share of a core that an open page may use afterwards."""
 CHROMIUM_FLAGS = [
@@ -301,9 +303,7 @@ def main() -> int:
             )
         more = {}
         if args.chromium and find_spec("playwright"):
-            write_run(
-                traces / "long", SyntheticSpec(requests=1, tokens=REQUEST_TOKENS, slots=1, policy="always", seed=5)
-            )
+            write_run(traces / "long", SyntheticSpec(requests=1, tokens=LONG_MEAN, slots=1, policy="always", seed=5))
             more["request"] = min(
                 (long_request(traces, args.chromium) for _ in range(args.repeat)), key=lambda s: s["wall"]
             )
