@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from multiprocessing import connection, context, forkserver, resource_tracker, spawn
+from multiprocessing import context, forkserver, resource_tracker, spawn
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -57,7 +57,8 @@ def _spawn_by_forking() -> None:
     context._concrete_contexts["spawn"] = context._concrete_contexts["forkserver"]  # type: ignore[attr-defined]
     launcher = os.getpid()
     with socket.socket(socket.AF_UNIX) as listener:
-        server._forkserver_address = connection.arbitrary_address("AF_UNIX")
+        # A name without a file: a path below a test's own folder may be longer than a socket's may be.
+        server._forkserver_address = f"\0margingate-forks-{launcher}"
         listener.bind(server._forkserver_address)
         listener.listen()
         alive, server._forkserver_alive_fd = os.pipe()

@@ -177,7 +177,7 @@ def test_a_profile_follows_the_rounds_on_the_same_servers(
     assert sorted(started.order) == ["ours", "stock"]
     assert profiled == [
         f"{name} {phase}" for name in ("stock", "ours")
-        for phase in ("first 3 GPU", "mixed 9 GPU", "decode 9 GPU", "prefill 9 GPU")
+        for phase in ("first 3 GPU", "mixed 9 GPU", "decode 9 GPU", "prefill 1 GPU")
     ]  # fmt: skip
     found = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert found["ours"]["decode"]["busy"] == pytest.approx(0.5)
