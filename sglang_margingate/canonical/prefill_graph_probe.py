@@ -55,12 +55,19 @@ def _multiple(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-class Graphs(Protocol):
-    """Captured prefills."""
+class Sizes(Protocol):
+    """Captured prefills by their size."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Padded sizes in use, rising."""
+
+    def drop(self, size: int) -> None:
+        """Use this size no more."""
+
+
+class Graphs(Sizes, Protocol):
+    """Captured prefills that can be tried."""
 
     @property
     def replays(self) -> int:
@@ -69,22 +76,12 @@ class Graphs(Protocol):
     def off(self) -> AbstractContextManager[None]:
         """Run prefills eagerly meanwhile."""
 
-    def drop(self, size: int) -> None:
-        """Use this size no more."""
 
-
-class Timed(Protocol):
+class Timed(Sizes, Protocol):
     """Captured prefills that can be timed."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Padded sizes in use, rising."""
 
     def milliseconds(self, size: int) -> float:
         """Return the least time of a few replays."""
-
-    def drop(self, size: int) -> None:
-        """Use this size no more."""
 
 
 def drop_slow(graphs: Timed, ranks: Ranks) -> dict[int, float]:
@@ -94,9 +91,8 @@ def drop_slow(graphs: Timed, ranks: Ranks) -> dict[int, float]:
     GPU. Sizes of the class give a row the same bits, so time may choose among them. All ranks drop the same: the slowest
     rank's times count.
     """
-    rounds = [
-        [graphs.milliseconds(size) for size in graphs.sizes] for _ in range(ROUNDS)
-    ]  # somebody else's work passes
+    # In rounds: somebody else's work on the GPU passes.
+    rounds = [[graphs.milliseconds(size) for size in graphs.sizes] for _ in range(ROUNDS)]
     took = {size: max(ranks.exchange(f"ms of {size} tokens", min(ms))) for size, ms in zip(graphs.sizes, zip(*rounds))}
     slow: dict[int, float] = {}
     least = float("inf")

@@ -102,7 +102,8 @@ def _unscaled(layer: Any) -> bool:
     A model with quantised weights has scales of keys and values too. Where the checkpoint brings none they are 1, which
     changes no bit.
     """
-    return all(getattr(layer, f"{of}_scale") is None or getattr(layer, f"{of}_scale_float") == 1.0 for of in ("k", "v"))
+    scales = ((layer.k_scale, layer.k_scale_float), (layer.v_scale, layer.v_scale_float))
+    return all(scale is None or value == 1.0 for scale, value in scales)
 
 
 # ---- hook functions ---------------------------------------------------------------------------------------------------

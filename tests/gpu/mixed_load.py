@@ -179,7 +179,7 @@ class Mixed:
             starting = {name: pool.submit(self.start, stacks[name], name) for name in first}
             served = [s for name in first if (s := self.ready(name, starting[name])) is not None]
             ours = self.ours(served)
-            self.measure_steps(served)
+            self.measure_steps(served, self.args.steps)
             self.rounds(served, reserve=60 * len(further) + (180 if ours else 0))
             for name in first:
                 if ours is None or name != ours.label:
@@ -191,19 +191,19 @@ class Mixed:
             for name in further:
                 later = self.ready(name, pool.submit(self.start, stacks[name], name))
                 alone.result()  # a timed round has the GPU to itself
-                self.measure_steps([later] if later is not None else [])
+                self.measure_steps([later] if later is not None else [], self.args.steps)
                 self.rounds([later] if later is not None else [])
                 stacks[name].close()
             alone.result()
         self.save()
 
-    def measure_steps(self, served: list[Served]) -> None:
-        """Measure decode steps and prefills."""
-        if not self.args.steps or not served:
+    def measure_steps(self, served: list[Served], repeats: int, *what: Any) -> None:
+        """Measure decode steps and prefills, of the usual sizes or of ``what``."""
+        if not repeats or not served:
             return
         targets = {s.label: Target(s.client.base_url, self.vocabulary) for s in served}
         pools = [self.results.servers[s.label]["pool_tokens"] or 0 for s in served]
-        found = mixed_steps.measure(targets, self.args.steps, self.say, min(pools))
+        found = mixed_steps.measure(targets, repeats, self.say, min(pools), *what)
         for name, by in found.items():
             self.steps.setdefault(name, {}).update(by)
         self.save()

@@ -6,7 +6,7 @@ Each repeat visits every server with the same prompts, which no cache holds, so 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sglang_margingate.bench.evidence.decode_cost import Target, summary
@@ -43,12 +43,19 @@ Found = dict[str, dict[str, list[float]]]
 """By what was measured and by server: ms a step, or prompt tokens a second, one of each repeat."""
 
 
-def measure(targets: Mapping[str, Target], repeats: int, say: Callable[[str], None], most: int) -> Found:
-    """Measure every server; what asks for more than ``most`` tokens at once is left out, and said so."""
+def measure(
+    targets: Mapping[str, Target],
+    repeats: int,
+    say: Callable[[str], None],
+    most: int,
+    decodes: Sequence[Steps] | None = None,
+    prefills: Mapping[str, tuple[int, ...]] | None = None,
+) -> Found:
+    """Measure every server at :data:`STEPS` and :data:`PREFILLS`, or at others; more than ``most`` tokens at once are left out."""
     found: Found = {}
     for repeat in range(-1, repeats):  # the first one warms up
         order = list(targets.items())[:: 1 if repeat % 2 == 0 else -1]
-        for number, steps in enumerate(STEPS):
+        for number, steps in enumerate(STEPS if decodes is None else decodes):
             if steps.rows * (steps.context + steps.new) > most:
                 continue
             for label, to in order:
@@ -59,7 +66,7 @@ def measure(targets: Mapping[str, Target], repeats: int, say: Callable[[str], No
                 took = summary(to.batch(prompts, steps.new, {}))["step_ms"]
                 if repeat >= 0:
                     found.setdefault(steps.name, {}).setdefault(label, []).append(took)
-        for number, (name, lengths) in enumerate(PREFILLS.items()):
+        for number, (name, lengths) in enumerate((PREFILLS if prefills is None else prefills).items()):
             if sum(lengths) > most:
                 continue
             for label, to in order:

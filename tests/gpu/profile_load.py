@@ -10,7 +10,7 @@ its own speed, in three phases: `mixed` (prompts arrive while others decode), `d
 Before that, while nothing else runs, prompts of single lengths are prefilled one after another, and batches of some sizes decode:
 what a forward of just that size takes.
 
-DIR gets profile.json, the traces, and the servers' logs; with `host` what our hooks took by their own clock.
+DIR gets profile.json, results.json with the times of prompts and steps, the traces, and the servers' logs; with `host` what our hooks took by their own clock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
 import threading
 import time
@@ -35,20 +34,19 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import kernel_trace  # noqa: E402
+import mixed_steps  # noqa: E402
 from mixed_load import Mixed  # noqa: E402
 from truth import prepare  # noqa: E402
 
 from sglang_margingate.bench import tables  # noqa: E402
-from sglang_margingate.bench.evidence.decode_cost import Target, summary  # noqa: E402
-from sglang_margingate.bench.servers.client import Client, Prompt, ServerError, run_alone, run_together  # noqa: E402
+from sglang_margingate.bench.servers.client import Client, Prompt, ServerError, run_together  # noqa: E402
 
 AFTER = {"mixed": 2.0, "decode": 1.5, "prefill": 0.3}
 """Seconds from a phase's begin to its profile: by then its batch is full."""
 PHASES = tuple(AFTER)
-LENGTHS = (64, 130, 200, 270, 330, 400, 460, 530, 600, 660, 730, 800, 900, 1000)
-ROWS, CONTEXT, STEP_TOKENS = (8, 24, 41, 52, 64), 600, 96
-Times = dict[str, dict[str, float]]
-"""ms by what was timed and by server."""
+DECODES = [mixed_steps.Steps(600, rows, 96) for rows in (8, 24, 41, 52, 64)]
+PREFILLS = {f"1 of {n}": (n,) for n in (64, 130, 200, 270, 330, 400, 460, 530, 600, 660, 730, 800, 900, 1000)}
+"""What is timed while nothing else runs."""
 COLUMNS = (
     "forwards", "mean_ms", "span_ms", "wait_ms", "mean_wait_ms", "longest_wait_ms", "busy", "kernels", "gemm_ms",
     "attention_ms", "small_ms", "copies_ms", "choice_ms", "other_ms",
@@ -83,31 +81,6 @@ def run_phase(
     timer.start()
     run_together(client, sent, at_once)
     timer.join()
-
-
-def alone(servers: dict[str, Client], vocabulary: int, repeats: int) -> Times:
-    """Return the median ms of prompts of single lengths from sending to the first token, and of decode steps.
-
-    The servers take turns; the first two rounds of prompts, and the first of steps, warm up.
-    """
-    found: dict[str, dict[str, list[float]]] = {}
-    targets = {name: Target(client.base_url, vocabulary) for name, client in servers.items()}
-    for number in range(-2, 4 * repeats):
-        for length in LENGTHS:
-            for name, to in list(targets.items())[:: 1 if number % 2 == 0 else -1]:
-                ids = to.prompt(10**6 * length + number + 2, length)
-                took = run_alone(servers[name], [Prompt("", "", "", tuple(ids), 1)])[0]
-                if number >= 0:
-                    found.setdefault(f"prompt of {length}", {}).setdefault(name, []).append(1000 * took.seconds)
-    for number in range(-1, repeats):
-        for rows in ROWS:
-            for name, to in list(targets.items())[:: 1 if number % 2 == 0 else -1]:
-                to.flush_cache()
-                prompts = [to.prompt(10**6 * rows + 1000 * (number + 1) + row, CONTEXT) for row in range(rows)]
-                took_ms = summary(to.batch(prompts, STEP_TOKENS, {}))["step_ms"]
-                if number >= 0:
-                    found.setdefault(f"step of {rows}", {}).setdefault(name, []).append(took_ms)
-    return {what: {name: statistics.median(ms) for name, ms in by.items()} for what, by in found.items()}
 
 
 def host_of(client: Client) -> Any:
@@ -181,10 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         starting = {name: pool.submit(mixed.start, stack.enter_context(ExitStack()), name) for name in mixed.modes}
         served = [s for name, future in starting.items() if (s := mixed.ready(name, future)) is not None]
         mixed.rounds(served)
-        if args.repeats:
-            found["alone"] = alone({s.label: s.client for s in served}, mixed.vocabulary, args.repeats)
-            (mixed.out / "profile.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            mixed.say("prompts and steps alone")
+        mixed.measure_steps(served, args.repeats, DECODES, PREFILLS)
         for server in served:
             began, name = time.monotonic(), server.label
             try:
@@ -195,12 +165,8 @@ def main(argv: list[str] | None = None) -> int:
             (mixed.out / "profile.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.rounds:
         print(mixed.table())
-    times: Times = found.pop("alone", {})
-    for what, by in times.items():
-        shares = [f"{by[name] / by[mixed.modes[0]]:.3f}" for name in mixed.modes[1:] if name in by]
-        print(
-            f"{what}: {', '.join(f'{name} {ms:.2f} ms' for name, ms in by.items())}; of {mixed.modes[0]} {', '.join(shares)}"
-        )
+    if mixed.steps:
+        print(tables.text(*mixed_steps.rows(mixed.steps, mixed.modes), (0,)))
     for name, of in found.items():
         print(f"{name}: host {json.dumps(of.get('host'))}")
     print(table(found), flush=True)

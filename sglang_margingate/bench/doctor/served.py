@@ -14,6 +14,7 @@ from typing import Any
 from sglang_margingate.bench.check.phases import CheckResult, Plan, run_check
 from sglang_margingate.bench.check.verdict import FAIL, PASS, Verdict, judge, to_dict
 from sglang_margingate.bench.doctor.findings import Finding, State, Table, not_checked
+from sglang_margingate.bench.doctor.report import homeless
 from sglang_margingate.bench.doctor.subject import too_large, write_weights
 from sglang_margingate.bench.doctor.visit import Visit
 from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
@@ -123,12 +124,12 @@ def _start(visit: Visit, mode: str) -> Finding | None:
 
 
 def _tail(log: Path, lines: int = 25) -> list[str]:
-    """Return the end of a server's log, home folders left out."""
+    """Return the end of a server's log, home folders left out before lines are cut."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
         return []
-    return [line.replace(str(Path.home()), "~")[:300] for line in text.splitlines()[-lines:]]
+    return [line[:300] for line in homeless(text).splitlines()[-lines:]]
 
 
 def _policy(client: Client) -> str | None:

@@ -2,7 +2,8 @@
 
     python -m sglang_margingate.bench.kernels.random_weights SHAPE_DIR OUT_DIR [DEVICE]
 
-Shapes of Llama, Qwen2 (biases on q, k and v), Qwen3 (norms of queries and keys) and Qwen3-MoE (a router and experts). SGLang's
+Shapes of Llama, Qwen2 (biases on q, k and v), Qwen3 (norms of queries and keys), and of Qwen3-MoE, OLMoE and Mixtral (a router and
+experts). SGLang's
 own ``--load-format dummy`` fills norms with values near 0 too, and leaves fused experts as they are, which makes degenerate
 outputs. One fixed seed: every server of a session has the same weights.
 """
