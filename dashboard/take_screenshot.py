@@ -1,4 +1,4 @@
-"""Take the README's picture of the dashboard anew: the Request page of the committed run, in a real browser.
+"""Take the picture of docs/dashboard.md anew: the Request page of the committed run, in a real browser.
 
 python dashboard/take_screenshot.py        # writes docs/images/request.png; needs Chromium and Playwright
 """

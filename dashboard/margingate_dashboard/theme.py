@@ -97,9 +97,10 @@ CSS = """
 .mg-cards:has(.mg-card:nth-child(8)) { grid-template-columns:repeat(auto-fit, minmax(min(225px, 44%), 1fr)); }
 .mg-card { border:1px solid color-mix(in srgb, currentColor 14%, transparent); border-radius:.7rem;
   padding:.8rem .95rem .75rem .95rem; background:color-mix(in srgb, currentColor 2.5%, transparent);
-  border-top:3px solid var(--mg-accent, color-mix(in srgb, currentColor 25%, transparent)); }
+  border-top:3px solid var(--mg-accent, color-mix(in srgb, currentColor 25%, transparent)); container-type:inline-size; }
 .mg-card .label { font-size:.8rem; opacity:.72; font-weight:500; }
-.mg-card .value { font-size:1.75rem; font-weight:650; letter-spacing:-.02em; line-height:1.25;
+/* "unknown" must stay one word in the narrowest card. */
+.mg-card .value { font-size:clamp(1.2rem, 22cqi, 1.75rem); font-weight:650; letter-spacing:-.02em; line-height:1.25;
   font-variant-numeric:tabular-nums; overflow-wrap:anywhere; }
 .mg-card .value small { font-size:.95rem; font-weight:500; opacity:.75; margin-left:.15rem; letter-spacing:0; }
 .mg-card .sub { font-size:.8rem; opacity:.78; font-variant-numeric:tabular-nums; line-height:1.35; }
