@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import quote_plus, urlencode
 
 TRACE_DIR_ENV = "MARGINGATE_TRACE_DIR"
 
@@ -45,3 +45,9 @@ def href(page: str, run: str | None = None, request: str | None = None, step: in
     """Return a relative link such as ``request?run=a&request=b&step=3`` (quoted; still escape it inside HTML)."""
     query = urlencode(params(run, request, step, **more))
     return f"{page}?{query}" if query else page
+
+
+def hrefs(page: str, run: str, requests: Iterable[object], numbers: Iterable[object]) -> list[str]:
+    """Return the links of many requests of one run, each as :func:`href` makes it."""
+    begin = href(page, run)
+    return [f"{begin}&request={quote_plus(str(rid))}&number={number}" for rid, number in zip(requests, numbers)]

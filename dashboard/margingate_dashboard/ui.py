@@ -20,7 +20,7 @@ from margingate_dashboard import choose, data, links
 from margingate_dashboard.cards import Card, cards_html
 from margingate_dashboard.choose import FOLLOW_SECONDS, markdown_safe
 from margingate_dashboard.facts.filters import Filters
-from margingate_dashboard.figures.common import safe
+from margingate_dashboard.figures.common import merged, relaid, safe
 from margingate_dashboard.theme import CSS, DARK_CSS, THRESHOLD_COLOUR
 from sglang_margingate.trace import RunInfo, TraceError
 from sglang_margingate.trace.errors import brief
@@ -254,16 +254,8 @@ def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
 
 def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:
     """Show a figure and put it into the page's export menu."""
-    exports.figures[name] = fig
-    # Streamlit's own grey of axis texts is 3.7:1 on white.
-    ink = "#A9AFBA" if st.context.theme.type == "dark" else "#555B66"
-    axes = [n for n in fig.layout.to_plotly_json() if n.startswith(("xaxis", "yaxis"))]
-    fig.update_layout({n: {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}} for n in axes})
-    fig.update_layout({"font": {"color": ink}})
-    # The threshold's colour is for lines: as text it is 3:1 on white.
-    for note in fig.layout.annotations:
-        if note.font.color in (THRESHOLD_COLOUR, *THRESHOLD_INKS):
-            note.font.color = THRESHOLD_INKS[st.context.theme.type == "dark"]
+    # A copy, in this reader's theme: figures are kept, and shared between readers.
+    fig = exports.figures[name] = inked(fig, st.context.theme.type == "dark")
     if _CHART_HAS_ALT:
         more["alt"] = (fig.layout.meta or {}).get("title", name)
     config = {
@@ -272,6 +264,24 @@ def chart(fig: go.Figure, name: str, exports: Exports, *, key: str | None = None
         "toImageButtonOptions": {"format": "png", "filename": f"{exports.prefix}-{name}", "scale": 2},
     }
     return st.plotly_chart(fig, key=key or f"chart-{name}", config=config, **more)
+
+
+def inked(fig: go.Figure, dark: bool) -> go.Figure:
+    """Return the figure with texts that can be read in the light or the dark theme.
+
+    Streamlit's own grey of axis texts is 3.7:1 on white, and the threshold's colour, which is for lines, is 3:1.
+    """
+    ink = "#A9AFBA" if dark else "#555B66"
+    layout = fig.layout.to_plotly_json()
+    axes = [n for n in layout if n.startswith(("xaxis", "yaxis"))]
+    notes = [
+        merged(note, {"font": {"color": THRESHOLD_INKS[dark]}})
+        if (note.get("font") or {}).get("color") == THRESHOLD_COLOUR
+        else note
+        for note in layout.get("annotations") or ()
+    ]
+    texts = {n: {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}} for n in axes}
+    return relaid(fig, texts, {"font": {"color": ink}, "annotations": notes})
 
 
 def pairs(figures: dict[str, go.Figure], exports: Exports) -> None:

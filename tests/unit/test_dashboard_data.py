@@ -551,6 +551,10 @@ def test_links_quote_what_they_carry() -> None:
     assert links.href("request", "a b", "x&y=z", 3) == "request?run=a+b&request=x%26y%3Dz&step=3"
     assert links.known_run("../a", ["a"]) is None
     assert links.known_run(["a"], ["a"]) is None
+    ids, numbers = ["a b", "x&y=1", "ü/ö", "plain"], [3, 1, 4, 1]
+    assert links.hrefs("request", "r un", ids, numbers) == [
+        links.href("request", "r un", rid, number=n) for rid, n in zip(ids, numbers)
+    ]
 
 
 def test_an_invariance_map_becomes_a_table_and_damage_is_left_out() -> None:

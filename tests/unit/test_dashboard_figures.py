@@ -12,10 +12,11 @@ pytest.importorskip("plotly", reason="the dashboard's extra is not installed")
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
 import plotly.graph_objects as go
-from margingate_dashboard import states, theme, warmup
+from margingate_dashboard import states, theme, ui, warmup
 from margingate_dashboard.bins import margin_bins
 from margingate_dashboard.figures import compare, flips, latency, margins, overview, request, runs, tuning
-from margingate_dashboard.figures.common import safe
+from margingate_dashboard.figures.common import on_row, relaid, safe, stacked
+from plotly.subplots import make_subplots
 from synthetic_runs import SyntheticSpec, make_frames
 
 from sglang_margingate.gate.calibration import trade_off, transfer_matrix
@@ -163,6 +164,43 @@ def test_a_logarithmic_axis_has_whole_labels() -> None:
 
 def test_every_figure_names_itself_for_screen_readers(steps: pd.DataFrame) -> None:
     assert overview.events(overview.over_time(steps)).layout.meta["title"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "spacing", "heights"), [(1, 0.1, None), (2, 0.09, None), (3, 0.075, [0.38, 0.34, 0.28])]
+)
+def test_plots_above_each_other_stand_where_plotly_puts_them(
+    rows: int, spacing: float, heights: list[float] | None
+) -> None:
+    theirs = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=spacing, row_heights=heights).layout
+    ours = stacked(rows, spacing, heights)
+    for row in range(1, rows + 1):
+        for axis in (f"{name[:1]}axis{name[1:]}" for name in on_row(row).values()):
+            wanted = theirs[axis].to_plotly_json()
+            assert ours[axis].pop("domain") == pytest.approx(wanted.pop("domain"))
+            assert ours[axis] == wanted
+
+
+def test_further_settings_leave_the_others_and_the_figure_itself_alone() -> None:
+    first = go.Figure(go.Bar(x=[1], y=[2]), {"xaxis": {"title": {"text": "x"}, "range": [0, 1]}, "barmode": "stack"})
+    before = first.to_json()
+    second = relaid(first, {"xaxis": {"title": {"standoff": 3}, "range": [0, 9]}}, {"height": 200})
+    assert second.layout.xaxis.title.text == "x"
+    assert (second.layout.xaxis.title.standoff, second.layout.barmode, second.layout.height) == (3, "stack", 200)
+    assert list(second.layout.xaxis.range) == [0, 9]
+    assert first.to_json() == before
+
+
+def test_readers_of_both_themes_share_a_figure() -> None:
+    values = np.arange(100) / 16
+    kept = margins.histogram({"a": values}, {"a": values[:3]}, margin_bins(values, "log"), "log", 0.5)
+    before = kept.to_json()
+    light, dark = ui.inked(kept, False), ui.inked(kept, True)
+    assert kept.to_json() == before
+    for fig, ink, tau in ((light, "#555B66", ui.THRESHOLD_INKS[0]), (dark, "#A9AFBA", ui.THRESHOLD_INKS[1])):
+        assert fig.layout.xaxis.tickfont.color == fig.layout.yaxis.title.font.color == fig.layout.font.color == ink
+        assert [n.font.color for n in fig.layout.annotations] == [None, tau]
+        assert fig.layout.xaxis.title.text == kept.layout.xaxis.title.text
 
 
 def test_names_cannot_carry_markup() -> None:

@@ -21,14 +21,14 @@ def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
     title = "Requests still identical, by step"
     if table.empty:
         return empty(title, "No matched requests.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     longest = int(table[["tokens_a", "tokens_b"]].max(axis=None))
     for name, rows in table.groupby("dataset", sort=True, observed=True):
         colour, dash = dataset_look(str(name))
         first = np.sort(rows["first"].dropna().to_numpy(dtype=np.int64))
         x = np.concatenate([[0], first, [longest]])
         y = np.concatenate([[len(rows)], len(rows) - 1 - np.arange(first.size), [len(rows) - first.size]])
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=x,
                 y=y / len(rows) * 100,
@@ -44,7 +44,6 @@ def still_identical(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 hovertemplate="step %{x}: %{customdata[0]} / %{customdata[1]} identical" + extra(name),
             )
         )
-    finish(fig, title, subtitle=subtitle, width=WHOLE)
-    fig.update_xaxes(title_text="step (output token)", rangemode="tozero")
-    fig.update_yaxes(title_text="identical so far, %", range=[0, 103])
-    return fig
+    along = {"title": "step (output token)", "rangemode": "tozero"}
+    up = {"title": "identical so far, %", "range": [0, 103]}
+    return finish(go.Figure(traces), title, subtitle=subtitle, width=WHOLE, x=along, y=up)

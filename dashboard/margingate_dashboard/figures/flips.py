@@ -73,11 +73,11 @@ def bars(table: pd.DataFrame, title: str, subtitle: str = "") -> go.Figure:
         )
     # Lying bars: each has a line of its own for its name and its counts, however narrow the page is.
     names = [str(label) for label in table["label"]]
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     for look in FLIP_STATES:
         if not table[look.name].any():
             continue
-        fig.add_trace(
+        traces.append(
             go.Bar(
                 y=names,
                 x=1000.0 * table[look.name] / table["steps"],
@@ -89,7 +89,7 @@ def bars(table: pd.DataFrame, title: str, subtitle: str = "") -> go.Figure:
                 "<br>all flips at most %{customdata[2]:.3g} per 1,000 (95%)<extra>" + look.name + "</extra>",
             )
         )
-    fig.add_trace(
+    traces.append(
         go.Scatter(
             y=names,
             x=1000.0 * table["rate"],
@@ -102,7 +102,6 @@ def bars(table: pd.DataFrame, title: str, subtitle: str = "") -> go.Figure:
             textfont={"size": 11},
         )
     )
-    fig.update_layout({"barmode": "stack"})
     order = {
         "type": "category",
         "categoryorder": "array",
@@ -110,12 +109,12 @@ def bars(table: pd.DataFrame, title: str, subtitle: str = "") -> go.Figure:
         "autorange": "reversed",
         "showgrid": False,
     }
-    finish(
-        fig,
+    return finish(
+        go.Figure(traces),
         title,
         height=390,  # all of a pair alike
         subtitle=subtitle,
         x={"title": "flips per 1,000 steps", "range": [0, 1000.0 * float(table["rate"].max()) * 1.45]},
         y={"tickfont": {"size": 11}, **order},
+        more={"barmode": "stack", "margin": {"l": 22 + int(6.4 * max(map(len, names)))}},
     )
-    return fig.update_layout({"margin": {"l": 22 + int(6.4 * max(map(len, names)))}})

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from margingate_dashboard.figures.common import LOG_AXIS, empty, extra, finish, translucent
+from margingate_dashboard.figures.common import LOG_AXIS, empty, extra, finish, translucent, upright
 from margingate_dashboard.theme import TRIGGERED, policy_colour
 
 
@@ -36,10 +36,10 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
     tables = {name: table for name, table in tables.items() if len(table)}
     if not tables:
         return empty(title, f"No {what} has been recorded.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     for name, table in tables.items():
         colour = policy_colour(name)
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=table["rows"],
                 y=table["p95"],
@@ -50,7 +50,7 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
                 hovertemplate="%{x} rows: %{y:.2f} ms (%{customdata:,} steps)<extra>" + name + " p95</extra>",
             )
         )
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=table["rows"],
                 y=table["median"],
@@ -62,7 +62,9 @@ def by_rows(tables: dict[str, pd.DataFrame], title: str, what: str, subtitle: st
                 hovertemplate="%{x} rows: %{y:.2f} ms (%{customdata:,} steps)<extra>" + name + " median</extra>",
             )
         )
-    return finish(fig, title, subtitle=subtitle, x={"title": "batch rows"}, y={"title": "ms", "rangemode": "tozero"})
+    return finish(
+        go.Figure(traces), title, subtitle=subtitle, x={"title": "batch rows"}, y={"title": "ms", "rangemode": "tozero"}
+    )
 
 
 def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "", bins: int = 40) -> go.Figure:
@@ -76,11 +78,12 @@ def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle:
     edges = np.linspace(min(low, high), max(high, low + 1e-6), bins + 1)
     edges[-1] = max(edges[-1], float(every.max()))
     shown = np.append(edges[:-1], edges[-2] + (edges[1] - edges[0]))
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
+    medians = []
     for name, v in values.items():
         colour = policy_colour(name)
         heights, _ = np.histogram(v, edges)
-        fig.add_trace(
+        traces.append(
             go.Bar(
                 x=(shown[:-1] + shown[1:]) / 2,
                 y=heights,
@@ -92,9 +95,9 @@ def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle:
             )
         )
         if len(values) <= 3:
-            fig.add_vline(x=float(np.median(v)), line={"color": colour, "width": 1.5, "dash": "dash"})
-    fig.update_layout({"barmode": "stack"})
-    return finish(fig, title, subtitle=subtitle, x={"title": axis}, y={"title": "requests"})
+            medians.append(upright(float(np.median(v)), color=colour, width=1.5, dash="dash"))
+    more = {"barmode": "stack", "shapes": medians}
+    return finish(go.Figure(traces), title, subtitle=subtitle, x={"title": axis}, y={"title": "requests"}, more=more)
 
 
 def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
@@ -102,9 +105,9 @@ def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
     title = "Cost of a verify by window"
     if table.empty:
         return empty(title, "No step was verified.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     for column, dash in (("p95", "dot"), ("median", "solid")):
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=table["rows"],
                 y=table[column],
@@ -116,7 +119,7 @@ def verify_cost(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
             )
         )
     x, y = {"title": "columns recomputed for the step (window)"}, {"title": "ms the step waited", "rangemode": "tozero"}
-    return finish(fig, title, subtitle=subtitle, x=x, y=y)
+    return finish(go.Figure(traces), title, subtitle=subtitle, x=x, y=y)
 
 
 def ecdf(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "") -> go.Figure:
@@ -125,12 +128,12 @@ def ecdf(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "
     values = {name: v for name, v in values.items() if v.size}
     if not values:
         return empty(title, "No request has finished yet.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     log = all(v[0] > 0 for v in values.values())
     for name, v in values.items():
         shares = np.arange(1, v.size + 1) / v.size
         keep = np.unique(np.linspace(0, v.size - 1, min(v.size, 2000)).astype(int))
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=v[keep],
                 y=100 * shares[keep],
@@ -141,4 +144,4 @@ def ecdf(values: dict[str, np.ndarray], title: str, axis: str, subtitle: str = "
             )
         )
     x = {"title": axis, **(LOG_AXIS if log else {})}
-    return finish(fig, title, subtitle=subtitle, x=x, y={"title": "requests, %", "range": [0, 103]})
+    return finish(go.Figure(traces), title, subtitle=subtitle, x=x, y={"title": "requests, %", "range": [0, 103]})

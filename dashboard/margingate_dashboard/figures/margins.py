@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from margingate_dashboard.bins import LOGARITHMIC, Bins, counts
-from margingate_dashboard.figures.common import WHOLE, empty, finish, step_fill, translucent
+from margingate_dashboard.figures.common import WHOLE, empty, finish, on_row, stacked, step_fill, translucent, upright
 from margingate_dashboard.theme import FLIPPED, STABLE, THRESHOLD_COLOUR, TRIGGERED, dataset_look
 
 MAX_FACETS = 8
@@ -53,19 +54,26 @@ def histogram(
     names = list(margins)[:MAX_FACETS]
     if not names or not any(margins[n].size + flips[n].size for n in names):
         return empty(title, "No decode steps with a margin have been recorded.")
-    fig = make_subplots(rows=len(names), cols=1, shared_xaxes=True, vertical_spacing=min(0.06, 0.2 / len(names)))
     log = scale == LOGARITHMIC
     floor = 0.5  # a logarithmic axis has no zero: it begins here, and so do empty bins
     left = float(bins.drawn[0]) if log else min(0.0, float(bins.drawn[0]))
     right = float(bins.drawn[-1]) if log else float(bins.drawn[-2] + (bins.drawn[1] - bins.drawn[0]))
     drawn = bins.drawn if log else np.append(bins.drawn[:-1], right)
     place = max(threshold, float(np.sqrt(bins.drawn[0] * bins.drawn[1]))) if log else threshold
+    traces: list[go.Scatter] = []
+    notes: list[dict[str, Any]] = []
+    shapes: list[dict[str, Any]] = []
+    more: dict[str, Any] = {"annotations": notes, "shapes": shapes}
     for row, name in enumerate(names, start=1):
+        axes = on_row(row)
+        x, y = f"{axes['xaxis']} domain", f"{axes['yaxis']} domain"
+        most = floor
         for look, values, label in ((STABLE, margins[name], "not flipped"), (FLIPPED, flips[name], "flipped")):
             if look is FLIPPED and not values.size:
                 continue
             heights = counts(bins, values).astype(float)
             shown = np.where(heights > 0, heights, floor) if log_counts else heights
+            most = max(most, float(shown.max(initial=0.0)))
             trace = step_fill(
                 drawn,
                 shown,
@@ -73,66 +81,40 @@ def histogram(
                 fillcolor=translucent(look.colour, 0.35 if look is STABLE else 0.6),
                 name=label,
                 legendgroup=label,
-                showlegend=not any(t.legendgroup == label for t in fig.data),
-            )
-            trace.customdata = np.stack(
-                [np.append(heights, heights[-1]), bins.edges, np.append(bins.edges[1:], bins.edges[-1])], axis=-1
-            )
-            trace.hovertemplate = (
-                "margin %{customdata[1]:.6g} to %{customdata[2]:.6g}: %{customdata[0]:,} steps<extra>"
+                showlegend=not any(t.legendgroup == label for t in traces),
+                customdata=np.stack(
+                    [np.append(heights, heights[-1]), bins.edges, np.append(bins.edges[1:], bins.edges[-1])], axis=-1
+                ),
+                hovertemplate="margin %{customdata[1]:.6g} to %{customdata[2]:.6g}: %{customdata[0]:,} steps<extra>"
                 + label
-                + "</extra>"
+                + "</extra>",
+                **axes,
             )
-            fig.add_trace(trace, row=row, col=1)
+            traces.append(trace)
         total = margins[name].size + flips[name].size
-        fig.add_annotation(
-            text=f"<b>{name}</b>  {total:,} steps, {flips[name].size:,} flipped",
-            xref="x domain",
-            yref="y domain",
-            x=0.006,
-            y=0.97,
-            xanchor="left",
-            yanchor="top",
-            showarrow=False,
-            row=row,
-            col=1,
-        )
-        fig.add_vrect(
-            x0=left,
-            x1=place,
-            fillcolor=translucent(TRIGGERED.colour, 0.16),
-            line_width=0,
-            layer="below",
-            row=row,
-            col=1,
-        )
-        fig.add_vline(x=place, line={"color": THRESHOLD_COLOUR, "width": 2, "dash": "dash"}, row=row, col=1)
-    finish(fig, title, height=150 + 150 * len(names), subtitle=subtitle, width=WHOLE)
-    fig.add_annotation(
-        text=f" tau = {threshold:.6g}",
-        x=np.log10(place) if log else place,
-        xref="x",
-        y=0.78,
-        yref="y domain",
-        xanchor="left",
-        yanchor="top",
-        showarrow=False,
-        font={"color": THRESHOLD_COLOUR, "size": 13},
-    )
-    for row in range(1, len(names) + 1):
-        fig.update_yaxes(title_text="steps", type="log" if log_counts else "linear", row=row, col=1)
+        corner = {"xanchor": "left", "yanchor": "top", "showarrow": False}
+        text = f"<b>{name}</b>  {total:,} steps, {flips[name].size:,} flipped"
+        notes.append({"text": text, "xref": x, "yref": y, "x": 0.006, "y": 0.97, **corner})
+        shade = {"fillcolor": translucent(TRIGGERED.colour, 0.16), "line": {"width": 0}, "layer": "below"}
+        span = {"x0": left, "x1": place, "xref": axes["xaxis"], "y0": 0, "y1": 1, "yref": y}
+        shapes.append({"type": "rect", **span, **shade})
+        shapes.append(upright(place, row, color=THRESHOLD_COLOUR, width=2, dash="dash"))
+        more["yaxis" + axes["yaxis"][1:]] = {"title": {"text": "steps"}, "type": "log" if log_counts else "linear"}
         if log_counts:
-            most = max(float(np.nanmax(t.y)) for t in fig.data if t.yaxis == ("y" if row == 1 else f"y{row}"))
             # Room above the bars for the facet's own title.
-            fig.update_yaxes(dtick=1, range=[np.log10(floor), max(1.2, np.log10(most) * 1.22 + 0.15)], row=row, col=1)
+            above = {"dtick": 1, "range": [np.log10(floor), max(1.2, np.log10(most) * 1.22 + 0.15)]}
+            more["yaxis" + axes["yaxis"][1:]] |= above
+    at = {"x": np.log10(place) if log else place, "xref": "x", "y": 0.78, "yref": "y domain"}
+    style = {"xanchor": "left", "yanchor": "top", "showarrow": False, "font": {"color": THRESHOLD_COLOUR, "size": 13}}
+    notes.append({"text": f" tau = {threshold:.6g}", **at, **style})
+    along: dict[str, Any] = {"range": [left, right]}
     if log:
         places, labels = ticks(bins)
-        fig.update_xaxes(type="log", tickvals=places, ticktext=labels, range=[np.log10(left), np.log10(right)])
-    else:
-        fig.update_xaxes(range=[left, right])
+        along = {"type": "log", "tickvals": places, "ticktext": labels, "range": [np.log10(left), np.log10(right)]}
     unit = f"margin, logits (bins on the grid of {bins.grid:g})" if bins.grid else "margin, logits"
-    fig.update_xaxes(title_text=unit, row=len(names), col=1)
-    return fig
+    more["xaxis" + on_row(len(names))["xaxis"][1:]] = {"title": {"text": unit}}
+    fig = go.Figure(traces, stacked(len(names), min(0.06, 0.2 / len(names))))
+    return finish(fig, title, height=150 + 150 * len(names), subtitle=subtitle, width=WHOLE, x=along, more=more)
 
 
 def effect(
@@ -151,11 +133,11 @@ def effect(
     curves = {name: curve for name, curve in curves.items() if curve[0].size}
     if not curves:
         return empty(title, "No decode steps with a margin have been recorded.")
-    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09)
+    traces = []
     for name, (taus, rates, left) in curves.items():
         colour, dash = dataset_look(name)
         line = {"color": colour, "dash": dash, "width": 2}
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=taus,
                 y=100 * rates,
@@ -164,11 +146,9 @@ def effect(
                 mode="lines",
                 line={**line, "shape": "hv"},
                 hovertemplate="tau %{x:.6g}: %{y:.2f}% triggered<extra>" + name + "</extra>",
-            ),
-            row=1,
-            col=1,
+            )
         )
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=taus,
                 y=left,
@@ -178,13 +158,14 @@ def effect(
                 mode="lines",
                 line={**line, "shape": "hv"},
                 hovertemplate="tau %{x:.6g}: %{y} known flips above it<extra>" + name + "</extra>",
-            ),
-            row=2,
-            col=1,
+                **on_row(2),
+            )
         )
-    finish(fig, title, height=420, subtitle=subtitle, width=WHOLE)
-    fig.add_vline(x=threshold, line={"color": THRESHOLD_COLOUR, "width": 2, "dash": "dash"})
-    fig.update_yaxes(title_text="triggered, %", rangemode="tozero", row=1, col=1)
-    fig.update_yaxes(title_text="known flips missed", rangemode="tozero", row=2, col=1)
-    fig.update_xaxes(title_text="threshold (tau), logits", rangemode="tozero", row=2, col=1)
-    return fig
+    more = {
+        "shapes": [upright(threshold, row, color=THRESHOLD_COLOUR, width=2, dash="dash") for row in (1, 2)],
+        "yaxis": {"title": {"text": "triggered, %"}},
+        "yaxis2": {"title": {"text": "known flips missed"}},
+        "xaxis2": {"title": {"text": "threshold (tau), logits"}, "rangemode": "tozero"},
+    }
+    fig, zero = go.Figure(traces, stacked(2, 0.09)), {"rangemode": "tozero"}
+    return finish(fig, title, height=420, subtitle=subtitle, width=WHOLE, y=zero, more=more)

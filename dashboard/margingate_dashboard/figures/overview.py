@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from margingate_dashboard.figures.common import LOG_AXIS, WHOLE, empty, extra, finish, safe, translucent
+from margingate_dashboard.figures.common import (
+    LOG_AXIS,
+    WHOLE,
+    empty,
+    extra,
+    finish,
+    on_row,
+    safe,
+    stacked,
+    translucent,
+)  # fmt: skip
 from margingate_dashboard.states import CODE, as_bool
 from margingate_dashboard.theme import FLIPPED, GUARANTEE_COLOURS, MISSED, REPAIRED, SERIES_COLOURS, TRIGGERED, WOULD
 
@@ -63,11 +74,11 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
     title = "Triggers, flips and batch size over time"
     if table.empty:
         return empty(title, "No decode steps have been recorded yet.")
-    fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.075, row_heights=[0.38, 0.34, 0.28])
+    traces: list[go.Scatter | go.Bar] = []
     for state, column in ((TRIGGERED, "triggered"), (WOULD, "would")):
         if column == "would" and not table[column].any():
             continue
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=table["seconds"],
                 y=100.0 * table[column] / table["steps"].where(table["steps"] > 0),
@@ -79,14 +90,12 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 customdata=np.stack([table[column], table["steps"]], axis=-1),
                 hovertemplate="%{x:.1f} s: %{y:.2f}% (%{customdata[0]:,} / %{customdata[1]:,} steps)"
                 + extra(state.name),
-            ),
-            row=1,
-            col=1,
+            )
         )
     for state in (REPAIRED, FLIPPED, MISSED):
         if not table[state.name].any() and state is FLIPPED:
             continue
-        fig.add_trace(
+        traces.append(
             go.Bar(
                 x=table["seconds"],
                 y=table[state.name],
@@ -94,15 +103,14 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 marker_color=state.colour,
                 customdata=table["steps"],
                 hovertemplate="%{x:.1f} s: %{y:,} of %{customdata:,} steps<extra>" + state.name + "</extra>",
-            ),
-            row=2,
-            col=1,
+                **on_row(2),
+            )
         )
     for column, words, short, digits, line in (
         ("rows_max", "batch rows, largest", "largest batch", 0, {"width": 1, "dash": "dot"}),
         ("rows_mean", "batch rows, mean over steps", "mean batch", 1, {"width": 2}),
     ):
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=table["seconds"],
                 y=table[column],
@@ -110,20 +118,22 @@ def events(table: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 mode="lines",
                 line={"color": SERIES_COLOURS[0], "shape": "hvh", **line},
                 hovertemplate=f"%{{x:.1f}} s: %{{y:.{digits}f}} rows<extra>{short}</extra>",
-            ),
-            row=3,
-            col=1,
+                **on_row(3),
+            )
         )
-    finish(fig, title, height=520, subtitle=subtitle, width=WHOLE)
-    fig.update_layout(barmode="stack", hovermode="x unified", bargap=0.05)
-    fig.update_yaxes(title_text="triggered, %", rangemode="tozero", row=1, col=1)
-    fig.update_yaxes(title_text="flips", rangemode="tozero", row=2, col=1)
     tallest = int(table[[REPAIRED.name, FLIPPED.name, MISSED.name]].sum(axis=1).max())
-    if tallest < 5:
-        fig.update_yaxes(range=[0, max(1, tallest) * 1.05], dtick=1, row=2, col=1)
-    fig.update_yaxes(title_text="rows", rangemode="tozero", row=3, col=1)
-    fig.update_xaxes(title_text="seconds since the run's first decode step", row=3, col=1)
-    return fig
+    few = {"range": [0, max(1, tallest) * 1.05], "dtick": 1} if tallest < 5 else {}
+    more = {
+        "barmode": "stack",
+        "hovermode": "x unified",
+        "bargap": 0.05,
+        "yaxis": {"title": {"text": "triggered, %"}},
+        "yaxis2": {"title": {"text": "flips"}, **few},
+        "yaxis3": {"title": {"text": "rows"}},
+        "xaxis3": {"title": {"text": "seconds since the run's first decode step"}},
+    }
+    fig = go.Figure(traces, stacked(3, 0.075, (0.38, 0.34, 0.28)))
+    return finish(fig, title, height=520, subtitle=subtitle, width=WHOLE, y={"rangemode": "tozero"}, more=more)
 
 
 def so_far(table: pd.DataFrame, policy: str, subtitle: str = "") -> go.Figure:
@@ -145,25 +155,26 @@ def so_far(table: pd.DataFrame, policy: str, subtitle: str = "") -> go.Figure:
     rows = [row for row in rows if row[0] in table and table[row[0]].notna().any()]
     if not rows:
         return empty(title, "Appears with the first finished request.")
-    fig = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0.1)
+    traces = []
+    more: dict[str, Any] = {}
     for at, (name, axis, colour, count, hover) in enumerate(rows, 1):
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=table["seconds"], y=table[name], name=axis.removesuffix(", %"), mode="lines",
                 line={"color": colour, "width": 2, "shape": "hv"},
                 customdata=np.stack([table[count], table["above"]], axis=-1), hovertemplate="%{x:.1f} s: " + hover + extra(""),
-            ),
-            row=at, col=1,
+                **on_row(at),
+            )
         )  # fmt: skip
-        fig.update_yaxes(title_text=axis, rangemode="tozero", row=at, col=1)
-    finish(fig, title, height=150 + 140 * len(rows), subtitle=subtitle, width=WHOLE, legend=False)
+        more["yaxis" if at == 1 else f"yaxis{at}"] = {"title": {"text": axis}, "rangemode": "tozero"}
     # The first audited steps bound nothing: all of it would be one steep line.
     bound = table["bound"].dropna() if "bound" in table else pd.Series(dtype=float)
     if len(rows) == 2 and len(bound) and bound.max() > 8 * bound.iloc[-1]:
-        fig.update_yaxes(rangemode="normal", **LOG_AXIS, row=2, col=1)
-    fig.update_xaxes(title_text="seconds since the run's first step", row=len(rows), col=1)
-    fig.update_xaxes(rangemode="tozero")
-    return fig
+        more["yaxis2"] |= {"rangemode": "normal", **LOG_AXIS}
+    more["xaxis" if len(rows) == 1 else f"xaxis{len(rows)}"] = {"title": {"text": "seconds since the run's first step"}}
+    fig = go.Figure(traces, stacked(len(rows), 0.1))
+    height, x = 150 + 140 * len(rows), {"rangemode": "tozero"}
+    return finish(fig, title, height=height, subtitle=subtitle, width=WHOLE, legend=False, x=x, more=more)
 
 
 def guarantees(requests: pd.DataFrame, subtitle: str = "") -> go.Figure:
@@ -173,13 +184,13 @@ def guarantees(requests: pd.DataFrame, subtitle: str = "") -> go.Figure:
     if not total:
         return empty(title, "No request has finished yet.", height=190)
     found = requests["guarantee"].astype("string").fillna("none").value_counts()
-    fig = go.Figure()
+    traces = []
     names = [*GUARANTEE_COLOURS, *(n for n in found.index if n not in GUARANTEE_COLOURS)]
     for name in names:
         part = int(found.get(name, 0))
         if not part:
             continue
-        fig.add_trace(
+        traces.append(
             go.Bar(
                 y=[""],
                 x=[part],
@@ -189,8 +200,6 @@ def guarantees(requests: pd.DataFrame, subtitle: str = "") -> go.Figure:
                 hovertemplate=f"{safe(name)}: {part:,} / {total:,} requests ({part / total:.1%})<extra></extra>",
             )
         )
-    finish(fig, title, height=150, subtitle=subtitle, width=WHOLE)
-    fig.update_layout(barmode="stack", bargap=0, margin={"l": 12, "b": 46})
-    fig.update_xaxes(range=[0, total], visible=False)
-    fig.update_yaxes(visible=False)
-    return fig
+    more = {"barmode": "stack", "bargap": 0, "margin": {"l": 12, "b": 46}}
+    x, y = {"range": [0, total], "visible": False}, {"visible": False}
+    return finish(go.Figure(traces), title, height=150, subtitle=subtitle, width=WHOLE, x=x, y=y, more=more)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from margingate_dashboard.figures.common import empty, extra, finish, translucent
+from margingate_dashboard.figures.common import empty, extra, finish, translucent, upright
 from margingate_dashboard.rates import number
 from margingate_dashboard.theme import FLIPPED, PART_COLOURS, SERIES_COLOURS, STATES, THRESHOLD_COLOUR
 
@@ -192,11 +192,11 @@ def kv_change(steps: pd.DataFrame, selected: int | None = None, subtitle: str = 
     seen = steps[steps["kv_delta_last"].notna() | steps["kv_delta_first"].notna()]
     if seen.empty:
         return empty(title, "No step of this request was verified.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     for column, words, colour in (
         ("kv_delta_first", "first layer", SERIES_COLOURS[0]), ("kv_delta_last", "last layer", SERIES_COLOURS[2]),
     ):  # fmt: skip
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=seen["step"], y=seen[column].to_numpy(dtype=float), name=words, mode="lines+markers",
                 line={"color": colour, "width": 1.5}, marker={"size": 4},
@@ -204,13 +204,13 @@ def kv_change(steps: pd.DataFrame, selected: int | None = None, subtitle: str = 
             )
         )  # fmt: skip
     flips = seen[seen["flipped"].astype("boolean").fillna(False).to_numpy(dtype=bool)]
-    fig.add_trace(
+    traces.append(
         go.Scatter(
             x=flips["step"], y=flips["kv_delta_last"].to_numpy(dtype=float), name="flipped", mode="markers",
             marker={"symbol": "x", "size": 10, "color": FLIPPED.colour}, hovertemplate="step %{x} flipped<extra></extra>",
         )
     )  # fmt: skip
-    if selected is not None:
-        fig.add_vline(x=selected, line={"color": THRESHOLD_COLOUR, "width": 1.5, "dash": "dot"})
+    marked = [] if selected is None else [upright(selected, color=THRESHOLD_COLOUR, width=1.5, dash="dot")]
     x, y = {"title": "step (output token)"}, {"title": "largest change", "rangemode": "tozero"}
-    return finish(fig, title, height=300, subtitle=subtitle, width=540, x=x, y=y)
+    fig = go.Figure(traces)
+    return finish(fig, title, height=300, subtitle=subtitle, width=540, x=x, y=y, more={"shapes": marked})

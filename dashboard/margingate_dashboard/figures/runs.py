@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from margingate_dashboard.figures.common import empty, extra, finish, safe
+from margingate_dashboard.figures.common import empty, extra, finish, on_row, safe, stacked
 from margingate_dashboard.theme import SERIES_COLOURS, TRIGGERED, policy_colour
 
 SHOWN = 16
@@ -55,21 +54,19 @@ def price(runs: pd.DataFrame) -> dict[str, go.Figure]:
                 hovertext=labels, hovertemplate="%{hovertext}<br>" + hover + extra(""),
             )
         )  # fmt: skip
-        for at, label in enumerate(labels):
-            fig.add_annotation(
-                text=label,
-                x=0,
-                xref="paper",
-                y=at,
-                xanchor="left",
-                yanchor="bottom",
-                showarrow=False,
-                font={"size": 12},
-            )
+        place = {
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "showarrow": False,
+            "font": {"size": 12},
+        }
+        above = [{"text": label, "y": at, **place} for at, label in enumerate(labels)]
         x = {"title": axis, "range": [0, 1.22 * most if most > 0 else 1]}
         y = {"range": [len(known) - 0.3, -0.7], "visible": False}
-        found[name] = finish(fig, titles[name], height=110 + 46 * len(known), legend=False, x=x, y=y)
-        found[name].update_layout({"margin": {"l": 12}})
+        more = {"margin": {"l": 12}, "annotations": above}
+        found[name] = finish(fig, titles[name], height=110 + 46 * len(known), legend=False, x=x, y=y, more=more)
     return found
 
 
@@ -84,7 +81,8 @@ def trend(runs: pd.DataFrame) -> go.Figure:
         ("flips", 1000 * known["flips"] / known["verified"].where(known["verified"] > 0), "flips per 1,000"),
         ("overhead", known["overhead"], "overhead, %"),
     )
-    fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    traces = []
+    axes = {}
     models = list(dict.fromkeys(known["model"].astype(str)))
     groups = known["model"].astype(str) + " · " + known["rates of"].astype(str)
     for row, (_, values, axis) in enumerate(rows, 1):
@@ -92,15 +90,14 @@ def trend(runs: pd.DataFrame) -> go.Figure:
             mine = (groups == name).to_numpy()
             policy = str(known["rates of"][mine].iloc[0])
             symbol = SYMBOLS[models.index(str(known["model"][mine].iloc[0])) % len(SYMBOLS)]
-            fig.add_trace(
+            traces.append(
                 go.Scatter(
                     x=known["created"][mine], y=values[mine], mode="lines+markers", name=safe(name), legendgroup=name,
                     showlegend=row == 1, line={"color": policy_colour(policy), "width": 1.5},
                     marker={"symbol": symbol, "size": 7}, cliponaxis=False,
                     customdata=[safe(r) for r in known["run"][mine]],
-                    hovertemplate="%{customdata}: %{y:.3g}" + extra(safe(name)),
-                ),
-                row=row, col=1,
+                    hovertemplate="%{customdata}: %{y:.3g}" + extra(safe(name)), **on_row(row),
+                )
             )  # fmt: skip
-        fig.update_yaxes(title_text=axis, rangemode="tozero", row=row, col=1)
-    return finish(fig, title, height=480)
+        axes["yaxis" if row == 1 else f"yaxis{row}"] = {"title": {"text": axis}, "rangemode": "tozero"}
+    return finish(go.Figure(traces, stacked(3, 0.06)), title, height=480, more=axes)

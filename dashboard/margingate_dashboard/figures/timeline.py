@@ -78,10 +78,10 @@ def timeline(table: pd.DataFrame, start: int = 0, subtitle: str = "") -> go.Figu
     shown = table.iloc[start : start + SHOWN]
     if shown.empty:
         return empty(title, "No step has been recorded yet.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     for policy in present(shown["policy"]):
         mine = shown[shown["policy"] == policy]
-        fig.add_trace(
+        traces.append(
             go.Bar(
                 y=mine["lane"],
                 x=np.maximum(mine["end"] - mine["begin"], 1e-4),
@@ -98,7 +98,7 @@ def timeline(table: pd.DataFrame, start: int = 0, subtitle: str = "") -> go.Figu
         )
     flips = shown[shown["flips"] > 0]
     if len(flips):
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=flips["begin"], y=flips["lane"], mode="markers", name="has a flip",
                 # Outlined, as it lies on bars of any colour.
@@ -106,10 +106,10 @@ def timeline(table: pd.DataFrame, start: int = 0, subtitle: str = "") -> go.Figu
                 hoverinfo="skip",
             )
         )  # fmt: skip
-    fig.update_layout({"barmode": "overlay", "bargap": 0.25})
     lanes = int(shown["lane"].max()) + 1
     x, y = (
         {"title": "seconds since the run's first step"},
         {"title": "requests at once", "autorange": "reversed", "showgrid": False},
     )
-    return finish(fig, title, height=190 + min(24 * lanes, 460), subtitle=subtitle, width=WHOLE, x=x, y=y)
+    height, more = 190 + min(24 * lanes, 460), {"barmode": "overlay"}
+    return finish(go.Figure(traces), title, height=height, subtitle=subtitle, width=WHOLE, x=x, y=y, more=more)

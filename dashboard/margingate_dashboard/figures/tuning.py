@@ -23,10 +23,10 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
     title = "Price against risk, by threshold"
     if not curves:
         return empty(title, "No calibration sample.")
-    fig = go.Figure()
+    traces: list[go.Scatter | go.Bar] = []
     for name, table in curves.items():
         colour, dash = dataset_look(name)
-        fig.add_trace(
+        traces.append(
             go.Scatter(
                 x=100 * table["trigger_rate"],
                 y=100 * table["miss_upper"],
@@ -44,7 +44,7 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
         )
         if name in chosen:
             point = chosen[name]
-            fig.add_trace(
+            traces.append(
                 go.Scatter(
                     x=[100 * point["trigger_rate"]],
                     y=[100 * point["miss_upper"]],
@@ -58,7 +58,7 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
                     + "</extra>",
                 )
             )
-    fig.add_trace(
+    traces.append(
         go.Scatter(
             x=[None],
             y=[None],
@@ -67,10 +67,11 @@ def trade_off(curves: dict[str, pd.DataFrame], chosen: dict[str, pd.Series], sub
             marker={"size": 12, "symbol": "star", "color": "#8C96A3", "line": {"width": 1.5, "color": "#101418"}},
         )
     )
-    finish(fig, title, height=420, subtitle=subtitle, width=WHOLE)
-    fig.update_xaxes(title_text="steps triggered, %", rangemode="tozero")
-    fig.update_yaxes(title_text="steps missed at most (95%), %", **LOG_AXIS)
-    return fig
+    x, y = (
+        {"title": "steps triggered, %", "rangemode": "tozero"},
+        {"title": "steps missed at most (95%), %", **LOG_AXIS},
+    )
+    return finish(go.Figure(traces), title, height=420, subtitle=subtitle, width=WHOLE, x=x, y=y)
 
 
 def transfer(matrix: pd.DataFrame, subtitle: str = "") -> go.Figure:
@@ -112,7 +113,7 @@ def transfer(matrix: pd.DataFrame, subtitle: str = "") -> go.Figure:
             hovertemplate="%{y} → %{x}<br>%{customdata}<extra></extra>",
         )
     )
-    finish(fig, title, height=190 + 62 * len(rows), subtitle=subtitle, legend=False)
-    fig.update_xaxes(title_text="used on", showgrid=False, type="category")
-    fig.update_yaxes(title_text="calibrated on", showgrid=False, autorange="reversed", type="category", automargin=True)
-    return fig
+    plain = {"showgrid": False, "type": "category"}
+    x = {"title": "used on", **plain}
+    y = {"title": "calibrated on", **plain, "autorange": "reversed", "automargin": True}
+    return finish(fig, title, height=190 + 62 * len(rows), subtitle=subtitle, legend=False, x=x, y=y)

@@ -38,37 +38,34 @@ def answers(page: Page) -> dict[int, str]:
     return {int(n): "".join(t) for n, t in steps.groupby("request", sort=False)["token_text"]}
 
 
+def prompts_of(page: Page) -> dict[int, str]:
+    """Return each request's prompt, of those that the run records; of two rows of one request, the later text."""
+    rows = page.data.requests("request", "prompt_text")
+    return {n: text for n, text in zip(rows["request"].tolist(), rows["prompt_text"].tolist()) if isinstance(text, str)}
+
+
 def found_in(page: Page, requests: pd.DataFrame, words: str) -> np.ndarray:
     """Tell which requests have a text in their id, prompt or answer."""
     wanted = words.lower()
     keep = (
         requests["request_id"].astype(str).str.lower().str.contains(wanted, regex=False).to_numpy(dtype=bool, copy=True)
     )
-    prompts = (
-        page.data.requests("request", "prompt_text")
-        .drop_duplicates("request", keep="last")
-        .set_index("request")["prompt_text"]
-    )
+    prompts = prompts_of(page)
     known = page.data.memo("answers", lambda: answers(page))
     for at, number in enumerate(requests["request"].tolist()):
         if not keep[at]:
-            prompt = prompts.get(number)
-            keep[at] = (isinstance(prompt, str) and wanted in prompt.lower()) or wanted in known.get(number, "").lower()
+            keep[at] = wanted in prompts.get(number, "").lower() or wanted in known.get(number, "").lower()
     return keep
 
 
 def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
     """Return one row a request, as shown."""
     lowest = page.data.memo("lowest", lambda: lowest_margins(page))
-    prompts = (
-        page.data.requests("request", "prompt_text")
-        .drop_duplicates("request", keep="last")
-        .set_index("request")["prompt_text"]
-    )
+    prompts = prompts_of(page)
     numbers, said = requests["request"].tolist(), annotate.by_request(page)
     return pd.DataFrame(
         {
-            "open": [links.href("request", page.run, rid, number=n) for rid, n in zip(requests["request_id"], numbers)],
+            "open": links.hrefs("request", page.run, requests["request_id"], numbers),
             "number": numbers,
             "request": requests["request_id"].astype(str).to_numpy(),
             "dataset": [tag(d) for d in requests["dataset"]],
@@ -91,7 +88,7 @@ def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
             "temperature": requests["temperature"].to_numpy(),
             # As text: a seed may have more digits than a browser's numbers keep.
             "seed": [None if pd.isna(seed) else str(int(seed)) for seed in requests["seed"]],
-            "prompt": [str(prompts.get(n))[:SHOWN_TEXT] if isinstance(prompts.get(n), str) else None for n in numbers],
+            "prompt": [prompts[n][:SHOWN_TEXT] if n in prompts else None for n in numbers],
             "note": requests["guarantee_note"].to_numpy(),
             "annotation": [said.get(n) for n in numbers],
             "prompt digest": requests["prompt_digest"].to_numpy(),

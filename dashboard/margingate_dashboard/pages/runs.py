@@ -20,7 +20,7 @@ LOOKED_AT = 3
 """Newest runs that the identity view looks at."""
 MOST_COMPARED = 6
 """Runs in one identity view."""
-QUIET_SECONDS = 8.0
+QUIET_SECONDS = 12.0
 """How often a folder in which nothing lives is looked at for a new run."""
 HIDDEN = "hidden"
 """A run with this tag is not listed, unless it is asked for."""
