@@ -20,6 +20,7 @@ from margingate_kernels import DecodeAttention, Fa3PrefillAttention, PrefillAtte
 
 from sglang_margingate.canonical import attention_probe
 from sglang_margingate.config import ConfigError, MarginGateConfig, PrefillKind
+from sglang_margingate.serving.layers import experts
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +224,7 @@ def decode(
     rows = len(q)
     if layer.layer_id == backend.token_to_kv_pool.start_layer:
         attend.plan(backend.kv_indptr[0][: rows + 1])  # for all layers of this forward
+        experts.note_padding(batch.out_cache_loc)
         for wrapper in wrappers:
             wrapper.begin_forward = _no_plan
     queries = q.view(rows, layer.tp_q_head_num, layer.head_dim)

@@ -220,6 +220,7 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     if inside:
         sizes = sorted(inside | {size for size in wanted if size > max(inside)})
         sgl.graph_config(model_runner).decode.bs = sizes
+        experts.fill_up(sizes)
         _captured = Captured(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)))
     elif wanted:
         _captured = Captured(notes=(f"no class holds a decode batch of {min(wanted)} to {most} rows",))
@@ -276,10 +277,10 @@ def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, 
 
 
 def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
-    """Run a bank of experts at a size of the class; the rows of padding all go to the first experts, with no weight."""
+    """Run a bank of experts at a size of the class; the rows of padding go where the first row goes, with no weight."""
     forward = _running
     if forward is None:
-        return experts.run(original, bank, dispatch_output)
+        return experts.run(original, bank, experts.along(dispatch_output))
     have = len(dispatch_output.hidden_states)
     if not hasattr(dispatch_output.topk_output, "topk_ids"):  # routed by the bank itself
         forward.escape()

@@ -53,7 +53,8 @@ def core(bank, given):
     return Out(given.hidden_states * 2)
 
 def given(rows):
-    return Given(torch.ones(rows, 4), Routing(torch.full((rows, 2), 0.5), torch.ones(rows, 2, dtype=torch.int32)))
+    chosen = torch.tensor([3, 1], dtype=torch.int32) - torch.arange(rows, dtype=torch.int32)[:, None] % 2
+    return Given(torch.ones(rows, 4), Routing(torch.full((rows, 2), 0.5), chosen))
 
 for rows, wide, fits in ((8, 8, True), (7, 8, True), (9, 9, False)):
     forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
@@ -63,13 +64,46 @@ for rows, wide, fits in ((8, 8, True), (7, 8, True), (9, 9, False)):
     x, routing = seen[-1]
     assert len(x) == len(routing.topk_ids) == len(routing.topk_weights) == wide
     assert not x[rows:].any() and not routing.topk_weights[rows:].any() and routing.topk_ids.dtype == torch.int32
-    assert routing.topk_ids[rows:].tolist() == [[0, 1]] * (wide - rows)
+    assert routing.topk_ids[rows:].tolist() == [[3, 1]] * (wide - rows)  # where the first row goes
     assert (forward.shape().in_class, forward.shape().padded) == (fits, wide)
 assert shape_hooks.run_bank(core, None, given(7)).hidden_states.shape == (7, 4) and len(seen[-1][0]) == 7
 forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
 with shape_hooks.running(forward):
     shape_hooks.run_bank(lambda bank, given: None, None, Given(torch.ones(8, 4), object()))
 assert not forward.shape().in_class
+
+# ---- padding in a decode graph goes where the first row goes, where a size serves batches of less than half of it
+class Loc:  # what a graph reads when it is replayed
+    def __init__(self, real, rows):
+        self.slots = torch.zeros(rows, dtype=torch.int64)
+        self.slots[:real] = 5 + torch.arange(real)
+
+experts.fill_up([17, 24, 64])
+assert experts._filled_up == {17, 64}
+experts.fill_up([1, 2, 4, 8, 12, 16])
+assert not experts._filled_up  # SGLang's own sizes
+experts.fill_up([17, 24])
+capturing = False
+torch.cuda.is_current_stream_capturing = lambda: capturing
+
+def routed(real, rows, wide=None):
+    experts.note_padding(Loc(real, rows).slots)
+    shape_hooks.run_bank(core, None, given(wide or rows))
+    return seen[-1][1].topk_ids
+
+asked = given(24).topk_output.topk_ids
+assert torch.equal(routed(3, 17), asked[:17])  # not captured: as it was
+capturing = True
+found = routed(3, 17)
+assert torch.equal(found[:3], asked[:3]) and found[3:].tolist() == [[3, 1]] * 14 and found.dtype == torch.int32
+assert torch.equal(routed(17, 17), asked[:17])  # no padding
+assert torch.equal(routed(18, 24), asked)  # a size that is nearly full
+assert torch.equal(routed(3, 17, 16), asked[:16])  # another forward
+tables = dict(experts._tables)
+experts._tables.clear()
+assert torch.equal(routed(3, 17), asked[:17])  # banks that were not probed among companions
+experts._tables.update(tables)
+capturing = False
 
 # ---- what the probe knows of a model
 class UnquantizedFusedMoEMethod:

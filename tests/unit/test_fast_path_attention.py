@@ -101,7 +101,7 @@ def planned(*_: Any) -> None:
     raise AssertionError("a plan was made that nobody reads")
 
 
-def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
+def test_decode_graphs_attend_with_our_kernel(layers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.prepare(model_runner(), 8) == "margingate"
     generator = torch.Generator().manual_seed(0)
 
@@ -122,13 +122,18 @@ def test_decode_graphs_attend_with_our_kernel(layers: list[Any]) -> None:
     def original(*_: Any) -> torch.Tensor:
         raise AssertionError("FlashInfer was asked")
 
-    out = attention.decode(original, backend, q, None, None, layers[0], None)
+    slots = torch.tensor([5, 6, 0])
+    noted: list[torch.Tensor] = []
+    monkeypatch.setattr(attention.experts, "note_padding", noted.append)
+    batch = SimpleNamespace(out_cache_loc=slots)
+    out = attention.decode(original, backend, q, None, None, layers[0], batch)
+    assert noted == [slots], "experts must know the padding"
     want = decode_attention_reference(q.reshape(3, HEADS, DIM), keys, values, indptr[:4], indices, DIM**-0.5)
     assert torch.equal(out, want.view(3, -1))
     wrapper.begin_forward(indptr, indices)  # as SGLang does before it replays the graph
     wrapper.is_cuda_graph_enabled = False
     with pytest.raises(AssertionError, match="FlashInfer was asked"):
-        attention.decode(original, backend, q, None, None, layers[0], None)
+        attention.decode(original, backend, q, None, None, layers[0], batch)
 
 
 def test_on_the_stock_fast_path_only_the_verify_attends_with_our_kernel(layers: list[Any]) -> None:
