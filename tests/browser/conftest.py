@@ -129,10 +129,13 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(params=["light"])
-def tab(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A fresh tab; ends the test if the page asked anybody but us for something."""
-    context = chromium.new_context(viewport={"width": 1440, "height": 1000}, color_scheme=request.param)
+@pytest.fixture(scope="module")
+def window(chromium: Any) -> Iterator[tuple[Any, list[str]]]:
+    """One tab of a file's tests, and whom else than us its pages asked for something.
+
+    A new tab is a new process that compiles Streamlit's and Plotly's scripts again, which takes three times as long as all else.
+    """
+    context = chromium.new_context()
     page = context.new_page()
     page.set_default_timeout(180_000)  # a loaded machine draws late
     outside: list[str] = []
@@ -140,6 +143,18 @@ def tab(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
         "request",
         lambda r: None if r.url.startswith(("http://127.0.0.1:", "data:", "blob:", "file:")) else outside.append(r.url),
     )
-    yield page
+    yield page, outside
     context.close()
-    assert not outside, f"the page called out: {outside}"
+
+
+@pytest.fixture(params=["light"])
+def tab(window: tuple[Any, list[str]], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The tab as a test expects it; each visit loads the page anew, in a session of its own. Ends a test whose page called out."""
+    page, outside = window
+    page.set_viewport_size({"width": 1440, "height": 1000})
+    page.emulate_media(color_scheme=request.param)
+    page.mouse.move(0, 0)
+    yield page
+    found = outside[:]
+    outside.clear()
+    assert not found, f"the page called out: {found}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from _pytest.fixtures import FixtureRequest
-from pages_in_browser import SCREENSHOTS, cards, faint, keep, overlaps, visit, wait_drawn
+from pages_in_browser import SCREENSHOTS, cards, faint, keep, overlaps, problems_of, visit, wait_drawn
 
 PAGES = ("runs", "overview", "requests", "request", "margins", "flips", "latency", "tuning", "compare")
 
@@ -171,11 +171,10 @@ def test_the_report_opens_from_disk(
 ) -> None:
     from sglang_margingate.report import write_report
 
-    problems: list[str] = []
-    tab.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-    tab.on("pageerror", lambda e: problems.append(str(e)))
-    tab.goto(write_report(trace_dir / run, tmp_path / "report.html").as_uri())
-    tab.wait_for_selector(".js-plotly-plot .main-svg")
+    report = write_report(trace_dir / run, tmp_path / "report.html")
+    with problems_of(tab) as problems:
+        tab.goto(report.as_uri())
+        tab.wait_for_selector(".js-plotly-plot .main-svg")
     assert not problems
     assert tab.title() != "attacked"
     if run == "sample":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,27 @@ def keep(tab: Any, name: str) -> None:
     tab.wait_for_timeout(500)
     tab.screenshot(path=SCREENSHOTS / f"{name}.png")
     tab.set_viewport_size({"width": 1440, "height": 1000})
+
+
+@contextmanager
+def problems_of(tab: Any) -> Iterator[list[str]]:
+    """Collect what goes wrong on the page meanwhile: errors of its console, and those that nobody caught."""
+    found: list[str] = []
+
+    def said(message: Any) -> None:
+        if message.type == "error":
+            found.append(message.text)
+
+    def thrown(error: Any) -> None:
+        found.append(str(error))
+
+    tab.on("console", said)
+    tab.on("pageerror", thrown)
+    try:
+        yield found
+    finally:
+        tab.remove_listener("console", said)
+        tab.remove_listener("pageerror", thrown)
 
 
 def cards(tab: Any) -> dict[str, str]:

@@ -22,12 +22,11 @@ pytest.importorskip("streamlit", reason="the dashboard's extra is not installed"
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
 import pyarrow.parquet as pq
-from margingate_dashboard import pages
+from dashboard_app import open_app
 from margingate_dashboard.tables import MOST_FLIPS
 from streamlit.testing.v1 import AppTest
 from synthetic_runs import SyntheticSpec, write_run
 
-APP = Path(str(pages.__file__)).with_name("app.py")
 SAMPLE = Path(__file__).resolve().parents[2] / "traces" / "sample"
 RUNS: dict[str, SyntheticSpec | Path] = {
     "sample": SAMPLE,
@@ -159,8 +158,7 @@ def truths(folder: Path) -> dict[str, Truth]:
 
 @pytest.fixture
 def app(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AppTest:
-    monkeypatch.setenv("MARGINGATE_TRACE_DIR", str(folder))
-    return AppTest.from_file(str(APP), default_timeout=300)
+    return open_app(folder, monkeypatch)
 
 
 def visit(app: AppTest, page: str, run: str, **more: str) -> Shown:
