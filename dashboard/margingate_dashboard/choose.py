@@ -28,13 +28,22 @@ def markdown_safe(text: object) -> str:
     return "".join("\\" + c if c in r"\`*_{}[]()#+-.!|~$:<>&" else c for c in str(text))
 
 
+OF_ONE_RUN = ("request", "number", "step", "taus", "flip", "pair", "reference", "cell", "answer")
+"""Query parameters that name something in the run that is shown: in another run they would name something else."""
+
+
+def leave() -> None:
+    """Take out of the address what belongs to the run that was shown."""
+    for name in OF_ONE_RUN:
+        st.query_params.pop(name, None)
+
+
 def _remember_run() -> None:
     name = st.session_state["run_box"]
     if name is None:  # the box was cleared: what is looked at stays
         return
     st.session_state["pinned_run"] = name
-    for other in ("request", "number", "step", "taus"):
-        st.query_params.pop(other, None)
+    leave()
     st.query_params["run"] = name
 
 
@@ -60,14 +69,18 @@ CARRIED = ("dataset", "policy", "guarantee")
 
 BOUND = (
     "tau", "scale", "counts", "target", "tail", "order", "as", "q", "model", "ran", "text", "finish", "flipped",
-    "timeline", "from",
+    "timeline", "from", "log", "only",
 )  # fmt: skip
 """Widgets whose values Streamlit keeps in the URL; there they are not in ``st.query_params``."""
+ON = ("log", "only")
+"""Those of them that are on unless the URL says otherwise."""
 
 
 def bound(name: str) -> list[str]:
     """Return a bound widget's value as its query parameters; none where it is not on the page, or empty."""
     value = st.session_state.get(name)
+    if name in ON:
+        return ["false"] if value is False else []
     values = value if isinstance(value, (list, tuple)) else [value]
     return [
         str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else str(v)
@@ -96,8 +109,7 @@ def here(label: str, place: Any = st, icon: str | None = None, **params: str) ->
     """Show a button to this page with other parameters: a link to the page that one is on would leave the address as it is."""
 
     def go() -> None:
-        for name in ("request", "number", "step", "taus"):
-            st.query_params.pop(name, None)
+        leave()
         for name, value in params.items():
             st.query_params[name] = value
 

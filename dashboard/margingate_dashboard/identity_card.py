@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import data, sidebyside, ui
+from margingate_dashboard import data, links, sidebyside, ui
 from margingate_dashboard.facts import identity
 from margingate_dashboard.rates import of
 from margingate_dashboard.report.parts import matrix_table
@@ -56,10 +56,15 @@ def show(infos: list[RunInfo], exports: ui.Exports, key: str) -> None:
     }
     chosen = identity.OWN
     if len(groups) > 1:
-        start = list(names).index(identity.OWN) if not own.empty else 1
-        chosen = st.selectbox(
-            "Each answer is compared with", list(names), index=start, key=f"reference-{key}", width=420
-        )
+        start = identity.OWN if not own.empty else list(names)[1]
+        asked, box = st.query_params.get("reference"), f"reference-{key}"
+        chosen = st.session_state[box] = asked if asked is not None and asked in names else start
+
+        def remember() -> None:
+            st.query_params["reference"] = st.session_state[box]
+            st.query_params.pop("answer", None)
+
+        st.selectbox("Each answer is compared with", list(names), key=box, width=420, on_change=remember)
     pairs = own if names[chosen] is None else identity.compared(rows, names[chosen])
     found = identity.matrix(pairs)
     if not found:
@@ -67,22 +72,18 @@ def show(infos: list[RunInfo], exports: ui.Exports, key: str) -> None:
         return
     st.html(f'<p class="mg-result">{ui.safe(identity.sentence(found, list(dict.fromkeys(rows["run"]))))}</p>')
     frame = matrix_table(found, len(infos))
-    picked = ui.table(
-        frame, "identity", exports, key=f"identity-{key}-{chosen}", on_select="rerun", selection_mode="single-cell"
-    )
+    cell = ui.chosen_cell(frame, "identity", exports, "cell", key=f"identity-{key}-{chosen}")
     st.caption(
         "Prompts of which every answer in that cell has the reference's tokens and finish reason, of all prompts seen there. "
         "Batch: the largest that a decode step of the answer ran in. Click a cell to see its answers side by side."
     )
-    cells = picked.selection.cells
-    if cells:
-        _cell(infos, pairs, frame, list(found), cells[0], key)
+    if cell is not None:
+        _cell(infos, pairs, list(found), cell, key)
 
 
 def _cell(
     infos: list[RunInfo],
     pairs: pd.DataFrame,
-    frame: pd.DataFrame,
     groups: list[tuple[str, str]],
     cell: tuple[int, str],
     key: str,
@@ -106,11 +107,19 @@ def _cell(
             mine["same"], mine["dataset"].astype(str), mine["prompt"], mine["batch"], mine["request"]
         )
     ]
-    at = st.selectbox(
+    box, wanted = f"pair-{key}-{row}-{column}", links.parse_step(st.query_params.get("answer"))
+    at = next((i for i, number in enumerate(mine["request"]) if number == wanted), 0)
+    st.session_state[box] = at
+
+    def remember() -> None:
+        st.query_params["answer"] = str(int(mine["request"].iloc[st.session_state[box]]))
+
+    st.selectbox(
         f"Answers in this cell: {of(differ, len(mine))} differ",
         range(len(mine)),
         format_func=lambda i: labels[i],
-        key=f"pair-{key}-{row}-{column}",
+        key=box,
+        on_change=remember,
     )
     chosen = mine.iloc[at]
     by_name = {info.name: info for info in infos}

@@ -7,7 +7,7 @@ import html
 import inspect
 import io
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -294,8 +294,8 @@ def pairs(figures: dict[str, go.Figure], exports: Exports) -> None:
 
 
 __all__ = [
-    "FOLLOW_SECONDS", "PAGES", "Exports", "Page", "brief", "cards", "chart", "empty_state", "fragment", "guarded", "header",
-    "markdown_safe", "no_runs", "open_page", "pairs", "run_chips", "safe", "styles", "table",
+    "FOLLOW_SECONDS", "PAGES", "Exports", "Page", "brief", "cards", "chart", "chosen_cell", "chosen_rows", "empty_state",
+    "fragment", "guarded", "header", "inked", "markdown_safe", "no_runs", "open_page", "pairs", "run_chips", "safe", "styles", "table",
 ]  # fmt: skip
 
 
@@ -303,3 +303,74 @@ def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None =
     """Show a table and put it into the page's export menu."""
     exports.tables[name] = frame
     return st.dataframe(frame, key=key or f"table-{name}", hide_index=True, placeholder="–", **more)
+
+
+def _select(key: str, kind: str, wanted: list[Any]) -> None:
+    """Let a table show as selected what the address says: after Back as well."""
+    state = st.session_state.get(key)
+    if [*(state["selection"][kind] if state else ())] != wanted:
+        st.session_state[key] = {"selection": {kind: wanted}}
+
+
+def chosen_rows(
+    frame: pd.DataFrame,
+    name: str,
+    exports: Exports,
+    param: str,
+    ids: Sequence[str],
+    *,
+    key: str,
+    start: Sequence[int] = (),
+    many: bool = False,
+    **more: Any,
+) -> list[int]:
+    """Show a table whose selected rows stand in the address, and return their places.
+
+    Parameters
+    ----------
+    frame, name, exports, key
+        As for :func:`table`.
+    param
+        The query parameter.
+    ids
+        What names each row there.
+    start
+        Rows that are selected where the address names none.
+    many
+        Whether several rows can be selected.
+    """
+    places = {row: at for at, row in enumerate(ids)}
+    asked = [places[row] for row in st.query_params.get_all(param) if row in places]
+    rows = (asked if many else asked[:1]) or [at for at in start if at < len(ids)]
+    _select(key, "rows", rows)
+
+    def remember() -> None:
+        picked = [ids[at] for at in st.session_state[key]["selection"]["rows"] if at < len(ids)]
+        if picked:
+            st.query_params[param] = picked
+        else:
+            st.query_params.pop(param, None)
+
+    mode = "multi-row" if many else "single-row"
+    table(frame, name, exports, key=key, on_select=remember, selection_mode=mode, **more)
+    return rows
+
+
+def chosen_cell(
+    frame: pd.DataFrame, name: str, exports: Exports, param: str, *, key: str, **more: Any
+) -> tuple[int, str] | None:
+    """Show a table of which one cell can be selected, which stands in the address, and return its row and column."""
+    row, _, column = st.query_params.get(param, "").partition(":")
+    at = links.parse_step(row)
+    cell = (at, column) if at is not None and at < len(frame) and column in frame.columns else None
+    _select(key, "cells", [cell] if cell else [])
+
+    def remember() -> None:
+        cells = st.session_state[key]["selection"]["cells"]
+        if cells:
+            st.query_params[param] = f"{cells[0][0]}:{cells[0][1]}"
+        else:
+            st.query_params.pop(param, None)
+
+    table(frame, name, exports, key=key, on_select=remember, selection_mode="single-cell", **more)
+    return cell

@@ -23,12 +23,16 @@ class Sample:
     """Margins of the known flips, rising."""
     others: np.ndarray
     """Margins of the decode steps that are not known to have flipped, rising."""
-    untriggered: np.ndarray
-    """Margins, as a threshold sees them, of the steps that did not trigger in the run, rising."""
+    own: np.ndarray
+    """Margins, as a threshold sees them, of the steps of the one policy that the bound is of, rising."""
+    own_flips: np.ndarray
+    """Those of its known flips."""
+    hidden: np.ndarray
+    """Those of its steps that nobody verified: whether they would have flipped is not known."""
     examined: np.ndarray
-    """Those of the steps among them that were verified (audit or `always`), rising."""
+    """Those of its untriggered steps that the audit or `always` verified: the sample that tells of the hidden ones."""
     flips_examined: np.ndarray
-    """Those of the flips among the examined, rising."""
+    """Those of the flips among the examined."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +45,36 @@ class Outcome:
     missed: int
     """Known flips above the threshold."""
     miss_upper: float
-    """Upper bound at 95% of missed flips per step of any kind; 1.0 where nothing above the threshold was verified."""
+    """Upper bound at 95% of missed flips per step of the one policy; 1.0 where no step of it tells of those never looked at."""
     complete: bool
-    """Whether every step above the threshold was verified, so that ``missed`` is the exact count."""
+    """Whether every step of that policy above the threshold was verified, so that its missed flips are all known."""
 
 
 def make_sample(
     margin: np.ndarray,
     flipped: np.ndarray,
-    triggered: np.ndarray,
     verified: np.ndarray,
+    examined: np.ndarray,
     decode: np.ndarray,
     structural: np.ndarray,
+    own: np.ndarray,
 ) -> Sample:
-    """Sort a run's decode steps; a margin that is not a number triggers at any threshold, so it counts as 0."""
+    """Sort a run's decode steps; a margin that is not a number triggers at any threshold, so it counts as 0.
+
+    Parameters
+    ----------
+    margin, flipped, verified, decode, structural
+        Of each step of the run.
+    examined
+        Which steps a missed flip could be seen at (:func:`margingate_dashboard.states.examined`).
+    own
+        Which steps belong to the policy that the bound is of: the audit of one policy's traffic says nothing of another's,
+        whose batches are others.
+    """
     margin = np.nan_to_num(margin[decode], nan=0.0)
     order = np.argsort(margin)  # once; every other array is a part of this one, in the same order
     margin, flipped, structural = margin[order], flipped[decode][order], structural[decode][order]
-    beyond, verified = ~triggered[decode][order], verified[decode][order]
+    verified, examined, own = verified[decode][order], (examined & own)[decode][order], own[decode][order]
 
     def gated(keep: np.ndarray) -> np.ndarray:
         low = margin[keep & ~structural]
@@ -71,9 +87,11 @@ def make_sample(
         gated_flips=gated(flipped),
         at_flips=margin[flipped],
         others=margin[~flipped],
-        untriggered=gated(beyond),
-        examined=gated(beyond & verified),
-        flips_examined=gated(beyond & verified & flipped),
+        own=gated(own),
+        own_flips=gated(own & flipped),
+        hidden=gated(own & ~verified),
+        examined=gated(examined),
+        flips_examined=gated(examined & flipped),
     )
 
 
@@ -93,21 +111,19 @@ def _above(values: np.ndarray, threshold: float) -> int:
 def outcome(sample: Sample, threshold: float) -> Outcome:
     """Return what a threshold would have done.
 
-    Steps that triggered in the run were all verified: their flips above ``threshold`` are counted. The others were
-    verified by chance (audit) or all (`always`): Clopper-Pearson's bound of their flip rate, times their number, is
-    added.
+    Known flips are counted over all steps. The bound is of one policy's: flips of its steps that were verified for their
+    margin are counted; of those that were not, chance verified some (audit), and Clopper-Pearson's bound of their flip rate,
+    times the number of both, is added.
     """
-    steps = sample.gated.size
-    missed = _above(sample.gated_flips, threshold)
+    steps, own = sample.gated.size, sample.own.size
+    missed, mine = _above(sample.gated_flips, threshold), _above(sample.own_flips, threshold)
     examined, found = _above(sample.examined, threshold), _above(sample.flips_examined, threshold)
-    hidden = _above(sample.untriggered, threshold)
-    complete = examined == hidden
-    if complete:
-        bound = upper_95(missed, steps) if steps else 1.0
+    hidden = _above(sample.hidden, threshold)
+    if not hidden:
+        bound = upper_95(mine, own) if own else 1.0
     else:
-        counted = missed - found
-        bound = min(1.0, (counted + upper_95(found, examined) * hidden) / steps) if examined else 1.0
-    return Outcome(steps, steps - _above(sample.gated, threshold), sample.at_flips.size, missed, bound, complete)
+        bound = min(1.0, (mine - found + upper_95(found, examined) * (examined + hidden)) / own) if examined else 1.0
+    return Outcome(steps, steps - _above(sample.gated, threshold), sample.at_flips.size, missed, bound, not hidden)
 
 
 def curve(sample: Sample, top: float, points: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

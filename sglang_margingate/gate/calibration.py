@@ -87,12 +87,10 @@ class Calibration:
             )
         else:
             verb = "are missed" if self.allowed else "flip"
-            rule = (
-                "rule of three"
-                if not self.allowed
-                else f"the bound of the {self.allowed:,} misses that the target allows"
-            )
-            text = f"no flip in {n:,} steps: at most {percent(self.miss_upper, up=True)} of steps {verb} at {at} ({rule}); threshold {self.threshold:g} verifies exact ties only, {self.triggered.numerator:,} here."
+            rule = " (rule of three)" if self.confidence == 0.95 else ""  # three is that of 95%
+            if self.allowed:
+                rule = f" (the bound of the {self.allowed:,} misses that the target allows)"
+            text = f"no flip in {n:,} steps: at most {percent(self.miss_upper, up=True)} of steps {verb} at {at}{rule}; threshold {self.threshold:g} verifies exact ties only, {self.triggered.numerator:,} here."
         if not self.met:
             need = trials_needed(self.target_miss, self.confidence)
             text += f" Not shown: target {self.target_miss:g} needs at least {need:,} steps."

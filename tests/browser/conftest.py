@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def poison(run: Path) -> None:
         pq.write_table(table, file)
 
 
-@pytest.fixture(scope="module")
-def address(trace_dir: Path) -> Iterator[str]:
+@contextmanager
+def served(trace_dir: Path) -> Iterator[str]:
     """Start the dashboard as a user does."""
     port = free_port()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -115,6 +116,20 @@ def address(trace_dir: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def address(trace_dir: Path) -> Iterator[str]:
+    """Where the dashboard of these runs is."""
+    with served(trace_dir) as url:
+        yield url
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A dashboard on a folder without runs, and the folder."""
+    with served(tmp_path) as url:
+        yield url, tmp_path
 
 
 @pytest.fixture(scope="module")

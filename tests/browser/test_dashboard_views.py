@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,93 @@ def test_an_annotation_is_written_where_it_is_looked_at(tab: Any, address: str, 
     visit(tab, address, "overview", "?run=canonical")
     tab.get_by_role("heading", name="Annotations").wait_for()
     keep(tab, "annotations")
+
+
+def row_of(tab: Any, table: int, row: int, x: float = 12) -> tuple[float, float]:
+    """Where to click to select a row of a table: its box, or where in the row it is asked for."""
+    place = tab.locator("[data-testid=stDataFrame]").nth(table)
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
+    return box["x"] + x, box["y"] + 35 * (row + 1) + 17
+
+
+def test_the_chosen_flip_stands_in_the_link_and_back_returns_to_it(tab: Any, address: str) -> None:
+    visit(tab, address, "flips", "?run=calibration")
+    shown = tab.locator("p", has_text=re.compile(r"^Step \d+ of request"))
+    first = shown.text_content()
+    tab.mouse.click(*row_of(tab, 0, 2))
+    tab.wait_for_url(re.compile(r"flip=\d+-\d+"))
+    wait_drawn(tab, "Flips")
+    step = re.search(r"flip=\d+-(\d+)", tab.url).group(1)
+    tab.wait_for_function("old => !document.body.innerText.includes(old)", arg=first)
+    second = shown.text_content()
+    assert second.startswith(f"Step {step} of request")
+    tab.reload()
+    wait_drawn(tab, "Flips")
+    assert shown.text_content() == second, "the link leads to the same flip"
+    tab.go_back()
+    tab.wait_for_function("old => document.body.innerText.includes(old)", arg=first)
+    assert "flip=" not in tab.url
+
+
+def test_the_chosen_pair_and_cell_stand_in_the_link(tab: Any, address: str) -> None:
+    visit(tab, address, "compare", "?run=calibration&other=stock")
+    first = tab.locator(".mg-two .mg-strip").first.text_content()
+    last = tab.locator("[data-testid=stDataFrame]").count() - 1
+    tab.mouse.click(*row_of(tab, last, 1))
+    tab.wait_for_url(re.compile(r"pair=\d+-\d+"))
+    tab.wait_for_function("old => document.querySelector('.mg-two .mg-strip')?.textContent !== old", arg=first)
+    wait_drawn(tab, "Compare")
+    strips = tab.locator(".mg-two .mg-strip").first.text_content()
+    visit(tab, address, "compare", tab.url[tab.url.index("?") :])
+    assert tab.locator(".mg-two .mg-strip").first.text_content() == strips
+    visit(tab, address, "overview", "?run=sample&cell=0:all+batches")
+    assert tab.locator(".mg-two .mg-strip").count() == 2
+    assert tab.locator(".mg-two h4").nth(1).text_content().startswith("gate")
+    visit(tab, address, "overview", "?run=sample&cell=9:all+batches")
+    assert tab.locator(".mg-two").count() == 0, "there is no such cell"
+
+
+def test_a_note_and_tags_are_written_beside_a_run_that_is_selected(tab: Any, address: str, trace_dir: Path) -> None:
+    visit(tab, address, "runs", "?selected=stock")
+    try:
+        tab.get_by_label("Note", exact=True).fill("the <i>other</i> engine")
+        tab.get_by_label("Tags", exact=True).fill("baseline, nightly")
+        tab.get_by_role("button", name="Save").click()
+        wait_drawn(tab, "Runs")
+        tab.wait_for_timeout(500)
+        note = json.loads((trace_dir / "stock" / "notes.json").read_text())
+        assert (note["note"], note["tags"]) == ("the <i>other</i> engine", ["baseline", "nightly"])
+        visit(tab, address, "compare", "?run=calibration")
+        assert "(b)" in tab.locator("[data-testid=stSelectbox]").nth(1).text_content()
+        assert "stock" in tab.locator(".mg-two h4").nth(1).text_content(), (
+            "the baseline is what others are compared with"
+        )
+    finally:
+        (trace_dir / "stock" / "notes.json").unlink(missing_ok=True)
+
+
+def test_the_report_of_two_runs_opens_from_disk(tab: Any, trace_dir: Path, tmp_path: Path) -> None:
+    from sglang_margingate.report import write_report
+
+    file = write_report(trace_dir / "calibration", tmp_path / "pair.html", trace_dir / "stock")
+    tab.goto(file.as_uri())
+    text = tab.locator("body").inner_text()
+    for part in (
+        "calibration (a) and stock (b)",
+        "Matched requests",
+        "Time of matched requests",
+        "Requests that diverge",
+    ):
+        assert part in text
+    assert tab.locator("table").count() >= 3
+
+
+def test_the_first_run_of_an_empty_folder_appears_by_itself(tab: Any, empty: tuple[str, Path], trace_dir: Path) -> None:
+    url, folder = empty
+    visit(tab, url, "overview")
+    tab.get_by_text("No runs here yet").wait_for()
+    shutil.copytree(trace_dir / "canonical", folder / "first")
+    tab.locator(".mg-chip", has_text="first").wait_for()
+    wait_drawn(tab, "Overview")
+    assert cards(tab)["Requests finished"] == "24"

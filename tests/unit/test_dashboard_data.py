@@ -278,10 +278,11 @@ def test_the_grid_is_read_off_low_margins() -> None:
     assert bins.margin_grid(rng.exponential(1, 5000)) == 0.0
 
 
-def sample_of(steps: pd.DataFrame) -> whatif.Sample:
+def sample_of(steps: pd.DataFrame, own: np.ndarray | None = None) -> whatif.Sample:
     return whatif.make_sample(
-        steps["margin"].to_numpy(), states.as_bool(steps["flipped"]), steps["triggered"].to_numpy(),
-        steps["verified"].to_numpy(), ~states.as_bool(steps["prefill"]), states.as_bool(steps["structural"]),
+        steps["margin"].to_numpy(), states.as_bool(steps["flipped"]), states.verified(steps), states.examined(steps),
+        ~states.as_bool(steps["prefill"]), states.as_bool(steps["structural"]),
+        np.ones(len(steps), dtype=bool) if own is None else own,
     )  # fmt: skip
 
 
@@ -334,6 +335,27 @@ def test_another_threshold_on_a_gated_run_bounds_what_was_never_looked_at(gated:
         assert not found.complete
         assert found.missed <= real <= found.miss_upper * found.steps
     assert whatif.outcome(sample_of(gated), 1e9).missed == 0
+
+
+def test_another_policys_steps_say_nothing_of_those_never_looked_at(gated: pd.DataFrame) -> None:
+    """A run of both policies: what `always` verified is no sample of what the gate let pass."""
+    both = pd.concat([gated, with_derived(make_frames(ALWAYS)[0])], ignore_index=True)
+    mine = np.arange(len(both)) < len(gated)
+    alone, beside = (whatif.outcome(s, 0.5) for s in (sample_of(gated), sample_of(both, mine)))
+    assert (beside.miss_upper, beside.complete) == (alone.miss_upper, alone.complete)
+    assert beside.missed > alone.missed, "known flips are counted under any policy"
+    assert whatif.outcome(sample_of(both, ~mine), 0.5).complete
+
+
+def test_only_steps_drawn_by_chance_tell_of_those_never_looked_at(gated: pd.DataFrame) -> None:
+    """Steps verified since a request resumed, or a window was full, were not drawn; neither were those under `log`."""
+    forced = gated.assign(reason=gated["reason"].astype(object))
+    forced.loc[forced["reason"] == "audit", "reason"] = "limit"
+    assert whatif.outcome(sample_of(gated), 0.5).miss_upper < 1.0
+    assert whatif.outcome(sample_of(forced), 0.5).miss_upper == 1.0
+    log = with_derived(make_frames(SyntheticSpec(policy="log"))[0])
+    for tau in (0.0, 0.1, 1e3):  # below its own threshold, too: what would have triggered was not verified
+        assert not whatif.outcome(sample_of(log), tau).complete or tau == 1e3
 
 
 def test_samples_join() -> None:

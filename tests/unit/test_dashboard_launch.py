@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from synthetic_runs import SyntheticSpec, write_run
 
@@ -82,6 +84,20 @@ def test_the_report_is_one_file_that_loads_nothing(run: Path, tmp_path: Path) ->
     ):
         assert part in text
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["report.html"]
+
+
+def test_the_report_counts_every_flip_and_says_of_what(tmp_path: Path) -> None:
+    """Its table is cut off; its sentence is not, and counts steps where a flip can be seen."""
+    from margingate_dashboard.tables import MOST_FLIPS
+
+    spec = SyntheticSpec(requests=100, tokens=120, mix=("always", "log"), perturbation=3.0)
+    run = write_run(tmp_path / "a", spec)
+    steps = pd.concat([pq.read_table(f).to_pandas() for f in run.glob("steps-*.parquet")])
+    decode = steps[~steps["prefill"]]
+    flips, verified = int(decode["flipped"].sum()), int((decode["reason"].astype(str) != "none").sum())
+    assert flips > MOST_FLIPS
+    text = report.write_report(run, tmp_path / "r.html").read_text()
+    assert f"{flips:,} confirmed flips in {verified:,} verified steps, highest margin first, first 300." in text
 
 
 def test_two_runs_are_one_report_and_a_folder_is_a_bundle(tmp_path: Path) -> None:

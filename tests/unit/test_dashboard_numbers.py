@@ -415,10 +415,38 @@ def test_margins(app: AppTest, truths: dict[str, Truth], run: str) -> None:
         assert [row[c] for c in ("decode steps", "would trigger", "known flips", "missed")] == [
             len(mine), int((gated[mine.index] <= tau).sum()), int(mine["flipped"].sum()), int(lost.sum()),
         ]  # fmt: skip
+    bounds = truth.decode[truth.decode["policy"] == truth.policy].assign(gated=gated)
+    for name, mine in [(None, bounds), *bounds.groupby("dataset")]:
+        true = missed_at_most(mine, tau)
+        if name is not None:
+            shown = by_dataset.loc[name or "(untagged)"]
+            assert same(shown["missed at most (95%)"], 100 * true if true < 1 else None)
+            complete = not (mine["reason"].eq("none") & (mine["gated"] > tau)).any()
+            assert shown[f"known, policy {truth.policy}"] == ("exactly" if complete else "where verified")
+        elif true < 1:
+            said = float(re.search(r"at most ([\d.]+)%", page.cards["Flips missed"][1])[1])  # type: ignore[index]
+            assert 100 * true <= said * 1.0000001, "rounded up"
+            assert said == pytest.approx(100 * true, rel=0.11)
+        else:
+            assert "known ones only" in page.cards["Flips missed"][1]
     heights = sum(
         sum(row[0] for row in numbers(d["customdata"])[:-1]) for d in figures(app)["margins"] if "customdata" in d
     )
     assert heights == len(truth.decode), "every decode step is in one bin"
+
+
+def missed_at_most(mine: pd.DataFrame, tau: float) -> float:
+    """Bound at 95% of the flips that a threshold misses, per step: counted where verified, by the audited ones elsewhere."""
+    above = mine[mine["gated"] > tau]
+    chance = above[~above["triggered"] & (above["reason"] != "none") & ~above["reason"].isin(["resume", "limit"])]
+    hidden = int((above["reason"] == "none").sum())
+    if not hidden:
+        return upper(int(above["flipped"].sum()), len(mine))
+    if not len(chance):
+        return 1.0
+    known = int(above["flipped"].sum()) - int(chance["flipped"].sum())
+    rate = upper(int(chance["flipped"].sum()), len(chance))
+    return min(1.0, (known + rate * (len(chance) + hidden)) / len(mine))
 
 
 TARGETS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

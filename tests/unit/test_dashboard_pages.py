@@ -283,6 +283,36 @@ def test_links_open_run_request_and_step(tmp_path: Path, monkeypatch: pytest.Mon
     assert "step 7 of request rid-00004, run b" in at.code[0].value
 
 
+def test_what_is_selected_in_a_table_stands_in_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_runs(tmp_path)
+    shutil.rmtree(tmp_path / "a")
+    write_run(tmp_path / "a", SyntheticSpec(requests=12, tokens=80, policy="always"))
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["run"] = "a"
+    at.switch_page("flips.py").run()
+    flips = tables(at, "number")[0]
+
+    def said() -> str:
+        return next(c.value for c in at.code if c.value.startswith("MarginGate"))
+
+    first, last = flips.iloc[0], flips.iloc[-1]
+    assert f"step {first['step']} of request {first['request']}" in said(), "the first, where none is named"
+    at.query_params["flip"] = f"{last['number']}-{last['step']}"
+    at.run()
+    assert f"step {last['step']} of request {last['request']}" in said()
+    for nonsense in ("", "9999-1", "<b>", f"{last['number']}"):
+        at.query_params["flip"] = nonsense
+        at.run()
+        assert f"step {first['step']} of request {first['request']}" in said()
+        assert not at.exception
+    at.query_params["cell"] = "99:all batches"
+    at.query_params["selected"] = ["a", "no such run"]
+    at.switch_page("runs.py").run()
+    assert not at.exception
+    assert not at.error
+    assert [t.label for t in at.text_input if t.label == "Note"] == ["Note"], "one of them is here"
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_one_id_of_several_requests_a_health_check_and_one_without_a_row(
     live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -84,6 +84,8 @@ def test_the_sentence_names_the_bound_that_it_gives() -> None:
     assert found.miss_upper == pytest.approx(float(binomial_upper(found.allowed, 1538)))
     assert "rule of three" not in found.statement()
     assert f"the bound of the {found.allowed} misses" in found.statement()
+    sure = threshold_for(np.linspace(0.1, 5, 1538), np.zeros(1538, bool), confidence=0.99375, tail=False).statement()
+    assert "of steps flip at 99.375%; " in sure, "three is the rule of 95% alone"
 
 
 def test_dataset_that_never_flips() -> None:

@@ -86,7 +86,7 @@ def bars(table: pd.DataFrame, title: str, subtitle: str = "") -> go.Figure:
                 marker_color=look.colour,
                 customdata=np.stack([table[look.name], table["steps"], 1000 * table["upper_95"]], axis=-1),
                 hovertemplate="%{y}: %{customdata[0]:,} / %{customdata[1]:,} steps"
-                "<br>all flips at most %{customdata[2]:.3g} per 1,000 (95%)<extra>" + look.name + "</extra>",
+                "<br>confirmed flips: at most %{customdata[2]:.3g} per 1,000 (95%)<extra>" + look.name + "</extra>",
             )
         )
     traces.append(

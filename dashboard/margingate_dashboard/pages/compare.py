@@ -68,6 +68,8 @@ def _other(page: Page) -> RunInfo | None:
 
     def remember() -> None:
         if st.session_state["other_box"] is not None:
+            for name in ("pair", "reference", "cell", "answer"):
+                st.query_params.pop(name, None)
             st.session_state["pinned_other"] = st.query_params["other"] = st.session_state["other_box"]
 
     left.selectbox(
@@ -112,24 +114,22 @@ def _paired(page: Page, other: RunInfo) -> None:
 @ui.fragment
 def _list(page: Page, other: RunInfo, table: pd.DataFrame) -> None:
     st.markdown("##### Requests, earliest divergence first")
-    only = st.toggle(
-        "Only requests that diverge", value=bool((~table["identical"]).any()), key=f"only-{page.run}-{other.name}"
-    )
+    both = table["identical"].nunique() > 1
+    only = both and st.toggle("Only requests that diverge", value=True, key="only", bind="query-params")
     shown = table[~table["identical"]] if only else table
     shown = shown.sort_values("first", na_position="last", kind="stable").reset_index(drop=True)
-    more = {"selection_default": {"selection": {"rows": [0]}}} if len(shown) else {}
     first = ["dataset", "policy_a", "policy_b", "identical", "first", "margin_a", "margin_b", "rows_a", "rows_b"]
     listed = shown.assign(
         identical=np.where(shown["identical"], "yes", "no")
     )  # a column of booleans shows as boxes to tick
-    picked = ui.table(
+    rows = ui.chosen_rows(
         listed[[*first, *(c for c in listed.columns if c not in first)]],
         "divergences",
         page.exports,
-        on_select="rerun",
-        selection_mode="single-row",
+        "pair",
+        [f"{a}-{b}" for a, b in zip(shown["a"], shown["b"])],
         key=f"pairs-{page.run}-{other.name}-{only}",
-        **more,
+        start=(0,),
         column_config={
             "a": "number a",
             "b": "number b",
@@ -150,7 +150,6 @@ def _list(page: Page, other: RunInfo, table: pd.DataFrame) -> None:
             "rows_b": st.column_config.NumberColumn("batch rows b"),
         },
     )
-    rows = [i for i in picked.selection.rows if i < len(shown)]
     if rows:
         row = shown.iloc[rows[0]]
         left = sidebyside.Side(page.info, int(row["a"]), str(row["id_a"]), f"a: {page.run}, {row['policy_a']}")

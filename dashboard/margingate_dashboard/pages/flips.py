@@ -146,19 +146,19 @@ def _list(page: Page, table: pd.DataFrame) -> None:
         "Select a row to see it in its text and to copy it for an issue."
         + (f" First {MOST_FLIPS:,} shown." if len(table) == MOST_FLIPS else "")
     )
-    picked = ui.table(
+    rows = ui.chosen_rows(
         table,
         "flips",
         page.exports,
-        on_select="rerun",
-        selection_mode="single-row",
-        selection_default={"selection": {"rows": [0]}},
+        "flip",
+        [f"{number}-{step}" for number, step in zip(table["number"], table["step"])],
+        key="table-flips",
+        start=(0,),
         column_config={
             "margin": st.column_config.NumberColumn(format="%.6g"),
             "threshold": st.column_config.NumberColumn(format="%.6g"),
         },
     )
-    rows = [i for i in picked.selection.rows if i < len(table)]
     if rows:
         _detail(page, table.iloc[rows[0]])
     page.exports.show("flips")

@@ -101,12 +101,12 @@ def _figures(page: Page, times: Times, requests: pd.DataFrame, shape: str) -> di
     waits = "Verify time of the steps that waited for one"
     axis = "overhead, % of end-to-end time"
     return {
-        "step-time": figures.by_rows(times.whole, "Time per token by batch size", "decode step", page.subtitle),
+        "step-time": figures.by_rows(times.whole, "Time of a decode step by batch size", "decode step", page.subtitle),
         "verify-time": figures.by_rows(times.verify, waits, "verify", page.subtitle),
-        "tpot": draw(by_policy("tpot_ms"), "Time per output token, by request", "ms", page.subtitle),
+        "tpot": draw(by_policy("tpot_ms"), "TPOT (time per output token), by request", "ms", page.subtitle),
         "verify-cost": figures.verify_cost(times.window, page.subtitle),
         "overhead": draw(by_policy("overhead_share", 100.0), "Overhead by request", axis, page.subtitle),
-        "ttft": draw(by_policy("ttft_ms"), "Time to first token, by request", "ms", page.subtitle),
+        "ttft": draw(by_policy("ttft_ms"), "TTFT (time to first token), by request", "ms", page.subtitle),
     }
 
 

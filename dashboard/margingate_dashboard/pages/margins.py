@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -9,48 +11,62 @@ import streamlit as st
 from margingate_dashboard import states, ui, whatif
 from margingate_dashboard.bins import LINEAR, LOGARITHMIC, margin_bins, margin_grid
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts.policies import leading
 from margingate_dashboard.figures import margins as figures
 from margingate_dashboard.rates import at_most, of, share
 from margingate_dashboard.summary import has_tag, tags
 from margingate_dashboard.theme import FLIPPED, MISSED, THRESHOLD_COLOUR, TRIGGERED
 from margingate_dashboard.ui import Page
 
-STEPS = ("policy", "dataset", "margin", "threshold", "prefill", "flipped", "triggered", "verified", "structural")
+STEPS = ("policy", "dataset", "margin", "threshold", "prefill", "flipped", "verified", "examined", "structural")
 
 
-def samples(steps: pd.DataFrame, names: list[str]) -> dict[str, whatif.Sample]:
-    """Return the sorted decode steps of each dataset."""
+class Prepared(NamedTuple):
+    """What the page looks at, sorted once."""
+
+    parts: dict[str, whatif.Sample]
+    """By dataset."""
+    start: float
+    """The threshold in force at most steps."""
+    policy: str
+    """Policy that bounds are of: the leading one."""
+
+
+def samples(steps: pd.DataFrame, names: list[str], policy: str) -> dict[str, whatif.Sample]:
+    """Return the sorted decode steps of each dataset; bounds are of one policy's."""
     found = {}
     for name in names:
         mine = steps[has_tag(steps["dataset"], {name})]
         found[name] = whatif.make_sample(
             mine["margin"].to_numpy(),
             states.as_bool(mine["flipped"]),
-            mine["triggered"].to_numpy(),
             mine["verified"].to_numpy(),
+            mine["examined"].to_numpy(),
             ~states.as_bool(mine["prefill"]),
             states.as_bool(mine["structural"]),
+            (mine["policy"] == policy).to_numpy(),
         )
     return found
 
 
-def _prepared(page: Page) -> tuple[dict[str, whatif.Sample], float]:
+def _prepared(page: Page) -> Prepared:
     """Sort the run's steps, and find the threshold in force at most of them: once, not at every move of the slider."""
     steps = page.steps(*STEPS)
     values, times = np.unique(steps["threshold"].to_numpy(), return_counts=True)
     known = np.isfinite(values)
     start = float(values[known][np.argmax(times[known])]) if known.any() else 0.5
-    return samples(steps, tags(steps["dataset"])), start
+    policy = leading(steps["policy"])
+    return Prepared(samples(steps, tags(steps["dataset"]), policy), start, policy)
 
 
-def outcome_cards(result: whatif.Outcome, threshold: float) -> list[Card]:
-    """Return what a threshold would have done, each with its counts."""
+def outcome_cards(result: whatif.Outcome, threshold: float, policy: str) -> list[Card]:
+    """Return what a threshold would have done, each with its counts; the bound is of one policy's steps."""
     if result.complete:
-        bound = f"exact: every step above it was verified; at most {at_most(result.miss_upper)} of further steps (95%)"
+        bound = f"policy {policy}: every step above it was verified; at most {at_most(result.miss_upper)} of further steps (95%)"
     elif result.miss_upper < 1.0:
-        bound = f"known ones; at most {at_most(result.miss_upper)} of steps with those never looked at (95%)"
+        bound = f"known ones; with those never looked at, at most {at_most(result.miss_upper)} of policy {policy}'s steps (95%)"
     else:
-        bound = "known ones only: nothing above this threshold was verified"
+        bound = f"known ones only: no step of policy {policy} tells of those never looked at"
     return [
         Card("Threshold (tau)", f"{threshold:.6g}", "logits; margin <= tau triggers", THRESHOLD_COLOUR),
         Card(
@@ -83,7 +99,7 @@ def slider_step(start: float, top: float, grid: float) -> float:
 
 
 @ui.fragment
-def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
+def _explore(page: Page, parts: dict[str, whatif.Sample], start: float, policy: str) -> None:
     whole = page.memo("margins-joined", lambda: whatif.join(list(parts.values())))
     top = whatif.highest(whole, start)
     grid = page.memo("grid", lambda: margin_grid(whole.margins))
@@ -113,7 +129,7 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
         right.segmented_control("Counts", (LOGARITHMIC, LINEAR), default=LOGARITHMIC, key="counts", bind="query-params")
         or LOGARITHMIC
     ) == LOGARITHMIC
-    ui.cards(outcome_cards(whatif.outcome(whole, threshold), threshold))
+    ui.cards(outcome_cards(whatif.outcome(whole, threshold), threshold, policy))
     bins = page.memo("margin-bins", lambda: margin_bins(whole.margins, scale), scale)
     names = {name: ui.safe(name) for name in parts}
     ui.chart(
@@ -155,7 +171,7 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
                 "known flips": r.flips,
                 "missed": r.missed,
                 "missed at most (95%)": 100 * r.miss_upper if r.miss_upper < 1 else None,
-                "known": "exactly" if r.complete else "where verified",
+                f"known, policy {policy}": "exactly" if r.complete else "where verified",
             }
         )
     st.markdown("##### At this threshold, by dataset")
@@ -166,7 +182,8 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float) -> None:
         column_config={
             "trigger rate": st.column_config.NumberColumn(format="%.2f%%"),
             "missed at most (95%)": st.column_config.NumberColumn(
-                format="%.4f%%", help="Upper bound per step; empty where nothing above was verified"
+                format="%.4f%%",
+                help=f"Upper bound per step of policy {policy}; empty where no step of it tells of those never looked at",
             ),
         },
     )
@@ -180,14 +197,14 @@ def _page() -> None:
     )
     if page is None:
         return
-    parts, start = page.memo("margins", lambda: _prepared(page))
-    parts = {name: sample for name, sample in parts.items() if sample.margins.size}
+    found = page.memo("margins", lambda: _prepared(page))
+    parts = {name: sample for name, sample in found.parts.items() if sample.margins.size}
     if not parts:
         ui.empty_state(
             "No margins yet", "<p>No decode step of this run (or of the chosen datasets) has been recorded.</p>"
         )
         return
-    _explore(page, parts, start)
+    _explore(page, parts, found.start, found.policy)
 
 
 if __name__ == "__main__":

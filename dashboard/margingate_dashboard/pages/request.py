@@ -321,7 +321,7 @@ def _page() -> None:
     if pressed is not None and pressed != selected:
         st.query_params["step"] = str(pressed)
         st.rerun()
-    log = st.session_state.setdefault("log_margins", True)
+    log = st.toggle("Logarithmic margins", value=True, key="log", bind="query-params")
     left, right = st.columns([0.64, 0.36])
     with left:
         event = ui.chart(
@@ -332,7 +332,6 @@ def _page() -> None:
             on_select="rerun",
             selection_mode="points",
         )
-        st.toggle("Logarithmic margins", key="log_margins")
     with right:
         ui.chart(
             figures.waterfall(pd.Series(dtype=float) if request is None else request, page.subtitle),

@@ -233,22 +233,27 @@ def _page() -> None:
         st.caption(f":material/hourglass: {of(len(whole) - uncounted, len(whole))} runs counted; the others follow.")
     shown = frame[COLUMNS]
     shown = shown.assign(open=[links.href("overview", name) for name in shown["run"]])[["open", *COLUMNS]]
-    picked = ui.table(
+    picked = ui.chosen_rows(
         shown,
         "runs",
         exports,
-        on_select="rerun",
-        selection_mode="multi-row",
+        "selected",
+        frame["run"].astype(str).tolist(),
+        key="table-runs",
+        many=True,
         height=min(38 + 35 * max(1, len(shown)), 560),
         column_config={
             "open": st.column_config.LinkColumn(
                 "", display_text="open", width="small", help="Opens the run's Overview"
             ),
             "decode steps": st.column_config.NumberColumn(
-                format="localized", help="Of finished requests; first tokens come from the prefill"
+                format="localized",
+                help="Of the policy in “rates of”, in finished requests; first tokens come from the prefill",
             ),
             "rates of": st.column_config.TextColumn(help="The policy that this row's rates, flips and bounds are of"),
-            "triggers": st.column_config.NumberColumn(format="localized", help="Decode steps with margin <= threshold"),
+            "triggers": st.column_config.NumberColumn(
+                format="localized", help="Decode steps with margin <= threshold, of the policy in “rates of”"
+            ),
             "verified": st.column_config.NumberColumn(
                 format="localized", help="Steps verified for any reason: where flips can be seen"
             ),
@@ -265,7 +270,7 @@ def _page() -> None:
             "policies": st.column_config.TextColumn(width=110),
         },
     )
-    names = [str(frame["run"].iloc[i]) for i in picked.selection.rows if i < len(frame)]
+    names = [str(frame["run"].iloc[i]) for i in picked]
     _actions(names)
     with place:
         _identity(infos, names, exports)

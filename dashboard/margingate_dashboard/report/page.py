@@ -179,17 +179,17 @@ def _histogram(steps: pd.DataFrame) -> go.Figure:
 
 def _flips(run: Run, steps: pd.DataFrame) -> list[str]:
     known = tokens.vocabulary(steps["token"], steps["token_text"])
-    table = flip_list(steps, known)
+    total = headline(steps)
+    table = flip_list(steps[~states.as_bool(steps["prefill"])], known)
     if table.empty:
-        seen = int(steps["verified"].sum())
-        return [f"<h2>Flips</h2><p>No flip was confirmed in {seen:,} verified steps.</p>"]
+        return [f"<h2>Flips</h2><p>No flip was confirmed in {total.verified:,} verified steps.</p>"]
     first = table.iloc[0]
     full = read_run(run.path, request_columns=[], filters=[("request", "==", int(first["number"]))]).steps
     full = full.sort_values("step", kind="stable").reset_index(drop=True)
     text = flip_text(run.path.resolve().name, run.manifest, str(first["request"]), full, int(first["step"]), known)
     shown = f", first {FLIPS}" if len(table) > FLIPS else ""
     return [
-        f"<h2>Flips</h2><p>{len(table):,} confirmed flips in {int((~states.as_bool(steps['prefill'])).sum()):,} decode steps, highest margin first{shown}.</p>",
+        f"<h2>Flips</h2><p>{total.flips:,} confirmed flips in {total.verified:,} verified steps, highest margin first{shown}.</p>",
         tokens.legend(("flipped", "repaired", "missed")),
         parts.table(table.head(FLIPS)),
         f"<h3>The first of them</h3><pre>{html.escape(text)}</pre>",
