@@ -26,7 +26,7 @@ from sglang_margingate.trace import RunFollower, RunInfo, TraceError, read_run
 from sglang_margingate.trace.files import KINDS
 from sglang_margingate.trace.frames import conform, read_table, to_frame
 from sglang_margingate.trace.manifest import is_live, read_manifest
-from sglang_margingate.trace.reader import newest_first, run_info
+from sglang_margingate.trace.reader import newest_first, request_table, run_info
 from sglang_margingate.trace.rows import settled
 from sglang_margingate.trace.schema import REQUEST_SCHEMA, STEP_SCHEMA
 
@@ -84,13 +84,14 @@ def counted(infos: list[RunInfo], seconds: float) -> dict[Path, dict[str, object
         else:
             found[info.path] = known
 
-    def read(path: Path) -> dict[str, object] | str:
-        try:
-            return runlist.count(
-                policies.with_policy(read_run(path, step_columns=[], request_columns=runlist.COLUMNS).requests)
-            )
-        except TraceError as error:
-            return str(error).split(": ", 1)[-1][:90]
+    def read(paths: Sequence[Path]) -> dict[Path, dict[str, object] | str]:
+        tables, whole = dict[Path, pa.Table](), dict[Path, dict[str, object] | str]()
+        for path in paths:
+            try:
+                tables[path] = request_table(path, runlist.COLUMNS)
+            except TraceError as error:
+                whole[path] = str(error).split(": ", 1)[-1][:90]
+        return {**whole, **runlist.count_together(tables)}
 
     for path, counts in runlist.within(seconds, unread, read).items():
         found[path] = counts

@@ -80,18 +80,21 @@ def headline(steps: pd.DataFrame) -> Headline:
 
 
 def from_requests(requests: pd.DataFrame) -> Headline:
-    """Count finished requests' decode steps from their own totals (needs :data:`REQUEST_COLUMNS`).
+    """Count finished requests' decode steps from their own totals (needs :data:`REQUEST_COLUMNS`)."""
+    return from_sums({name: float(values.sum()) for name, values in contributions(requests).items()})
+
+
+def contributions(requests: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return what each finished request adds to the counts of a headline, by name.
 
     The first token of a request comes from its prefill, and so does the next one after a retraction. Requests without an
     observed step (policy ``not observed``) do not count.
     """
-    # Arrays, not columns: a list of runs does this a thousand times.
     policy = requests["policy"].astype(str).to_numpy(dtype=object)
     seen = policy != NOT_OBSERVED
-    policy = policy[seen]
 
     def counted(name: str, missing: float = 0.0) -> np.ndarray:
-        return requests[name].to_numpy(dtype=np.float64, na_value=missing)[seen]
+        return requests[name].to_numpy(dtype=np.float64, na_value=missing)
 
     observed = counted("steps", np.nan)
     known = np.where(np.isnan(observed), counted("output_tokens"), observed)
@@ -102,21 +105,25 @@ def from_requests(requests: pd.DataFrame) -> Headline:
         counted(name) for name in ("triggers", "verified", "audited", "flips", "missed", "structural")
     )
     # Under `always` every untriggered step is examined; under `gate` only the audited ones.
-    beyond = np.maximum(steps - triggers, 0)[always].sum()
-    not_repaired = int(missed[~always].sum())
-    return Headline(
-        steps=int(steps.sum()),
-        triggered=int(triggers[verifies].sum()),
-        would=int(triggers[~verifies].sum()),
-        verified=int(verified.sum()),
-        examined=int(audited.sum() + beyond),
-        untriggered=max(0, int(steps.sum() - triggers.sum())),
-        flips=int(flips.sum()),
-        repaired=int(flips.sum()) - not_repaired,
-        above=int(missed.sum()),
-        missed=not_repaired,
-        structural=int(structural.sum()),
-    )
+    found = {
+        "steps": steps,
+        "triggered": triggers * verifies,
+        "would": triggers * ~verifies,
+        "verified": verified,
+        "examined": audited + np.maximum(steps - triggers, 0) * always,
+        "flips": flips,
+        "above": missed,
+        "missed": missed * ~always,
+        "structural": structural,
+    }
+    return {name: values * seen for name, values in found.items()}
+
+
+def from_sums(sums: dict[str, float]) -> Headline:
+    """Return the headline of summed :func:`contributions`."""
+    whole = {name: int(value) for name, value in sums.items()}
+    low = whole["triggered"] + whole["would"]
+    return Headline(**whole, untriggered=max(0, whole["steps"] - low), repaired=whole["flips"] - whole["missed"])
 
 
 def overhead(requests: pd.DataFrame) -> tuple[float, float]:

@@ -100,7 +100,26 @@ def read_run(
     TraceError
         `path` is not a run, or an unknown column was asked for.
     """
-    run_dir = Path(path)
+    tables, manifests, said = _tables(Path(path), step_columns, request_columns, filters)
+    steps, requests = (pa.concat_tables(tables[kind]) for kind in KINDS)
+    return Run(Path(path), one_manifest(manifests), to_frame(steps), to_frame(requests), said)
+
+
+def request_table(path: str | os.PathLike[str], columns: Sequence[str]) -> pa.Table:
+    """Return a run's request rows as Arrow has them: of many runs, one frame is made from all of their tables.
+
+    Raises
+    ------
+    SchemaVersionError, TraceError
+        As :func:`read_run`.
+    """
+    return pa.concat_tables(_tables(Path(path), [], columns, None)[0]["requests"])
+
+
+def _tables(
+    run_dir: Path, step_columns: Sequence[str] | None, request_columns: Sequence[str] | None, filters: Any
+) -> tuple[dict[str, list[pa.Table]], list[dict[str, Any]], list[str]]:
+    """Return the tables of a run's writers by kind, their manifests, and what could not be read."""
     tables: dict[str, list[pa.Table]] = {kind: [] for kind in KINDS}
     manifests, said = [], []
     for part in parts(run_dir):
@@ -114,8 +133,7 @@ def read_run(
         tables["requests"].append(requests)
         said += [*warnings, *w1, *w2, *_missing(manifest, read)]
         manifests.append(manifest)
-    steps, requests = (pa.concat_tables(tables[kind]) for kind in KINDS)
-    return Run(run_dir, one_manifest(manifests), to_frame(steps), to_frame(requests), said)
+    return tables, manifests, said
 
 
 def list_runs(trace_dir: str | os.PathLike[str]) -> list[RunInfo]:

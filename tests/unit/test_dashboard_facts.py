@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("streamlit", reason="the dashboard's extra is not installed")
 pytest.importorskip("margingate_dashboard", reason="the package is not installed (pip install -e .)")
 
-from margingate_dashboard import align, data, profiles, rates, states
+from margingate_dashboard import align, data, profiles, rates, states, summary
 from margingate_dashboard.facts import course, differ, identity, notes, policies, price, quantiles, runlist, versus, why
 from margingate_dashboard.figures import classes, overview, timeline
 from margingate_dashboard.figures import request as request_figures
@@ -23,6 +24,8 @@ from margingate_dashboard.pages import flips, margins, runs, tuning
 from synthetic_runs import SyntheticSpec, make_frames, write_run
 
 from sglang_margingate.gate.calibration import threshold_for, trade_off
+from sglang_margingate.trace.frames import to_frame
+from sglang_margingate.trace.reader import request_table
 
 # identity ----------------------------------------------------------------------------------------------------------
 
@@ -316,9 +319,9 @@ def test_a_run_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatc
         write_run(tmp_path / f"r{i}", SyntheticSpec(requests=2, tokens=8, seed=i))
         os.utime(tmp_path / f"r{i}", (time.time() - 60,) * 2)
     read: list[str] = []
-    info, rows = data.run_info, data.read_run
+    info, rows = data.run_info, data.request_table
     monkeypatch.setattr(data, "run_info", lambda p: read.append(p.name) or info(p))
-    monkeypatch.setattr(data, "read_run", lambda p, **k: read.append(f"rows of {p.name}") or rows(p, **k))
+    monkeypatch.setattr(data, "request_table", lambda p, c: read.append(f"rows of {p.name}") or rows(p, c))
     infos = data.runs(tmp_path)
     assert len(data.counted(infos, 60.0)) == 4
     assert len(read) == 8
@@ -359,14 +362,48 @@ def test_a_look_at_the_folder_reads_no_closed_run_and_sees_every_change(
 
 
 def test_a_look_reads_as_many_runs_as_fit_into_its_time() -> None:
-    def slow(path: Path) -> str:
+    def slow(paths: Sequence[Path]) -> dict[Path, str]:
         time.sleep(0.02)
-        return path.name
+        return {path: path.name for path in paths}
 
-    paths = [Path(f"p{i}") for i in range(50)]
+    paths = [Path(f"p{i}") for i in range(50 * runlist.TOGETHER)]
     found = runlist.within(0.05, paths, slow)
-    assert 1 <= len(found) < 50
-    assert len(runlist.within(0.0, paths, slow)) == 1, "each look gets on"
+    assert runlist.TOGETHER <= len(found) < len(paths)
+    assert list(runlist.within(0.0, paths, slow)) == paths[: runlist.TOGETHER], "each look gets on"
+    assert runlist.within(60.0, paths[:30], slow) == {path: path.name for path in paths[:30]}
+
+
+def test_many_runs_are_counted_as_each_alone(tmp_path: Path) -> None:
+    """Runs of all kinds in one frame: none lends another its policies, its tags, or a threshold."""
+    specs = (
+        SyntheticSpec(requests=6, tokens=30, policy="off"),
+        SyntheticSpec(requests=9, tokens=30, mix=("log", "gate", "always"), sampled=2, threshold=0.0625),
+        SyntheticSpec(requests=5, tokens=30, policy="log", datasets=("code",)),
+        SyntheticSpec(requests=7, tokens=30, structural=1.0, perturbation=0.0, datasets=("",)),
+        SyntheticSpec(requests=8, tokens=60, policy="always", perturbation=1.0),
+    )
+    tables = {i: request_table(write_run(tmp_path / f"r{i}", spec), runlist.COLUMNS) for i, spec in enumerate(specs)}
+    tables[len(specs)] = tables[0].slice(0, 0)
+    together = runlist.count_together(tables)
+    for i, table in tables.items():
+        assert runlist.count_together({i: table})[i] == together[i]
+        rows = policies.with_policy(to_frame(table))
+        first = policies.leading(rows["policy"])
+        mine = summary.from_requests(rows[(rows["policy"] == first).to_numpy()])
+        every = summary.from_requests(rows)
+        found = together[i]
+        assert [found[n] for n in ("decode steps", "triggers", "verified", "flips", "all flips", "all verified")] == [
+            mine.steps, mine.low, mine.verified, mine.flips, every.flips, every.verified,
+        ]  # fmt: skip
+        if len(rows):
+            assert (found["rates of"], found["policies"]) == (first, ", ".join(policies.present(rows["policy"])))
+            assert found["datasets"] == ", ".join(summary.tags(rows["dataset"]))
+        assert found["missed (95% bound)"] == runlist.missed_words(mine, first)
+        added, whole = summary.overhead(rows[(rows["policy"] == first).to_numpy()])
+        assert found["overhead"] == (pytest.approx(100 * added / whole) if whole else None)
+    assert together[len(specs)]["policies"] == together[len(specs)]["datasets"] == "–"
+    assert together[0]["trigger rate"] is None, "off has no threshold, whatever the run before it had"
+    assert runlist.count_together({}) == {}
 
 
 @pytest.mark.parametrize(

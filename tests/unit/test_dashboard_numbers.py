@@ -556,7 +556,7 @@ def test_compare(app: AppTest, truths: dict[str, Truth]) -> None:
     page = visit(app.run(), "compare", "mixed", other="demo")
     a, b = truths["mixed"], truths["demo"]
     table = page.table("policy_a", "policy_b", "identical")
-    app.toggle(key="only-mixed-demo").set_value(False).run()
+    app.toggle(key="only").set_value(False).run()
     table = Shown(app).table("policy_a", "policy_b", "identical")
     assert set(table["identical"]) <= {"yes", "no"}
     table = table.assign(identical=table["identical"] == "yes")

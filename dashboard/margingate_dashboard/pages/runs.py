@@ -14,7 +14,7 @@ from margingate_dashboard.figures import runs as figures
 from margingate_dashboard.rates import of, share
 from sglang_margingate.trace import RunInfo, TraceError
 
-READ_SECONDS, NEXT_SECONDS = 0.4, 1.5
+READ_SECONDS, NEXT_SECONDS = 0.25, 1.5
 """Time that the first look gives to runs that were not counted yet, so that the table stands soon; and each further one."""
 LOOKED_AT = 3
 """Newest runs that the identity view looks at."""

@@ -9,10 +9,10 @@ from urllib.parse import quote
 import pandas as pd
 
 from margingate_dashboard.facts import notes, runlist
-from margingate_dashboard.facts.policies import with_policy
 from margingate_dashboard.report import parts
 from margingate_dashboard.report.page import document, report_html
-from sglang_margingate.trace import RunInfo, TraceError, read_run
+from sglang_margingate.trace import RunInfo, TraceError
+from sglang_margingate.trace.reader import request_table
 
 
 def pages(infos: Sequence[RunInfo]) -> Iterator[tuple[str, str]]:
@@ -26,9 +26,7 @@ def pages(infos: Sequence[RunInfo]) -> Iterator[tuple[str, str]]:
             "steps": info.step_rows,
         }
         try:
-            counts = runlist.count(
-                with_policy(read_run(info.path, step_columns=[], request_columns=runlist.COLUMNS).requests)
-            )
+            counts = runlist.count_together({info.path: request_table(info.path, runlist.COLUMNS)})[info.path]
             text = report_html(info.path)
         except TraceError as error:
             rows.append({**row, "datasets": str(error)[:120]})
