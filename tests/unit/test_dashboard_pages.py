@@ -344,7 +344,7 @@ def test_one_id_of_several_requests_a_health_check_and_one_without_a_row(
 @pytest.mark.parametrize(
     ("request_id", "said"),
     [
-        ("rid-00003", ("temperature 0.8", "seed 1003; the margin is that of logits plus noise")),
+        ("rid-00003", (">Temperature<", ">0.8<", "seed 1003; the margin is that of logits plus noise")),
         ("rid-00000", ("greedy",)),
     ],
 )

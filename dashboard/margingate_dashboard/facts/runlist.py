@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from margingate_dashboard.facts.policies import ranked, with_policy
+from margingate_dashboard.facts.policies import may_verify, ranked, with_policy
 from margingate_dashboard.rates import at_most
 from margingate_dashboard.summary import REQUEST_COLUMNS, Headline, contributions, from_sums, tag, tags
 from sglang_margingate.trace.frames import to_frame
@@ -150,7 +150,7 @@ def count(requests: pd.DataFrame, owner: np.ndarray, runs: int) -> list[dict[str
                 "triggers": total.low,
                 "trigger rate": 100 * total.low / total.steps if total.steps and gated[run] else None,
                 "verified": total.verified,
-                "flips": total.flips,
+                "flips": total.flips if may_verify(policy) else None,  # elsewhere none can be seen
                 "all flips": int(every["flips"][run]),
                 "all verified": int(every["verified"][run]),
                 "missed (95% bound)": missed_words(total, policy),

@@ -38,11 +38,12 @@ def price(runs: pd.DataFrame) -> dict[str, go.Figure]:
     if known.empty:
         return {name: empty(title, "Appears with the first finished request.") for name, title in titles.items()}
     labels = [f"{short(run)} · {safe(policy)}" for run, policy in zip(known["run"], known["rates of"])]
-    counts = np.stack([known["verified"], known["decode steps"], known["flips"]], axis=-1)
+    flips = ["flips cannot be seen" if pd.isna(n) else f"{int(n):,} flips" for n in known["flips"]]
+    counts = np.stack([known["verified"], known["decode steps"], np.array(flips, dtype=object)], axis=-1)
     found = {}
     for name, values, colour, axis, hover in (
         ("verified", 100 * known["verified"] / known["decode steps"], TRIGGERED.colour, "verified, % of decode steps",
-         "%{customdata[0]:,} / %{customdata[1]:,} steps verified, %{customdata[2]} flips"),
+         "%{customdata[0]:,} / %{customdata[1]:,} steps verified, %{customdata[2]}"),
         ("overhead", known["overhead"], SERIES_COLOURS[0], "overhead, % of end-to-end time",
          "overhead %{x:.2f}% of end-to-end time"),
     ):  # fmt: skip
@@ -78,7 +79,11 @@ def trend(runs: pd.DataFrame) -> go.Figure:
         return empty(title, "Appears with the second counted run.")
     rows = (
         ("trigger rate", known["trigger rate"], "triggered, %"),
-        ("flips", 1000 * known["flips"] / known["verified"].where(known["verified"] > 0), "flips per 1,000"),
+        (
+            "flips",
+            1000 * known["flips"].astype(float) / known["verified"].where(known["verified"] > 0),
+            "flips per 1,000",
+        ),
         ("overhead", known["overhead"], "overhead, %"),
     )
     traces = []

@@ -185,9 +185,9 @@ def _sampling(request: pd.Series) -> Card:
     if not temperature:
         return Card("Sampling", "greedy", "temperature 0; the margin is that of the logits")
     if pd.isna(seed):
-        return Card("Sampling", f"temperature {temperature:g}", "without a seed: no margin, nothing to repeat")
+        return Card("Temperature", f"{temperature:g}", "sampled without a seed: no margin, nothing to repeat")
     return Card(
-        "Sampling", f"temperature {temperature:g}", f"seed {int(seed)}; the margin is that of logits plus noise"
+        "Temperature", f"{temperature:g}", f"sampled with seed {int(seed)}; the margin is that of logits plus noise"
     )
 
 

@@ -8,6 +8,7 @@ import streamlit as st
 
 from margingate_dashboard import annotate, links, states, ui
 from margingate_dashboard.cards import Card
+from margingate_dashboard.facts.policies import may_verify
 from margingate_dashboard.rates import of
 from margingate_dashboard.summary import tag
 from margingate_dashboard.ui import Page
@@ -63,6 +64,7 @@ def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
     lowest = page.data.memo("lowest", lambda: lowest_margins(page))
     prompts = prompts_of(page)
     numbers, said = requests["request"].tolist(), annotate.by_request(page)
+    seen = requests["policy"].astype(str).map(may_verify)  # under log and off no flip can be seen
     return pd.DataFrame(
         {
             "open": links.hrefs("request", page.run, requests["request_id"], numbers),
@@ -72,7 +74,7 @@ def table(page: Page, requests: pd.DataFrame) -> pd.DataFrame:
             "policy": requests["policy"].astype(str).to_numpy(),
             "guarantee": requests["guarantee"].astype(str).to_numpy(),
             "finish": requests["finish_reason"].astype(str).to_numpy(),
-            "flips": requests["flips"].to_numpy(),
+            "flips": requests["flips"].where(seen).to_numpy(dtype=np.float64, na_value=np.nan),
             "low margins": requests["triggers"].to_numpy(),
             "verified": requests["verified"].to_numpy(),
             "lowest margin": [lowest.get(n) for n in numbers],
@@ -149,6 +151,7 @@ def _page() -> None:
             "open": st.column_config.LinkColumn("", display_text="open", width="small", help="Opens the request"),
             "request": st.column_config.TextColumn(width=130),
             "number": number(width="small", help="Number of the request in the run"),
+            "flips": number(format="localized", help="Empty where no step could be verified (log, off, sampled)"),
             "lowest margin": number(format="%.6g"),
             "TTFT": number(format="%.1f ms"),
             "TPOT": number(format="%.2f ms"),

@@ -254,6 +254,10 @@ def _page() -> None:
             "triggers": st.column_config.NumberColumn(
                 format="localized", help="Decode steps with margin <= threshold, of the policy in “rates of”"
             ),
+            "flips": st.column_config.NumberColumn(
+                format="localized",
+                help="Confirmed, of the policy in “rates of”; empty where none can be seen (log, off)",
+            ),
             "verified": st.column_config.NumberColumn(
                 format="localized", help="Steps verified for any reason: where flips can be seen"
             ),
