@@ -12,6 +12,8 @@ INSTALL := $(PIP) install --no-warn-conflicts
 
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_WARN_SCRIPT_LOCATION = 1
+# Where this is set, each of the tests' processes compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo serve dashboard test tests style types test-unit test-versions test-gpu mutants overlays lint docs clean
 
@@ -82,7 +84,7 @@ test: style $(TRITON_STAMP)  ## everything that needs no GPU; of other SGLang ve
 	@$(MAKE) --no-print-directory -j2 types tests
 
 tests: install $(TRITON_STAMP)
-	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest $(SPREAD) $(COVER) -m 'not versions'
+	@env $$(test -f $(TRITON_STAMP) && echo MARGINGATE_TRITON_PYTHON=$(TRITON_VENV)/bin/python) $(BIN)/python -m pytest $(SPREAD) $(COVER) -m 'not versions and not gpu'
 
 test-unit: install  ## the fast tests alone
 	@$(BIN)/python -m pytest $(SPREAD) -m 'not server and not browser and not gpu and not versions'

@@ -1,6 +1,6 @@
 """Real SGLang servers on the CPU, one per configuration, shared by the tests of this folder.
 
-The two that most tests ask start as a user starts them; the others are forks that have SGLang imported already.
+The one that most tests ask starts as a user starts it; the others are forks that have SGLang imported already.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def forks(sglang: SGLangProcess) -> Iterator[None]:
 
 @contextmanager
 def serve_by_command(flags: Sequence[str], **options: Any) -> Iterator[Server]:
-    """Start a server as users do, by its command; those that most tests ask are."""
+    """Start a server as users do, by its command; the one that most tests ask is."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(process, "begin", BY_COMMAND)
@@ -85,7 +85,7 @@ def canonical_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     folder = tmp_path_factory.mktemp("canonical")
     flags = [*CANONICAL, "--margingate-map-dir", str(folder / "maps"), "--margingate-threshold", str(THRESHOLD),
              "--max-running-requests", "16"]  # fmt: skip
-    with serve_by_command(flags, log=folder / "server.log") as server:
+    with serve(flags, log=folder / "server.log") as server:
         yield server
 
 
@@ -110,7 +110,7 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="session")
 def tokens() -> int:
     """The most that an answer has which is compared with the same one in a batch."""
-    return 160
+    return 104
 
 
 @pytest.fixture(scope="session")

@@ -201,13 +201,13 @@ def test_finds_one_flip_in_ten_thousand_steps(tmp_path: Path, capsys: pytest.Cap
     with serve(flags(tmp_path, "--margingate-policy", "log", "--dtype", "float32"), env=env) as server:
         words = [
             "--limit",
-            "55",
+            "24",
             "--max-tokens",
             "64",
             "--phases",
             "together,staggered",
             "--repeats",
-            "6",
+            "14",
             "--fail-fast",
         ]
         assert main(["check", "--base-url", server.base_url, *words]) == 1

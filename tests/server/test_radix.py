@@ -39,8 +39,10 @@ def test_stock_cache_fails_the_same_test(tmp_path: Path) -> None:
     flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--margingate-radix", "stock",
              "--margingate-trace", "off"]  # fmt: skip
     with serve(flags, log=tmp_path / "server.log") as server:
-        warm = [c for i in range(4) for c in talk(server.client, i, messages[i:] + messages[:i], 96, cold=False)]
-        cold = [c for i in range(4) for c in talk(server.client, i, messages[i:] + messages[:i], 96, cold=True)]
+        for i in range(4):
+            warm, cold = (talk(server.client, i, messages[i:] + messages[:i], 96, cold=cold) for cold in (False, True))
+            if not all(same(cold, warm)):
+                break  # one conversation is enough
     assert hits(warm) > 0
     assert not all(same(cold, warm))
     assert {r.margingate["guarantee"] for r in warm} == {"none"}

@@ -62,9 +62,9 @@ def chats(server: Server, count: int, tokens: int, **fields: Any) -> list[list[i
 
 
 def test_a_clients_key_does_not_lead_to_ungated_columns(server: Server) -> None:
-    """16 chats whose first turn asked for no gate; the second is gated, under the name of the ungated name space."""
+    """Eight chats whose first turn asked for no gate; the second is gated, under the name of the ungated name space."""
     server.client.flush_cache()
-    histories = chats(server, 16, 200)
+    histories = chats(server, 8, 120)
     warm = [generate(server, 48, input_ids=h, extra_key=OLD_NAME) for h in histories]
     # What earlier chats of this test began with alike is theirs, gated, and may be shared; of the ungated turn nothing may.
     shared = [max((common(h, other) for other in histories[:i]), default=0) for i, h in enumerate(histories)]

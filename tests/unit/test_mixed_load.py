@@ -172,6 +172,8 @@ def test_a_profile_follows_the_rounds_on_the_same_servers(
     monkeypatch.setattr(profile_load, "prepare", lambda words, script: None)
     monkeypatch.setattr(profile_load, "profile", profile)
     monkeypatch.setattr(profile_load, "AFTER", dict.fromkeys(profile_load.PHASES, 0.0))
+    monkeypatch.setattr(profile_load, "DECODES", [profile_load.mixed_steps.Steps(20, 2, 6)])
+    monkeypatch.setattr(profile_load, "PREFILLS", {"1 of 64": (64,), "1 of 130": (130,)})
     given = ["--out", str(tmp_path / "out"), "--model", str(tmp_path), "--lengths", "8-20:3-6", "--requests", "12"]
     assert profile_load.main([*given, "--in-flight", "4", "--rounds", "1", "--loads", "2,6", "--steps", "9"]) == 0
     assert sorted(started.order) == ["ours", "stock"]
