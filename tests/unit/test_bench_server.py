@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from sglang_margingate.bench.evidence.record import measure_all
 from sglang_margingate.bench.servers import process as module
 from sglang_margingate.bench.servers.client import ServerError
 from sglang_margingate.bench.servers.process import cause, check_port, free_port, serve, stop
+
+
+@dataclass
+class Outcome:
+    """What a measurement gives."""
+
+    number: int
+
 
 FAMILY = """
 import signal, subprocess, sys, time
@@ -34,6 +46,57 @@ def test_stop_ends_children_in_other_groups_and_those_that_ignore_sigint(monkeyp
     assert parent.poll() is not None
     while child.is_running() and child.status() != "zombie":
         time.sleep(0.05)
+
+
+def test_a_second_ctrl_c_in_the_midst_of_stopping_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil = pytest.importorskip("psutil")
+    parent = subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, start_new_session=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    wait, waited = parent.wait, []
+
+    def interrupted(timeout: float | None = None) -> int:
+        waited.append(timeout)
+        if len(waited) == 1:
+            raise KeyboardInterrupt
+        return wait(timeout)
+
+    monkeypatch.setattr(parent, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stop(parent)
+    assert waited[0] == module.STOP_SECONDS
+    assert parent.poll() is not None
+    while child.is_running() and child.status() != "zombie":
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_measurement_ends_the_servers_of_its_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jobs: int
+) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, start_new_session=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline()
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_running", [module.Server("http://127.0.0.1:1", tmp_path / "log", parent)])
+    begun, out, main = [], tmp_path / "out.json", threading.main_thread().ident or 0
+
+    def measure(number: int) -> Outcome:
+        begun.append(number)
+        if number == 0:
+            return Outcome(0)
+        if number == 1:
+            while not out.exists():  # the first is on disk
+                time.sleep(0.01)
+            signal.pthread_kill(main, signal.SIGINT)  # only the main thread hears of it; this one waits
+        parent.wait()
+        raise ServerError("connection refused")
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(measure, [0, 1, 2, 3], jobs, out)
+    assert parent.poll() is not None
+    assert [o["number"] for o in json.loads(out.read_text())["outcomes"]] == [0], "what was measured is kept"
+    assert 3 not in begun
 
 
 def test_dead_server_says_why(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ class Server:
         return cause(self.log_path)
 
 
+_running: list[Server] = []
+"""Servers of this process, of all its threads."""
+
+
 @contextmanager
 def serve(
     flags: Sequence[str],
@@ -144,13 +148,18 @@ def serve(
     process = begin(command, log, {**os.environ, **(env or {})})
     server = Server(f"http://127.0.0.1:{port}", log, process, tuple(flags))
     failed = True
+    _running.append(server)
     try:
         _wait(server, timeout, progress)
         failed = False
         yield server
     finally:
-        run = None if failed else _run_of(server)
-        stop(process, run)
+        _running.remove(server)
+        run = None
+        try:
+            run = None if failed else _run_of(server)
+        finally:
+            stop(process, run)
         if run is not None and not _closed(run):
             print(
                 f"margingate: {run}: not closed in {CLOSE_SECONDS:g} s; its last rows may be missing", file=sys.stderr
@@ -256,25 +265,36 @@ def stop(process: subprocess.Popen[bytes], run: Path | None = None) -> None:
         Folder of the run that it writes, which is closed before.
     """
     children = _descendants(process.pid)
-    if run is not None:
-        _close_run(children, run)
-    for number, patience in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-        if number is signal.SIGINT:
-            _wait_gone(children, 2.0)
-    process.poll()
+    try:
+        if run is not None:
+            _close_run(children, run)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(STOP_SECONDS)
+        _wait_gone(children, 2.0)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    finally:  # a second Ctrl-C too, which comes in the midst of this, leaves no server behind
+        _kill(process, children)
+
+
+def _kill(process: subprocess.Popen[bytes], children: list[Any]) -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     for child in children:
-        try:
+        with suppress(Exception):  # psutil.Error: gone already
             child.kill()
-        except Exception:  # psutil.Error: gone already
-            continue
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(5.0)
+
+
+def stop_all() -> None:
+    """End every server that :func:`serve` has running in this process, so that threads which wait for an answer get an error.
+
+    For a command that is interrupted: only its main thread hears of it.
+    """
+    for server in list(_running):
+        stop(server.process, _run_of(server))
 
 
 def _descendants(pid: int) -> list[Any]:
