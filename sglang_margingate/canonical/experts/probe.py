@@ -156,7 +156,8 @@ class ExpertKind:
                     found.append(self._one(probe, companions, own, elsewhere[:m], 0))
                 else:
                     found += found * 2
-                same = row_digest(self._run(probe.expand(m, -1).contiguous(), own.expand(m, -1).contiguous()))
+                # A copy: one row that is expanded to one is the row itself, and a bank may write over what it is given.
+                same = row_digest(self._run(probe.repeat(m, 1), own.repeat(m, 1)))
                 return torch.stack([*found, same.min(), same.max()])
 
             yield run

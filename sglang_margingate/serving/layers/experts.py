@@ -82,7 +82,7 @@ def _settled(
     try:
         table = united(table, bits, words)
     except TableError as error:
-        log.warning("margingate: %s: %s; %s", name, error, "its steps are gated by their margin")
+        log.warning("margingate: %s: %s; %s", name, error, "SGLang's own choice stays, for the probe to judge")
         return table
     used = {words(c) for _, c in table.steps}
     left = [f"{c}{' (depends on companions)' if found is None else ''}" for c, found in bits.items() if c not in used]
