@@ -19,6 +19,8 @@ from sglang_margingate.trace import list_runs, read_run
 pytestmark = pytest.mark.xdist_group("several")
 
 TOKENS = 32
+LONG = 96
+"""As many steps as it takes that requests which come one after another, on a busy machine, are answered together by two schedulers."""
 IN_FLIGHT = 12
 
 
@@ -38,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def alone(server: Server, prompts: list[Prompt]) -> list[Completion]:
-    return run_alone(server.client, prompts[:IN_FLIGHT], max_new_tokens=TOKENS)
+    return run_alone(server.client, prompts[:IN_FLIGHT], max_new_tokens=LONG)
 
 
 def tokens(completions: list[Completion]) -> list[list[int]]:
@@ -74,9 +76,9 @@ def test_answers_over_two_ranks_do_not_depend_on_the_batch(prompts: list[Prompt]
 def test_answers_do_not_depend_on_batch_or_scheduler(
     server: Server, prompts: list[Prompt], alone: list[Completion]
 ) -> None:
-    together = run_together(server.client, prompts[:IN_FLIGHT], IN_FLIGHT, max_new_tokens=TOKENS)
+    together = run_together(server.client, prompts[:IN_FLIGHT], IN_FLIGHT, max_new_tokens=LONG)
     one_more = run_alone(server.client, prompts[:1], max_new_tokens=8)  # so that the next ones change places
-    again = run_alone(server.client, prompts[:4], max_new_tokens=TOKENS)
+    again = run_alone(server.client, prompts[:4], max_new_tokens=LONG)
     status = server.client.status()
     assert min(each["batch_rows"]["max"] for each in status["schedulers"]) >= 4, (
         "no batch formed, so the test proves nothing"
