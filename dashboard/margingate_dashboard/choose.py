@@ -6,7 +6,6 @@ What is chosen lives in the URL. Nothing is written there that the reader did no
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import streamlit as st
 
@@ -28,7 +27,21 @@ def markdown_safe(text: object) -> str:
     return "".join("\\" + c if c in r"\`*_{}[]()#+-.!|~$:<>&" else c for c in str(text))
 
 
-OF_ONE_RUN = ("request", "number", "step", "taus", "flip", "pair", "reference", "cell", "answer")
+OF_ONE_RUN = (
+    "request",
+    "number",
+    "step",
+    "taus",
+    "flip",
+    "pair",
+    "reference",
+    "cell",
+    "answer",
+    "find",
+    "tokens",
+    "picked",
+    "worst",
+)
 """Query parameters that name something in the run that is shown: in another run they would name something else."""
 
 
@@ -65,28 +78,6 @@ def choose_run(infos: list[RunInfo]) -> RunInfo | None:
 
 CARRIED = ("dataset", "policy", "guarantee")
 """Query parameters that go with the reader from page to page, beside the run."""
-
-
-BOUND = (
-    "tau", "scale", "counts", "target", "tail", "order", "as", "q", "model", "ran", "text", "finish", "flipped",
-    "timeline", "from", "log", "only",
-)  # fmt: skip
-"""Widgets whose values Streamlit keeps in the URL; there they are not in ``st.query_params``."""
-ON = ("log", "only")
-"""Those of them that are on unless the URL says otherwise."""
-
-
-def bound(name: str) -> list[str]:
-    """Return a bound widget's value as its query parameters; none where it is not on the page, or empty."""
-    value = st.session_state.get(name)
-    if name in ON:
-        return ["false"] if value is False else []
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [
-        str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else str(v)
-        for v in values
-        if v not in (None, "", False)
-    ]
 
 
 def navigate(places: dict[str, tuple[str, str, str]]) -> None:
@@ -192,16 +183,53 @@ def await_first_run() -> None:
     watch()
 
 
-def link_of(run: str) -> str:
-    """Return the address of what is shown, with the run by name: the newest of today is not that of tomorrow."""
-    parts = urlsplit(str(st.context.url or ""))
-    shown = {key: st.query_params.get_all(key) for key in st.query_params}
-    shown |= {name: values for name in BOUND if (values := bound(name))}
-    query = urlencode({**shown, "run": [run]}, doseq=True)
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+_LINK_HTML = """<style>
+  code { display: block; overflow-wrap: anywhere; font-size: 0.8rem; margin-bottom: 0.5rem; user-select: all; }
+  button { font: inherit; color: inherit; background: none; border: 1px solid currentColor; border-radius: 6px;
+    padding: 2px 10px; cursor: pointer; }
+</style><code></code><button type="button">Copy</button>"""
+_LINK_JS = """
+export default function (component) {
+  const { parentElement, data } = component;
+  const box = parentElement.querySelector("code"), button = parentElement.querySelector("button");
+  const show = () => {
+    const url = new URL(window.location.href);
+    for (const [name, value] of Object.entries(data ?? {})) {
+      if (!url.searchParams.has(name)) url.searchParams.set(name, value);
+    }
+    box.textContent = url.href;
+    return url.href;
+  };
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(show());
+      button.textContent = "Copied";
+    } catch {
+      // Browsers lend the clipboard to safe addresses only: elsewhere the text stands there, selected.
+      const range = document.createRange();
+      range.selectNodeContents(box);
+      window.getSelection().removeAllRanges();
+      window.getSelection().addRange(range);
+    }
+  };
+  show();
+  box.mgOpened?.disconnect();  // of the page before, which pinned something else
+  box.mgOpened = new IntersectionObserver(() => { show(); button.textContent = "Copy"; });
+  box.mgOpened.observe(box);
+  return () => box.mgOpened.disconnect();
+}
+"""
 
 
-def copy_link(run: str) -> None:
-    """Offer the address of this view."""
+def copy_link(**pinned: str) -> None:
+    """Offer the address of this view, as the browser has it when it is asked: parts of a page change it without the others.
+
+    Parameters
+    ----------
+    pinned
+        What the page shows of its own accord, by query parameter: where the address does not name it, the link does. The newest
+        run of today is not that of tomorrow.
+    """
+    offer = st.components.v2.component("margingate_link", html=_LINK_HTML, js=_LINK_JS)
     with st.sidebar.popover("Copy link", icon=":material/link:"):
-        st.code(link_of(run), language=None, wrap_lines=True)
+        offer(data=pinned, key="copy-link")

@@ -1,4 +1,4 @@
-"""The requests of a run in an order: what the box of the Request page offers."""
+"""The requests of a run in an order: what the box of the Request page offers, and which of them is chosen."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import streamlit as st
 
-from margingate_dashboard import links, states
+from margingate_dashboard import choose, links, states, ui
 from margingate_dashboard.rates import milliseconds
 from margingate_dashboard.summary import tag
 from margingate_dashboard.tables import FLIP_CODES
 from margingate_dashboard.ui import Page
 
 ORDERS = ("most flips", "lowest margin", "slowest", "newest")
+LISTED = 200
+"""Requests offered in the box; any other is found by its id."""
 HEALTH_CHECK = "HEALTH_CHECK"
 """What the ids of SGLang's own requests begin with."""
 
@@ -104,3 +107,88 @@ def listing(page: Page, order: str) -> Listing:
     shared = {name for name, times in Counter(names).items() if times > 1}
     place = {number: at for at, number in enumerate(ordered)}
     return Listing(ordered, place, names, datasets, values[ranked], page.info.is_live, shared)
+
+
+def _absent(page: Page, asked: object, number: object) -> None:
+    """Say that a link names a request that is not shown, and why; nothing else is shown then."""
+    every = page.data.requests("request", "request_id")
+    ids = {*every["request_id"].astype(str), *page.data.steps("request_id")["request_id"].unique().astype(str)}
+    numbers = set(every["request"].dropna().astype(int))
+    wanted = asked if asked is not None else number
+    here = str(asked) in ids if asked is not None else links.parse_step(number) in numbers
+    if here:
+        st.warning(
+            f"Request “{ui.markdown_safe(str(wanted)[:80])}” is hidden by the filters in the sidebar.",
+            icon=":material/filter_alt:",
+        )
+    else:
+        st.warning(f"Request “{ui.markdown_safe(str(wanted)[:80])}” is not in this run.", icon=":material/link_off:")
+    st.page_link(ui.PAGES["requests"], label="All requests of this run", query_params=links.params(page.run))
+
+
+def _forget() -> None:
+    """Take out of the address which request is shown, and what of it."""
+    for name in ("request", "number", "step", "tokens", "find"):
+        st.query_params.pop(name, None)
+
+
+def choose_request(page: Page) -> tuple[int, str] | None:
+    """Let the reader choose a request, and return its number and id; None where there is none, or the one asked for is not shown."""
+    left, middle, right = st.columns([0.4, 0.4, 0.2], vertical_alignment="bottom")
+    order = (
+        left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order", bind="query-params") or ORDERS[0]
+    )
+    found = page.memo("requests", lambda: listing(page, order), order, page.info.is_live)
+    if not found.numbers:
+        ui.empty_state(
+            "No requests", "<p>No step of this run (or of what is chosen in the sidebar) has been recorded yet.</p>"
+        )
+        return None
+    asked, asked_number = st.query_params.get("request"), st.query_params.get("number")
+    st.session_state["find"] = st.query_params.get("find", "")
+
+    def search() -> None:
+        words = st.session_state["find"].strip()
+        if words:
+            _forget()
+            st.query_params["find"] = words
+        else:  # what is shown stays
+            st.query_params.pop("find", None)
+
+    typed = right.text_input(
+        "Find by id", key="find", placeholder="request id", max_chars=200, on_change=search
+    ).strip()
+    known = found.asked(asked, asked_number)
+    if known is None and (asked is not None or asked_number is not None):
+        _absent(page, asked, asked_number)
+        return None
+    hits = [n for n, name in zip(found.numbers, found.ids) if typed in name] if typed else found.numbers
+    if not hits:
+        right.caption("no such id among those shown")
+        hits, typed = found.numbers, ""
+    offered = hits[:LISTED]
+    if known is not None and known not in offered:  # what the address names is shown, whatever else is looked for
+        offered = [known, *offered]
+    chosen = offered[0] if known is None else known
+    st.session_state["request_box"] = chosen
+
+    def remember() -> None:
+        number = st.session_state["request_box"]
+        if number is None:
+            return
+        st.query_params["request"], st.query_params["number"] = found.name(number), str(number)
+        for name in ("step", "tokens"):
+            st.query_params.pop(name, None)
+
+    more = f", first {LISTED} of {len(hits):,}" if len(hits) > LISTED else f", {len(hits):,}"
+    middle.selectbox(
+        f"Request ({order}{more})",
+        offered,
+        key="request_box",
+        on_change=remember,
+        format_func=lambda number: found.label(number, order),
+    )
+    if known is not None and known != found.numbers[0] and not typed:
+        middle.button(f"Go to the first by “{order}”", on_click=_forget, type="tertiary")
+    choose.copy_link(run=page.run, request=found.name(chosen), number=str(chosen))
+    return chosen, found.name(chosen)

@@ -7,6 +7,7 @@ import html
 import inspect
 import io
 import logging
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +42,11 @@ PAGES = {
 
 THRESHOLD_INKS = ("#9C3A72", "#E39BC2")
 """The threshold's colour as text, in the light and the dark theme."""
+
+LOGITS = re.compile(r"margin|threshold|from the sample")
+"""Columns in logits."""
+SIX_DIGITS = st.column_config.NumberColumn(format="%.6g")
+"""As everywhere else: 0.015625 is no 0.01563 in one place and 0.01562 in another."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -225,8 +231,18 @@ def no_runs() -> None:
     )
 
 
-def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
-    """Show a page's header for the chosen run; None (and a reason on the page) where there is nothing to show."""
+def open_page(title: str, lead: str, *, filtered: bool = True, link: bool = True) -> Page | None:
+    """Show a page's header for the chosen run; None (and a reason on the page) where there is nothing to show.
+
+    Parameters
+    ----------
+    title, lead
+        As for :func:`header`.
+    filtered
+        Whether the sidebar's filters are offered.
+    link
+        Whether the view's address is offered; a page that chooses more than the run offers it itself.
+    """
     styles()
     infos = data.runs(links.trace_dir())
     if not infos:
@@ -245,7 +261,8 @@ def open_page(title: str, lead: str, *, filtered: bool = True) -> Page | None:
     filters = choose.choose_filters(run) if filtered else Filters()
     if info.is_live:
         choose.follow(info)
-    choose.copy_link(info.name)
+    if link:
+        choose.copy_link(run=info.name)
     for warning in dict.fromkeys([*info.warnings, *run.warnings]):
         st.caption(f":material/warning: {markdown_safe(brief(warning, info.path))}")
     exports = Exports(f"{info.name}-{title.lower()}")
@@ -302,7 +319,11 @@ __all__ = [
 def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None = None, **more: Any) -> Any:
     """Show a table and put it into the page's export menu."""
     exports.tables[name] = frame
-    return st.dataframe(frame, key=key or f"table-{name}", hide_index=True, placeholder="–", **more)
+    config = {n: SIX_DIGITS for n in frame.columns if LOGITS.search(str(n)) and frame[n].dtype.kind == "f"}
+    config |= more.pop("column_config", {})
+    return st.dataframe(
+        frame, key=key or f"table-{name}", hide_index=True, placeholder="–", column_config=config, **more
+    )
 
 
 def _select(key: str, kind: str, wanted: list[Any]) -> None:

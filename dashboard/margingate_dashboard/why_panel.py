@@ -84,6 +84,5 @@ def _companions(page: Page, row: pd.Series, key: str) -> None:
         frame, "companions", page.exports, key=f"companions-{key}",
         column_config={
             "open": st.column_config.LinkColumn("", display_text="open", width="small"),
-            "margin": st.column_config.NumberColumn(format="%.6g"),
         },
     )  # fmt: skip

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 from _pytest.fixtures import FixtureRequest
-from pages_in_browser import SCREENSHOTS, cards, faint, keep, overlaps, problems_of, visit, wait_drawn
+from pages_in_browser import (
+    SCREENSHOTS,
+    cards,
+    copied_link,
+    faint,
+    keep,
+    overlaps,
+    problems_of,
+    row_of,
+    visit,
+    wait_drawn,
+)
 
 PAGES = ("runs", "overview", "requests", "request", "margins", "flips", "latency", "tuning", "compare")
 
@@ -55,6 +66,7 @@ def test_dragging_the_threshold_takes_effect_at_once(tab: Any, address: str) -> 
     assert float(after["Threshold (tau)"]) > float(before["Threshold (tau)"])
     assert float(after["Would trigger"].rstrip("%")) > float(before["Would trigger"].rstrip("%"))
     assert int(after["Flips missed"]) <= int(before["Flips missed"])
+    assert f"tau={after['Threshold (tau)']}" in copied_link(tab), "a part of the page that ran alone is in the link"
     keep(tab, "margins-dragged")
 
 
@@ -293,6 +305,16 @@ def test_requests_are_found_by_their_words(tab: Any, address: str) -> None:
     assert 0 < touched == int(cards(tab)["With a flip"])
     visit(tab, address, "requests", "?run=sample&text=beaver")
     assert 0 < int(cards(tab)["Requests"]) < 153
+    tab.mouse.click(*row_of(tab, 0, 1))
+    tab.wait_for_url(re.compile(r"picked=\d+"))
+    wait_drawn(tab, "Requests")
+    link = copied_link(tab)
+    assert {"run=sample", "text=beaver"} < set(link[link.index("?") + 1 :].split("&"))
+    opens = tab.get_by_role("link", name="in Request")
+    label = opens.text_content()
+    tab.goto(link)
+    wait_drawn(tab, "Requests")
+    assert opens.text_content() == label, "the copied link shows the same"
 
 
 @pytest.mark.parametrize("name", ["runs", "overview", "request", "flips", "latency", "tuning", "compare"])

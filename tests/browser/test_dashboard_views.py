@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages_in_browser import cards, keep, overlaps, visit, wait_drawn
+from pages_in_browser import cards, copied_link, keep, overlaps, row_of, visit, wait_drawn
 
 pytestmark = pytest.mark.browser
 
@@ -82,14 +82,6 @@ def test_an_annotation_is_written_where_it_is_looked_at(tab: Any, address: str, 
     keep(tab, "annotations")
 
 
-def row_of(tab: Any, table: int, row: int, x: float = 12) -> tuple[float, float]:
-    """Where to click to select a row of a table: its box, or where in the row it is asked for."""
-    place = tab.locator("[data-testid=stDataFrame]").nth(table)
-    place.scroll_into_view_if_needed()
-    box = place.bounding_box()
-    return box["x"] + x, box["y"] + 35 * (row + 1) + 17
-
-
 def test_the_chosen_flip_stands_in_the_link_and_back_returns_to_it(tab: Any, address: str) -> None:
     visit(tab, address, "flips", "?run=calibration")
     shown = tab.locator("p", has_text=re.compile(r"^Step \d+ of request"))
@@ -142,6 +134,7 @@ def test_a_note_and_tags_are_written_beside_a_run_that_is_selected(tab: Any, add
         assert "stock" in tab.locator(".mg-two h4").nth(1).text_content(), (
             "the baseline is what others are compared with"
         )
+        assert "other=stock" in copied_link(tab), "the link says which one, whatever the baseline is tomorrow"
     finally:
         (trace_dir / "stock" / "notes.json").unlink(missing_ok=True)
 

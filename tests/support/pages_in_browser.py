@@ -68,6 +68,24 @@ def cards(tab: Any) -> dict[str, str]:
     return dict(zip(labels, tab.locator(".mg-card .value").all_text_contents()))
 
 
+def row_of(tab: Any, table: int, row: int, x: float = 12) -> tuple[float, float]:
+    """Where to click to select a row of a table: its box, or where in the row it is asked for."""
+    place = tab.locator("[data-testid=stDataFrame]").nth(table)
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
+    return box["x"] + x, box["y"] + 35 * (row + 1) + 17
+
+
+def copied_link(tab: Any) -> str:
+    """Return the address that the page offers for copying."""
+    tab.get_by_role("button", name="Copy link").click()
+    box = tab.locator("[data-testid=stPopoverBody] code")
+    box.wait_for()
+    text: str = box.text_content()
+    tab.keyboard.press("Escape")
+    return text
+
+
 FAINT = """() => {
   const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); if (c.startsWith('color(')) {return [m[0]*255,m[1]*255,m[2]*255,m[3]??1];} return [m[0],m[1],m[2],m[3]??1]; };
   const over = (f,b) => [0,1,2].map(i => f[i]*f[3]+b[i]*(1-f[3])).concat([1]);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,7 @@ pytest.importorskip("margingate_dashboard", reason="the package is not installed
 
 from margingate_dashboard import align, bins, links, profiles, rates, states, summary, tables, tokens, whatif
 from margingate_dashboard.context import flip_text
-from margingate_dashboard.data import RunData, request_steps
+from margingate_dashboard.data import RunData, request_steps, still_live
 from margingate_dashboard.facts.policies import with_policy
 from margingate_dashboard.figures.flips import by_bucket, ranges
 from margingate_dashboard.figures.latency import quantiles
@@ -171,6 +172,18 @@ def test_a_live_run_grows_and_rows_stay_together(tmp_path: Path) -> None:
         expected.assign(request_id=expected["request_id"].astype(str)),
     )
     assert isinstance(grown["request_id"].dtype, pd.CategoricalDtype)
+
+
+def test_a_writer_that_died_is_not_shown_as_living(tmp_path: Path) -> None:
+    """A page asks the manifest as it is now: the heartbeat of one that was killed only grows old."""
+    run = write_run(tmp_path / "r", SyntheticSpec(requests=2, tokens=10, live=True))
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert still_live(run)
+    for change in ({"heartbeat": "2026-01-05T09:00:00Z"}, {"closed_at": manifest["heartbeat"]}):
+        (run / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        assert not still_live(run), change
+    (run / "manifest.json").unlink()
+    assert not still_live(run)
 
 
 def test_another_run_under_the_same_name_is_read_anew(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_margins_are_drawn_by_dataset(steps: pd.DataFrame, scale: str, log_count
     assert fig.data[0].customdata[:-1, 0].sum() == margin.size
     assert f"{flipped.size:,} flipped" in says(fig)
     assert "tau = 0.5" in says(fig)
+    places = {a.text.split()[0]: (a.y, a.yanchor) for a in fig.layout.annotations}
+    assert places.pop("tau")[1] == "top", "inside the plot"
+    assert set(places.values()) == {(1, "bottom")}, (
+        "what stands above a plot can neither meet tau nor be struck through"
+    )
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1e6])
@@ -134,6 +139,31 @@ def test_still_identical_starts_at_all_and_ends_at_the_rest() -> None:
     trace = compare.still_identical(table).data[0]
     assert list(trace.y) == [100, 75, 50, 50]
     assert trace.name == "a (2 / 4)"
+
+
+def test_a_number_that_all_requests_share_gets_no_axis_of_millionths() -> None:
+    for value in (0.0, 12.5):
+        fig = latency.distribution({"off": np.full(9, value)}, "Overhead by request", "%")
+        drawn = fig.data[0]
+        assert sum(drawn.y) == 9
+        assert drawn.width[0] * len(drawn.width) == pytest.approx(max(1.0, value / 10))
+
+
+def test_a_long_name_leaves_its_bar_the_width() -> None:
+    for name in ("2026-01-05T09-00-00-a-model-with-a-name-of-fifty-five-x", "b"):
+        table = pd.DataFrame(
+            {
+                "run": [name],
+                "rates of": ["gate"],
+                "decode steps": [10],
+                "verified": [2],
+                "overhead": [1.5],
+                "flips": [1],
+            }
+        )
+        for fig in runs.price(table).values():
+            assert fig.layout.margin.l <= 62, "names stand above their bars"
+            assert all(len(a.text) <= runs.LONGEST + len(" · gate") for a in fig.layout.annotations)
 
 
 def test_runs_show_price(steps: pd.DataFrame) -> None:

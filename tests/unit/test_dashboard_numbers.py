@@ -37,6 +37,7 @@ RUNS: dict[str, SyntheticSpec | Path] = {
     "mixed": SyntheticSpec(requests=36, tokens=80, mix=("gate", "always", "log"), structural=0.2, sampled=3),
     "million": SyntheticSpec(requests=5952, tokens=170, slots=64, files=20, mix=("gate", "always", "log"), seed=3),
 }
+COLOURS = {"gate": "#648FFF", "always": "#785EF0", "log": "#FFB000", "off": "#FE6100", "not observed": "#8C96A3"}
 ORDER = ["gate", "always", "log", "off", "not observed"]
 
 
@@ -216,6 +217,10 @@ def test_overview(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     assert counted["repaired"] == int(flips["repaired"].sum())
     guarantees = {d["name"].split()[0]: d["x"][0] for d in drawn["guarantees"]}
     assert guarantees == truth.requests["guarantee"].value_counts().to_dict()
+    reasons: dict[str, int] = {}
+    for times, label in re.findall(r"([\d,]+) / [\d,]+ requests are (\w+):", page.said):
+        reasons[label] = reasons.get(label, 0) + int(times.replace(",", ""))
+    assert reasons == guarantees, "each request's label is given with what it stands on, or why it has none"
     so_far = {d["name"]: d["y"][-1] for d in drawn["so-far"]}
     assert same(so_far["overhead"], true["overhead"]), "at the end it is that of the whole run"
     assert ("missed at most" in so_far) == (policy == "gate" and true["examined"] > 0)
@@ -384,6 +389,7 @@ def test_latency(app: AppTest, truths: dict[str, Truth], run: str) -> None:
             policy = line["name"].split(" (")[0]
             values = np.sort(truth.requests.loc[truth.requests["policy"] == policy, column].dropna() * scale)
             assert f"({len(values):,} requests" in line["name"]
+            assert line["line"]["color"] == COLOURS[policy], "a policy's colour is the same in every run"
             assert (line["x"][0], line["x"][-1], line["y"][-1]) == pytest.approx((values[0], values[-1], 100))
             if len(values) <= 500:  # of many, some are drawn
                 shares = {x: y for x, y in zip(line["x"], line["y"])}  # among equal ones the last

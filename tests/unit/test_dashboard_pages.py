@@ -180,6 +180,8 @@ def test_no_page_shows_a_traceback(
     for page in PAGES.values():
         at.switch_page(page).run()
         assert not at.exception, f"{page}: {[e.value for e in at.exception]}"
+        said = [*(c.value for c in at.caption), *(w.value for w in at.warning)]
+        assert not any(tmp_path.name in text.replace("\\", "") for text in said), "where it lies is nobody's business"
         errors = [e.value for e in at.error]
         if make is newer_schema and page != "runs.py":
             assert "3\\.0" in errors[0]
@@ -371,6 +373,48 @@ def test_links_to_what_is_not_there_fall_back(
     at.switch_page("request.py").run()
     assert not at.exception
     assert not at.error
+    if request_id == "rid-00001":
+        assert at.selectbox(key="request_box").value == 2
+        assert 'class="mg-card"' in shown(at)
+        return
+    assert any("is not in this run" in w.value for w in at.warning)
+    assert 'class="mg-card"' not in shown(at), (
+        "another request's numbers stand under the name of the one that was asked for"
+    )
+    assert not at.dataframe
+    assert not at.get("plotly_chart")
+
+
+def test_a_request_that_a_filter_hides_is_said_to_be_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", SyntheticSpec(requests=8, tokens=40, mix=("gate", "log"), sampled=1))
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["policy"], at.query_params["request"] = "log", "rid-00000"
+    at.switch_page("request.py").run()
+    assert [w.value for w in at.warning] == ["Request “rid\\-00000” is hidden by the filters in the sidebar."]
+    assert 'class="mg-card"' not in shown(at)
+    at.multiselect(key="policy_box").set_value([]).run()
+    assert not at.warning
+    assert 'class="mg-card"' in shown(at)
+
+
+def test_a_logit_is_written_by_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's and the browser's rounding make two numbers of 0.015625, unless both are asked for six digits."""
+    write_run(tmp_path / "a", SyntheticSpec(requests=24, tokens=80, mix=("always", "gate"), perturbation=0.3))
+    write_run(tmp_path / "b", SyntheticSpec(requests=24, tokens=80, policy="log", live=True))
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["run"], at.query_params["other"], at.query_params["step"] = "a", "b", "3"
+    seen = set()
+    for page in PAGES.values():
+        at.switch_page(page).run()
+        for table in at.dataframe:
+            settings = json.loads(table.proto.columns)
+            for name, column in table.value.items():
+                if re.search(r"margin|threshold|from the sample", str(name)) and pd.api.types.is_float_dtype(
+                    column.dtype
+                ):
+                    seen.add(str(name))
+                    assert settings.get(name, {}).get("type_config", {}).get("format") == "%.6g", f"{page}: {name}"
+    assert {"margin", "threshold", "lowest margin", "margin_a", "from the sample"} <= seen
 
 
 def test_untrusted_text_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,11 +491,85 @@ def test_a_long_answer_is_turned_page_by_page(tmp_path: Path, monkeypatch: pytes
     assert first() == 800
     press("Earlier tokens")
     assert first() == 0
+    del at.query_params["tokens"]
     at.query_params["step"] = "900"
     at.run()
     assert first() == 800, "a selected step brings its own page"
     press("Earlier tokens")
     assert first() == 0
+    assert "".join(at.query_params["tokens"]) == "0", "the page of tokens stands in the address"
+    at.number_input(key="step_box").set_value(1300).run()
+    assert first() == 800
+    assert "tokens" not in at.query_params
+    at.selectbox(key="tokens_box").set_value(0).run()
+    assert (first(), "".join(at.query_params["tokens"])) == (0, "0")
+    for asked, shown_first in (("800", 800), ("799", 0), ("999999", 800), ("x", 0), ("-1", 0)):
+        linked = open_app(tmp_path, monkeypatch).run()
+        linked.query_params["tokens"] = asked
+        linked.switch_page("request.py").run()
+        assert int(re.findall(r'data-step="(\d+)"', shown(linked))[0]) == shown_first, asked
+
+
+def test_what_is_found_by_id_stands_in_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", SyntheticSpec(requests=24, tokens=40))
+    at = open_app(tmp_path, monkeypatch).run()
+    for key, value in (("request", "rid-00004"), ("step", "7")):
+        at.query_params[key] = value
+    at.switch_page("request.py").run()
+    at.text_input(key="find").set_value("rid-0001").run()
+    box = at.selectbox(key="request_box")
+    assert len(box.options) == 10
+    assert box.value in range(11, 21)
+    assert "".join(at.query_params["find"]) == "rid-0001"
+    assert not {"request", "step"} & set(at.query_params), "it names a request that is not shown any more"
+    linked = open_app(tmp_path, monkeypatch).run()
+    linked.query_params["find"] = "rid-0001"
+    linked.switch_page("request.py").run()
+    assert linked.text_input(key="find").value == "rid-0001"
+    assert linked.selectbox(key="request_box").value == box.value
+    assert linked.selectbox(key="request_box").options == box.options
+    linked.query_params["request"] = "rid-00004"
+    linked.run()
+    assert linked.selectbox(key="request_box").value == 5, "the address says which one is shown"
+    linked.text_input(key="find").set_value("").run()
+    assert linked.selectbox(key="request_box").value == 5
+    assert "find" not in linked.query_params
+
+
+def test_another_order_leads_to_its_own_first_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet as pq
+
+    run = write_run(tmp_path / "a", SyntheticSpec(requests=12, tokens=40))
+    rows = pd.concat([pq.read_table(f).to_pandas() for f in run.glob("requests-*.parquet")])
+    slowest = int(rows.sort_values("e2e_ms")["request"].iloc[-1])
+    other = int(rows["request"][rows["request"] != slowest].iloc[0])
+    at = open_app(tmp_path, monkeypatch).run()
+    at.query_params["request"], at.query_params["number"] = f"rid-{other - 1:05d}", str(other)
+    at.query_params["order"] = "slowest"
+    at.switch_page("request.py").run()
+    assert at.selectbox(key="request_box").value == other, "what the address names stays"
+    next(b for b in at.button if b.label.startswith("Go to the first by")).click().run()
+    assert at.selectbox(key="request_box").value == slowest
+    assert "request" not in at.query_params
+
+
+@pytest.mark.parametrize(("page", "param"), [("requests", "picked"), ("latency", "worst")])
+def test_a_picked_request_stands_in_the_address(
+    page: str, param: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a", SyntheticSpec(requests=6, tokens=40, policy="always"))
+    at = open_app(tmp_path, monkeypatch).run()
+
+    def opens() -> list[str]:
+        return [link.proto.label for link in at.get("page_link") if link.proto.label.endswith("in Request")]
+
+    at.switch_page(f"{page}.py").run()
+    assert not opens()
+    for asked, labels in (("3", ["Open rid\\-00002 in Request"]), ("999", []), ("<b>", [])):
+        at.query_params[param] = asked
+        at.run()
+        assert not at.exception
+        assert opens() == labels, asked
 
 
 def test_a_live_run_tells_its_newest_flips_and_a_closed_one_has_none(

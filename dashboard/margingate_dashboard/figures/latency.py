@@ -75,7 +75,8 @@ def distribution(values: dict[str, np.ndarray], title: str, axis: str, subtitle:
         return empty(title, "No request has finished yet.")
     every = np.concatenate(list(values.values()))
     low, high = float(every.min()), float(np.quantile(every, 0.98))
-    edges = np.linspace(min(low, high), max(high, low + 1e-6), bins + 1)
+    # Where all are equal, bins of some width: an axis in millionths would look as if it told something.
+    edges = np.linspace(low, high if high > low else low + max(1.0, 0.1 * abs(low)), bins + 1)
     edges[-1] = max(edges[-1], float(every.max()))
     shown = np.append(edges[:-1], edges[-2] + (edges[1] - edges[0]))
     traces: list[go.Scatter | go.Bar] = []

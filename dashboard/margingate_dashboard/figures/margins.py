@@ -92,29 +92,33 @@ def histogram(
             )
             traces.append(trace)
         total = margins[name].size + flips[name].size
-        corner = {"xanchor": "left", "yanchor": "top", "showarrow": False}
+        # Above its facet: within, the threshold's line would strike it through on a phone.
+        corner = {"xanchor": "left", "yanchor": "bottom", "showarrow": False}
         text = f"<b>{name}</b>  {total:,} steps, {flips[name].size:,} flipped"
-        notes.append({"text": text, "xref": x, "yref": y, "x": 0.006, "y": 0.97, **corner})
+        notes.append({"text": text, "xref": x, "yref": y, "x": 0, "y": 1, **corner})
         shade = {"fillcolor": translucent(TRIGGERED.colour, 0.16), "line": {"width": 0}, "layer": "below"}
         span = {"x0": left, "x1": place, "xref": axes["xaxis"], "y0": 0, "y1": 1, "yref": y}
         shapes.append({"type": "rect", **span, **shade})
         shapes.append(upright(place, row, color=THRESHOLD_COLOUR, width=2, dash="dash"))
         more["yaxis" + axes["yaxis"][1:]] = {"title": {"text": "steps"}, "type": "log" if log_counts else "linear"}
         if log_counts:
-            # Room above the bars for the facet's own title.
+            # Room above the bars for the threshold's name.
             above = {"dtick": 1, "range": [np.log10(floor), max(1.2, np.log10(most) * 1.22 + 0.15)]}
             more["yaxis" + axes["yaxis"][1:]] |= above
-    at = {"x": np.log10(place) if log else place, "xref": "x", "y": 0.78, "yref": "y domain"}
-    style = {"xanchor": "left", "yanchor": "top", "showarrow": False, "font": {"color": THRESHOLD_COLOUR, "size": 13}}
-    notes.append({"text": f" tau = {threshold:.6g}", **at, **style})
+    at = {"x": np.log10(place) if log else place, "xref": "x", "y": 0.97, "yref": "y domain"}
+    along_axis = np.log10([left, place, right]) if log else np.array([left, place, right])
+    beyond = along_axis[1] - along_axis[0] > 0.6 * (along_axis[2] - along_axis[0])
+    style = {"xanchor": "right" if beyond else "left", "yanchor": "top", "showarrow": False}
+    notes.append({"text": f" tau = {threshold:.6g} ", "font": {"color": THRESHOLD_COLOUR, "size": 13}, **at, **style})
     along: dict[str, Any] = {"range": [left, right]}
     if log:
         places, labels = ticks(bins)
         along = {"type": "log", "tickvals": places, "ticktext": labels, "range": [np.log10(left), np.log10(right)]}
     unit = f"margin, logits (bins on the grid of {bins.grid:g})" if bins.grid else "margin, logits"
     more["xaxis" + on_row(len(names))["xaxis"][1:]] = {"title": {"text": unit}}
-    fig = go.Figure(traces, stacked(len(names), min(0.06, 0.2 / len(names))))
-    return finish(fig, title, height=150 + 150 * len(names), subtitle=subtitle, width=WHOLE, x=along, more=more)
+    more["margin"] = {"t": 80 if subtitle else 64}
+    fig = go.Figure(traces, stacked(len(names), min(0.08, 0.22 / len(names))))
+    return finish(fig, title, height=170 + 150 * len(names), subtitle=subtitle, width=WHOLE, x=along, more=more)
 
 
 def effect(

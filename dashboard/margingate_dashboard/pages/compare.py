@@ -181,12 +181,15 @@ def headline(table: pd.DataFrame) -> list[Card]:
 
 
 def _page() -> None:
-    page = ui.open_page("Compare", "Two runs, same prompts: which responses are the same, and where the others part.")
+    page = ui.open_page(
+        "Compare", "Two runs, same prompts: which responses are the same, and where the others part.", link=False
+    )
     if page is None:
         return
     other = _other(page)
     if other is None:
         return
+    choose.copy_link(run=page.run, other=other.name)
     table, how, unobserved = _compared(
         str(page.info.path), str(other.path), data.signature(page.info.path), data.signature(other.path)
     )

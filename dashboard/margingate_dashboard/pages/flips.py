@@ -154,10 +154,6 @@ def _list(page: Page, table: pd.DataFrame) -> None:
         [f"{number}-{step}" for number, step in zip(table["number"], table["step"])],
         key="table-flips",
         start=(0,),
-        column_config={
-            "margin": st.column_config.NumberColumn(format="%.6g"),
-            "threshold": st.column_config.NumberColumn(format="%.6g"),
-        },
     )
     if rows:
         _detail(page, table.iloc[rows[0]])

@@ -114,7 +114,7 @@ def _figures(page: Page, times: Times, requests: pd.DataFrame, shape: str) -> di
 def _worst(page: Page, requests: pd.DataFrame) -> None:
     st.markdown(f"##### Most overhead: the worst {min(WORST, len(requests))} of {len(requests):,} requests")
     shown = requests.nlargest(WORST, "overhead_ms").assign(overhead_share=lambda f: 100 * f["overhead_share"])
-    picked = ui.table(
+    rows = ui.chosen_rows(
         shown[
             [
                 "request_id",
@@ -133,8 +133,9 @@ def _worst(page: Page, requests: pd.DataFrame) -> None:
         ],
         "worst",
         page.exports,
-        on_select="rerun",
-        selection_mode="single-row",
+        "worst",
+        [str(n) for n in shown["request"]],
+        key="table-worst",
         column_config={
             "request_id": "request",
             "overhead_ms": st.column_config.NumberColumn(
@@ -148,7 +149,6 @@ def _worst(page: Page, requests: pd.DataFrame) -> None:
             "overhead_share": st.column_config.NumberColumn("overhead", format="%.1f%%", help="overhead_ms / e2e_ms"),
         },
     )
-    rows = [i for i in picked.selection.rows if i < len(shown)]
     if rows:
         request, number = str(shown["request_id"].iloc[rows[0]]), int(shown["request"].iloc[rows[0]])
         st.page_link(

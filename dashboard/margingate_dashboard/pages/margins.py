@@ -180,6 +180,10 @@ def _explore(page: Page, parts: dict[str, whatif.Sample], start: float, policy: 
         "at-threshold",
         page.exports,
         column_config={
+            **{
+                n: st.column_config.NumberColumn(format="localized")
+                for n in ("decode steps", "would trigger", "known flips", "missed")
+            },
             "trigger rate": st.column_config.NumberColumn(format="%.2f%%"),
             "missed at most (95%)": st.column_config.NumberColumn(
                 format="%.4f%%",

@@ -119,7 +119,6 @@ def _ticker(page: ui.Page) -> None:
         column_config={
             "open": st.column_config.LinkColumn("", display_text="open", width="small"),
             "time": st.column_config.DatetimeColumn(format="HH:mm:ss.SSS", help="UTC"),
-            "margin": st.column_config.NumberColumn(format="%.6g"),
         },
     )
 

@@ -14,13 +14,11 @@ from margingate_dashboard.clicks import clicked_step
 from margingate_dashboard.context import flip_text
 from margingate_dashboard.figures import request as figures
 from margingate_dashboard.rates import milliseconds, number, of, share
-from margingate_dashboard.request_list import ORDERS, listing
+from margingate_dashboard.request_list import choose_request
 from margingate_dashboard.tables import FLIP_CODES
 from margingate_dashboard.theme import FLIPPED, MISSED, REPAIRED, STATES, TRIGGERED
 from margingate_dashboard.ui import Page
 
-LISTED = 200
-"""Requests offered in the box; any other is found by its id."""
 STRIP = 800
 """Tokens shown at once."""
 
@@ -56,77 +54,6 @@ REQUESTS = (
     "temperature",
     "seed",
 )
-
-
-def _absent(page: Page, asked: object, number: object) -> None:
-    """Say that a link names a request that is not shown, and why; nothing else is shown then."""
-    every = page.data.requests("request", "request_id")
-    ids = {*every["request_id"].astype(str), *page.data.steps("request_id")["request_id"].unique().astype(str)}
-    numbers = set(every["request"].dropna().astype(int))
-    wanted = asked if asked is not None else number
-    here = str(asked) in ids if asked is not None else links.parse_step(number) in numbers
-    if here:
-        st.warning(
-            f"Request “{ui.markdown_safe(str(wanted)[:80])}” is hidden by the filters in the sidebar.",
-            icon=":material/filter_alt:",
-        )
-    else:
-        st.warning(f"Request “{ui.markdown_safe(str(wanted)[:80])}” is not in this run.", icon=":material/link_off:")
-    st.page_link(ui.PAGES["requests"], label="All requests of this run", query_params=links.params(page.run))
-
-
-def _choose(page: Page) -> tuple[int, str] | None:
-    """Return number and id of the chosen request."""
-    left, middle, right = st.columns([0.4, 0.4, 0.2], vertical_alignment="bottom")
-    order = (
-        left.segmented_control("Show first", ORDERS, default=ORDERS[0], key="order", bind="query-params") or ORDERS[0]
-    )
-    found = page.memo("requests", lambda: listing(page, order), order, page.info.is_live)
-    if not found.numbers:
-        ui.empty_state(
-            "No requests", "<p>No step of this run (or of what is chosen in the sidebar) has been recorded yet.</p>"
-        )
-        return None
-    asked, asked_number = st.query_params.get("request"), st.query_params.get("number")
-    typed = right.text_input("Find by id", key="find", placeholder="request id", max_chars=200).strip()
-    known = found.asked(asked, asked_number)
-    if known is None and (asked is not None or asked_number is not None):
-        _absent(page, asked, asked_number)
-        return None
-    hits = [n for n, name in zip(found.numbers, found.ids) if typed in name] if typed else found.numbers
-    if not hits:
-        right.caption("no such id among those shown")
-        hits, typed = found.numbers, ""
-    offered = hits[:LISTED]
-    if known is not None and known not in offered and not typed:
-        offered = [known, *offered]
-    chosen = known if known in offered else offered[0]
-    st.session_state["request_box"] = chosen
-
-    def remember() -> None:
-        number = st.session_state["request_box"]
-        if number is None:
-            return
-        st.query_params["request"], st.query_params["number"] = found.name(number), str(number)
-        st.query_params.pop("step", None)
-
-    def forget() -> None:
-        for name in ("request", "number", "step"):
-            st.query_params.pop(name, None)
-
-    if typed and known is not None and known != chosen:
-        right.button("Show it", on_click=remember)
-    more = f", first {LISTED} of {len(hits):,}" if len(hits) > LISTED else f", {len(hits):,}"
-    middle.selectbox(
-        f"Request ({order}{more})",
-        offered,
-        key="request_box",
-        on_change=remember,
-        format_func=lambda number: found.label(number, order),
-    )
-    if known is not None and known != found.numbers[0] and not typed:
-        middle.button(f"Go to the first by “{order}”", on_click=forget, type="tertiary")
-    return chosen, found.name(chosen)
 
 
 def _cards(request: pd.Series | None, steps: pd.DataFrame, live: bool) -> None:
@@ -219,6 +146,12 @@ def _unobserved(page: Page, chosen: int) -> None:
     )
 
 
+def _select(step: int) -> None:
+    """Write into the address which step is selected; the page of tokens that it stands on comes with it."""
+    st.query_params["step"] = str(step)
+    st.query_params.pop("tokens", None)
+
+
 def _step_controls(steps: pd.DataFrame) -> int | None:
     """Let the reader go from flip to flip; the step is part of the link."""
     selected = links.parse_step(st.query_params.get("step"))
@@ -228,15 +161,12 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
         selected = None
     notable = steps.loc[steps["state"].isin(FLIP_CODES), "step"].tolist()
 
-    def go(step: int) -> None:
-        st.query_params["step"] = str(step)
-
     def typed() -> None:
         value = st.session_state["step_box"]
         if value is None:
             st.query_params.pop("step", None)
         else:
-            go(int(value))
+            _select(int(value))
 
     st.session_state["step_box"] = selected
     here = -1 if selected is None else selected
@@ -249,7 +179,7 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
             shortcut="p",
             help="Key p",
             disabled=not before,
-            on_click=go,
+            on_click=_select,
             args=(before[-1] if before else 0,),
         )
         st.button(
@@ -258,7 +188,7 @@ def _step_controls(steps: pd.DataFrame) -> int | None:
             shortcut="n",
             help="Key n",
             disabled=not after,
-            on_click=go,
+            on_click=_select,
             args=(after[0] if after else 0,),
         )
         place = f"{notable.index(here) + 1} of {len(notable)}" if here in notable else f"{len(notable)}"
@@ -270,23 +200,34 @@ def _strip(page: Page, chosen: int, steps: pd.DataFrame, selected: int | None) -
     pages = -(-len(steps) // STRIP)
     part = 0
     if pages > 1:
-        want = 0 if selected is None else int((steps["step"] < selected).sum()) // STRIP
-        names = [
-            f"{int(steps['step'].iloc[i * STRIP])}–{int(steps['step'].iloc[min(len(steps), (i + 1) * STRIP) - 1])}"
-            for i in range(pages)
-        ]
-        key = f"part-{chosen}-{selected}"
-        st.session_state.setdefault(key, names[min(want, pages - 1)])
+        starts = steps["step"].iloc[::STRIP].tolist()
+        ends = [*(steps["step"].iloc[STRIP - 1 :: STRIP].tolist()), int(steps["step"].iloc[-1])][:pages]
+        asked = links.parse_step(st.query_params.get("tokens"))
+        at = selected if asked is None else asked
+        part = 0 if at is None else max(0, int(np.searchsorted(starts, at, side="right")) - 1)
+        st.session_state["tokens_box"] = part
 
-        def turn(by: int) -> None:
-            at = names.index(st.session_state[key]) + by
-            st.session_state[key] = names[min(max(at, 0), pages - 1)]
+        def turn(to: int | None = None) -> None:
+            st.query_params["tokens"] = str(starts[st.session_state["tokens_box"] if to is None else to])
 
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            part = names.index(str(st.selectbox("Tokens", names, key=key, width=220)))
-            st.button("Earlier tokens", icon=":material/arrow_back:", disabled=part == 0, on_click=turn, args=(-1,))
+            st.selectbox(
+                "Tokens",
+                range(pages),
+                format_func=lambda i: f"{starts[i]}–{ends[i]}",
+                key="tokens_box",
+                on_change=turn,
+                width=220,
+            )
             st.button(
-                "Later tokens", icon=":material/arrow_forward:", disabled=part == pages - 1, on_click=turn, args=(1,)
+                "Earlier tokens", icon=":material/arrow_back:", disabled=part == 0, on_click=turn, args=(part - 1,)
+            )
+            st.button(
+                "Later tokens",
+                icon=":material/arrow_forward:",
+                disabled=part == pages - 1,
+                on_click=turn,
+                args=(part + 1,),
             )
     known = data.vocabulary(page.data)
     shown = steps.iloc[part * STRIP : (part + 1) * STRIP]
@@ -296,11 +237,13 @@ def _strip(page: Page, chosen: int, steps: pd.DataFrame, selected: int | None) -
 
 def _page() -> None:
     page = ui.open_page(
-        "Request", "One response, token by token: where the margin was low, what flipped, and where the time went."
+        "Request",
+        "One response, token by token: where the margin was low, what flipped, and where the time went.",
+        link=False,
     )
     if page is None:
         return
-    found = _choose(page)
+    found = choose_request(page)
     if found is None:
         return
     chosen, request_id = found
@@ -319,7 +262,7 @@ def _page() -> None:
     _strip(page, chosen, steps, selected)
     pressed = clicked_step(f"tokens-{chosen}")
     if pressed is not None and pressed != selected:
-        st.query_params["step"] = str(pressed)
+        _select(pressed)
         st.rerun()
     log = st.toggle("Logarithmic margins", value=True, key="log", bind="query-params")
     left, right = st.columns([0.64, 0.36])
@@ -351,7 +294,7 @@ def _page() -> None:
     wanted = steps.assign(state=[STATES[s].name for s in steps["state"]]).drop(columns="shown")
     page.exports.tables["steps"] = wanted
     # A table of 27 columns takes the browser longer than the rest of the page: only where it is asked for.
-    if st.toggle("All steps as a table", key="all-steps"):
+    if st.toggle("All steps as a table", key="all", bind="query-params"):
         ui.table(wanted, "steps", page.exports)
     page.exports.show("request")
 
@@ -364,7 +307,7 @@ def _follow_click(event: object, chosen: int, selected: int | None) -> None:
     if step is not None and (chosen, step) != st.session_state.get("clicked"):
         st.session_state["clicked"] = (chosen, step)
         if step != selected:
-            st.query_params["step"] = str(step)
+            _select(step)
             st.rerun()
 
 

@@ -140,19 +140,19 @@ def _page() -> None:
     )
     frame = table(page, shown)
     number = st.column_config.NumberColumn
-    picked = ui.table(
+    rows = ui.chosen_rows(
         frame,
         "requests",
         page.exports,
-        on_select="rerun",
-        selection_mode="single-row",
+        "picked",
+        [str(n) for n in frame["number"]],
+        key="table-requests",
         height=min(38 + 35 * max(1, len(frame)), 640),
         column_config={
             "open": st.column_config.LinkColumn("", display_text="open", width="small", help="Opens the request"),
             "request": st.column_config.TextColumn(width=130),
             "number": number(width="small", help="Number of the request in the run"),
             "flips": number(format="localized", help="Empty where no step could be verified (log, off, sampled)"),
-            "lowest margin": number(format="%.6g"),
             "TTFT": number(format="%.1f ms"),
             "TPOT": number(format="%.2f ms"),
             "end to end": number(format="%.1f ms"),
@@ -165,7 +165,6 @@ def _page() -> None:
             "arrived": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss.SSS"),
         },
     )
-    rows = [i for i in picked.selection.rows if i < len(frame)]
     if rows:
         row = frame.iloc[rows[0]]
         st.page_link(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import data, identity_card, links, ui
+from margingate_dashboard import choose, data, identity_card, links, ui
 from margingate_dashboard.cards import Card
 from margingate_dashboard.facts import identity, notes, runlist
 from margingate_dashboard.figures import runs as figures
@@ -205,6 +205,7 @@ def _page() -> None:
         ui.no_runs()
         _follow(seen, infos, uncounted=False)
         return
+    choose.copy_link()
     exports = ui.Exports("runs")
     place = st.container()
     whole = table(infos, NEXT_SECONDS if st.session_state.get("looked") else READ_SECONDS)

@@ -266,7 +266,7 @@ def _tune(page: Page, samples: profiles.Samples, known: dict[str, profiles.Known
         "thresholds",
         page.exports,
         column_config={
-            "threshold": st.column_config.NumberColumn(format="%.6g"),
+            **{n: st.column_config.NumberColumn(format="localized") for n in ("steps", "triggered", "flips", "missed")},
             "from the sample": st.column_config.NumberColumn(
                 format="%.6g",
                 help="What the sample alone gives; a flip known from gate or audit raises it, set by hand it may differ",
