@@ -218,7 +218,7 @@ def test_overview(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     guarantees = {d["name"].split()[0]: d["x"][0] for d in drawn["guarantees"]}
     assert guarantees == truth.requests["guarantee"].value_counts().to_dict()
     reasons: dict[str, int] = {}
-    for times, label in re.findall(r"([\d,]+) / [\d,]+ requests are (\w+):", page.said):
+    for times, label in re.findall(r"([\d,]+) / [\d,]+ requests are (\w+):", page.said.replace("\\", "")):
         reasons[label] = reasons.get(label, 0) + int(times.replace(",", ""))
     assert reasons == guarantees, "each request's label is given with what it stands on, or why it has none"
     so_far = {d["name"]: d["y"][-1] for d in drawn["so-far"]}
