@@ -33,6 +33,14 @@ def test_each_page_opens(tab: Any, address: str, name: str, request: FixtureRequ
     assert tab.locator("[data-testid=stException]").count() == 0
     assert tab.locator("[data-testid=stAlertContentError]").count() == 0
     assert faint(tab) == {}, "text below the contrast of WCAG's level AA"
+    above = tab.evaluate(
+        """() => {
+            const foot = [...document.querySelectorAll('[data-testid=stMain] [data-testid=stPopover]')].at(-1);
+            const shown = [...document.querySelectorAll('[data-testid=stPlotlyChart], [data-testid=stDataFrame]')];
+            return shown.filter(e => !foot || e.getBoundingClientRect().bottom > foot.getBoundingClientRect().top).length;
+        }"""
+    )
+    assert above == 0, "Export stands at the foot of every page"
     keep(tab, f"{name}-{request.node.callspec.params['tab']}")
 
 
@@ -317,7 +325,7 @@ def test_requests_are_found_by_their_words(tab: Any, address: str) -> None:
     assert opens.text_content() == label, "the copied link shows the same"
 
 
-@pytest.mark.parametrize("name", ["runs", "overview", "request", "flips", "latency", "tuning", "compare"])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_phone_shows_it_all(tab: Any, address: str, name: str) -> None:
     tab.set_viewport_size({"width": 390, "height": 844})
     visit(tab, address, name, "?run=calibration" + ("&other=stock" if name == "compare" else ""))

@@ -205,6 +205,7 @@ def _page() -> None:
         ui.empty_state(
             "Nothing to compare", "<p>No request of one run could be matched with a request of the other.</p>"
         )
+        page.exports.show("compare")
         return
     st.markdown("##### Matched requests, by the policies of both")
     ui.table(
