@@ -157,7 +157,8 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
         created=datetime.now(timezone.utc).date().isoformat(),
         repair=repair,
         system_fingerprint=str((manifest.get("fingerprint") or {}).get("system_fingerprint") or ""),
-        default_threshold=max((float(row["threshold"]) for row in backed.values()), default=DEFAULT_THRESHOLD),
+        # Traffic that the sample did not hold is never gated below the server's own default.
+        default_threshold=max([DEFAULT_THRESHOLD, *(float(row["threshold"]) for row in backed.values())]),
         datasets={
             name: DatasetThreshold(
                 threshold=float(row["threshold"]),

@@ -46,8 +46,9 @@ class RequestRules:
     def threshold_for(self, dataset: str) -> float:
         """Return the threshold in logits of a dataset's requests.
 
-        The profile's where its sample is large enough, else the flag's, else the profile's default where a sample stands
-        behind it and the profile does not know the dataset, else :data:`DEFAULT_THRESHOLD`.
+        The profile's where its sample is large enough, else the flag's, else :data:`DEFAULT_THRESHOLD`, or the profile's
+        default where that is larger, a sample stands behind it and the profile does not know the dataset. Traffic that
+        nobody calibrated is never gated below the conservative default unless the flag says so.
         """
         profile = self.profile
         known = None if profile is None else profile.threshold_for(dataset)
@@ -57,7 +58,7 @@ class RequestRules:
             return self.config.threshold
         if profile is None or profile.backed_default is None or (dataset and dataset in profile.datasets):
             return DEFAULT_THRESHOLD
-        return profile.backed_default
+        return max(DEFAULT_THRESHOLD, profile.backed_default)
 
     def thresholds(self) -> dict[str, float]:
         """Return the thresholds in force for the datasets that the profile names."""

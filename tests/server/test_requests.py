@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,18 @@ def test_wrong_parameters_are_answered_with_400(gate_server: Server, custom: dic
     )
     assert code == 400
     assert field in json.dumps(out)
+
+
+def test_the_readmes_request_is_answered(gate_server: Server) -> None:
+    """What curl sends without a header is a form, which the server does not read as JSON."""
+    lines = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ").splitlines()
+    (words,) = [shlex.split(line) for line in lines if line.strip().startswith("curl ")]
+    given = {flag: words[words.index(flag) + 1] for flag in ("-H", "-d")}
+    name, value = given["-H"].split(": ")
+    path = words[1].partition("/")[2]
+    answer = requests.post(f"{gate_server.base_url}/{path}", data=given["-d"], headers={name: value}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["meta_info"]["margingate"]["guarantee"] == "gated"
 
 
 def test_wrong_requests_do_not_disturb_others(gate_server: Server, prompts: list[Prompt]) -> None:

@@ -167,7 +167,8 @@ def test_thresholds_come_from_request_then_profile_then_flag_then_default() -> N
     assert rules.parse({"margingate_dataset": "arith", "margingate_threshold": 0.9}).threshold == 0.9
     assert rules.parse({"margingate_dataset": "arith"}).threshold == 0.1
     assert rules.parse({"margingate_dataset": "other"}).threshold == 0.7
-    assert RequestRules(MarginGateConfig(profile=profile())).parse({}).threshold == 0.3
+    assert RequestRules(MarginGateConfig(profile=profile())).parse({}).threshold == DEFAULT_THRESHOLD
+    assert RequestRules(MarginGateConfig(profile=profile(default_threshold=0.8))).parse({}).threshold == 0.8
     assert RequestRules(MarginGateConfig()).parse(None).threshold == DEFAULT_THRESHOLD
 
 
@@ -191,7 +192,7 @@ def test_a_profile_that_says_nothing_does_not_win() -> None:
 def test_the_untagged_entry_never_shadows_the_default() -> None:
     given = small(untagged=DatasetThreshold(0.0, 10**6, 500), arith=DatasetThreshold(0.25, 20_000, 20))
     rules = RequestRules(MarginGateConfig(profile={**given, "default_threshold": 0.25}))
-    assert (rules.threshold_for(""), rules.threshold_for("arith"), rules.threshold_for("other")) == (0.25, 0.25, 0.25)
+    assert (rules.threshold_for(""), rules.threshold_for("arith"), rules.threshold_for("other")) == (0.5, 0.25, 0.5)
     assert RequestRules(MarginGateConfig(profile=given, threshold=0.7)).threshold_for("") == 0.7
 
 
@@ -199,6 +200,13 @@ def test_a_dataset_whose_sample_is_too_small_beside_one_that_is_not() -> None:
     given = small(arith=DatasetThreshold(0.25, 20_000, 20), code=DatasetThreshold(0.0, 100))
     rules = RequestRules(MarginGateConfig(profile={**given, "default_threshold": 0.25}))
     assert (rules.threshold_for("arith"), rules.threshold_for("code")) == (0.25, DEFAULT_THRESHOLD)
+
+
+def test_traffic_that_was_not_calibrated_is_not_gated_at_anothers_threshold() -> None:
+    """A profile of arithmetic alone once gated stories at 0.008: one in 24 changed with the batch, labelled `gated`."""
+    given = small(arith=DatasetThreshold(0.008, 20_000, 20))
+    rules = RequestRules(MarginGateConfig(profile={**given, "default_threshold": 0.008}))
+    assert (rules.threshold_for("arith"), rules.threshold_for("story"), rules.threshold_for("")) == (0.008, 0.5, 0.5)
 
 
 def test_foreign_custom_params_are_left_alone() -> None:

@@ -225,7 +225,7 @@ def offline(args: argparse.Namespace, plain: list[Prompt], goal: Goal) -> tuple[
 def _passes(
     args: argparse.Namespace, calibrator: Calibrator, console: Any, calibrated: list[str], start: float
 ) -> None:
-    from sglang_margingate.bench.calibrate.report import default_threshold
+    from sglang_margingate.bench.calibrate.report import largest_threshold
     from sglang_margingate.bench.console import bar
 
     with bar(console) as progress:
@@ -234,7 +234,7 @@ def _passes(
         calibrator.done = lambda: progress.advance(task)
         calibrator.run(calibrated, start)
         if args.transfer:
-            calibrator.carry(args.transfer, default_threshold(calibrator.results))
+            calibrator.carry(args.transfer, largest_threshold(calibrator.results))
 
 
 def _finish(args: argparse.Namespace, calibrator: Calibrator, binding: Binding, fingerprint: str = "") -> int:
@@ -257,7 +257,12 @@ def _finish(args: argparse.Namespace, calibrator: Calibrator, binding: Binding, 
     if args.json:
         options.write(args.json, json.dumps(report.to_dict(calibrator, binding), indent=2, default=str) + "\n")
     print(
-        f"default threshold {profile.default_threshold:g}; profile: {args.out} (serve --margingate-profile {args.out})"
+        f"default threshold {profile.default_threshold:g}, of traffic that names none of these datasets\n"
+        + (
+            f"profile: {args.out}; to use it: margingate serve --margingate-profile {args.out}"
+            if profile.backed_default is not None
+            else f"profile: {args.out}, which changes nothing: no sample was large enough"
+        )
     )
     own = [r for r in results.values() if not r.transferred]
     good = all(r.enough and r.last.calibration.met and (r.confirmed or args.no_refine) for r in own)

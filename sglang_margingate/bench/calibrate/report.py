@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -12,19 +13,22 @@ from sglang_margingate.bench.calibrate.binding import Binding
 from sglang_margingate.bench.calibrate.passes import Calibrator, DatasetResult
 from sglang_margingate.config import DEFAULT_THRESHOLD
 from sglang_margingate.gate.calibration import transfer_matrix
-from sglang_margingate.gate.profile import DatasetThreshold, Profile, too_small
+from sglang_margingate.gate.profile import EVIDENCE_FLOOR, DatasetThreshold, Profile, too_small
 from sglang_margingate.gate.stats import percent
 
 
-def default_threshold(results: Mapping[str, DatasetResult]) -> float:
-    """Return the threshold for traffic of no known dataset: the largest calibrated one.
+def largest_threshold(results: Mapping[str, DatasetResult]) -> float:
+    """Return the largest calibrated threshold, :data:`DEFAULT_THRESHOLD` where there is none."""
+    known = (r.threshold for r in results.values() if r.enough and not r.transferred)
+    return max(known, default=DEFAULT_THRESHOLD)
 
-    A dataset whose sample is too small is such traffic, too: as long as there is one, the server's own default stands
-    wherever it is larger.
+
+def default_threshold(results: Mapping[str, DatasetResult]) -> float:
+    """Return the threshold for traffic of no known dataset: the largest calibrated one, and never less than the server's own default.
+
+    A calibration says nothing of traffic that it did not see: at a threshold that fits arithmetic, stories flip unnoticed.
     """
-    own = [r for r in results.values() if not r.transferred]
-    known = [r.threshold for r in own if r.enough]
-    return max(known) if len(known) == len(own) else max(DEFAULT_THRESHOLD, *known, 0.0)
+    return max(DEFAULT_THRESHOLD, largest_threshold(results))
 
 
 def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Profile:
@@ -74,7 +78,8 @@ def _conclusion(result: DatasetResult) -> str:
     p = result.last
     if not result.enough:
         small = too_small(p.flips.denominator, p.flips.numerator)
-        return f"{small}. Not in the profile: the default threshold stands (give more prompts or --max-tokens)"
+        more = math.ceil(EVIDENCE_FLOOR.steps_alone / max(p.flips.denominator, 1))
+        return f"{small}. Not in the profile: the default threshold stands (give {more} times the prompts, --limit, or --max-tokens)"
     if result.transferred:
         rate = p.missed.describe()
         return (
