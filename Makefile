@@ -41,7 +41,7 @@ endif
 demo: install  ## serve the embedded model, show its flips, open the dashboard (DEMO_ONCE=1 ends by itself)
 	@$(BIN)/python -m sglang_margingate.bench.demo $(if $(DEMO_ONCE),--once)
 
-serve: install  ## serve the embedded model with the gate
+serve: install  ## serve the embedded model with the gate; prompts and texts go into its trace
 	@$(BIN)/python -m sglang_margingate.launch_server --margingate-trace-text on
 
 dashboard: install  ## open the dashboard on traces/

@@ -50,6 +50,11 @@ def show(client: Client, count: int, max_new_tokens: int, console: Console) -> b
             table.add_row(*_row(policy, alone, together, time.perf_counter() - start))
             kept = all(a.same_as(b) for a, b in zip(alone, together))
     console.print(table)
+    console.print(
+        "A flip is a step whose token is not that of a forward of the verify's own shape: at a batch of 1 too, so that an "
+        "answer is the same alone and in company.",
+        soft_wrap=True,
+    )
     flipped = [(a, b) for a, b in zip(alone, together) if not a.same_as(b)]
     if flipped:
         console.print(f"{len(flipped)} gated sequences differ: see the Compare page, and calibrate a threshold")
