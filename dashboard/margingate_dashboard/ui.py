@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
@@ -47,6 +48,8 @@ LOGITS = re.compile(r"margin|threshold|from the sample")
 """Columns in logits."""
 SIX_DIGITS = st.column_config.NumberColumn(format="%.6g")
 """As everywhere else: 0.015625 is no 0.01563 in one place and 0.01562 in another."""
+FOUR_PLACES = st.column_config.NumberColumn(format="%.4f%%")
+"""Bounds in a table."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -320,9 +323,13 @@ def table(frame: pd.DataFrame, name: str, exports: Exports, *, key: str | None =
     """Show a table and put it into the page's export menu."""
     exports.tables[name] = frame
     config = {n: SIX_DIGITS for n in frame.columns if LOGITS.search(str(n)) and frame[n].dtype.kind == "f"}
+    # The browser rounds to the nearest, and a bound that is rounded down is none; what is saved is exact.
+    bounds = [n for n in frame.columns if "at most" in str(n) and frame[n].dtype.kind == "f"]
+    shown = frame.assign(**{n: np.ceil(1e4 * frame[n] - 1e-6) / 1e4 for n in bounds}) if bounds else frame
+    config |= {n: FOUR_PLACES for n in bounds}
     config |= more.pop("column_config", {})
     return st.dataframe(
-        frame, key=key or f"table-{name}", hide_index=True, placeholder="–", column_config=config, **more
+        shown, key=key or f"table-{name}", hide_index=True, placeholder="–", column_config=config, **more
     )
 
 

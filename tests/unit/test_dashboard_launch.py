@@ -141,6 +141,13 @@ def test_the_report_speaks_of_each_policy(tmp_path: Path) -> None:
     assert re.search(r'<td class="n">[\d.]+ ms</td>', text)
 
 
+def test_a_bound_in_the_report_is_rounded_up() -> None:
+    from margingate_dashboard.report import parts
+
+    text = parts.table(pd.DataFrame({"missed at most (95%)": [58.6331, 0.76905], "trigger rate": [58.6331, 0.76905]}))
+    assert re.findall(r"([\d.]+)%<", text) == ["58.64", "58.63", "0.77", "0.77"]
+
+
 def test_report_errors_are_one_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path / "nothing")]) == 2
     assert report.main([str(run), "-o", str(run / "manifest.json" / "x.html")]) == 2

@@ -178,6 +178,13 @@ def same(shown: object, true: object) -> bool:
     return float(shown) == pytest.approx(float(true), rel=1e-6)  # type: ignore[arg-type]
 
 
+def bounds(shown: object, true: object) -> bool:
+    """Whether a bound is shown with four places, rounded up."""
+    if true is None or shown is None or pd.isna(shown):
+        return same(shown, true)
+    return bool(float(true) * (1 - 1e-9) <= float(shown) <= float(true) + 1.01e-4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_overview(app: AppTest, truths: dict[str, Truth], run: str) -> None:
     truth, page = truths[run], visit(app.run(), "overview", run)
@@ -251,7 +258,7 @@ def compare_counts(row: pd.Series, true: dict[str, Any]) -> None:
     steps = true["decode steps"]
     assert same(row["trigger rate"], 100 * true["low margins"] / steps if steps else None)
     assert same(row["flips per 1,000 steps"], 1000 * true["flips"] / steps if steps and verifies else None)
-    assert same(row["missed at most (95%)"], true["bound"] if policy == "gate" and true["examined"] else None)
+    assert bounds(row["missed at most (95%)"], true["bound"] if policy == "gate" and true["examined"] else None)
     if policy == "gate":
         assert whole(row["audited"]) == [true["examined"], true["untriggered"]]
 
@@ -421,12 +428,12 @@ def test_margins(app: AppTest, truths: dict[str, Truth], run: str) -> None:
         assert [row[c] for c in ("decode steps", "would trigger", "known flips", "missed")] == [
             len(mine), int((gated[mine.index] <= tau).sum()), int(mine["flipped"].sum()), int(lost.sum()),
         ]  # fmt: skip
-    bounds = truth.decode[truth.decode["policy"] == truth.policy].assign(gated=gated)
-    for name, mine in [(None, bounds), *bounds.groupby("dataset")]:
+    leading = truth.decode[truth.decode["policy"] == truth.policy].assign(gated=gated)
+    for name, mine in [(None, leading), *leading.groupby("dataset")]:
         true = missed_at_most(mine, tau)
         if name is not None:
             shown = by_dataset.loc[name or "(untagged)"]
-            assert same(shown["missed at most (95%)"], 100 * true if true < 1 else None)
+            assert bounds(shown["missed at most (95%)"], 100 * true if true < 1 else None)
             complete = not (mine["reason"].eq("none") & (mine["gated"] > tau)).any()
             assert shown[f"known, policy {truth.policy}"] == ("exactly" if complete else "where verified")
         elif true < 1:
@@ -525,7 +532,7 @@ def test_tuning(app: AppTest, truths: dict[str, Truth], run: str, target: str) -
         assert row["threshold"] == pytest.approx(tau)
         assert (row["steps"], row["triggered"]) == (n, int((mine["margin"] <= tau).sum()))
         assert row["missed"] == int((mine["flipped"] & (mine["margin"] > tau)).sum())
-        assert row["missed at most (95%)"] == pytest.approx(100 * bound, rel=1e-6)
+        assert bounds(row["missed at most (95%)"], 100 * bound)
         assert row["known flips above"] == 0
     worst = max(float(v) for v in table["missed at most (95%)"])
     assert float(page.cards["Worst miss bound"][0].rstrip("%")) == pytest.approx(worst, rel=0.02, abs=0.011)
@@ -540,11 +547,12 @@ def test_tuning(app: AppTest, truths: dict[str, Truth], run: str, target: str) -
     stars = [d for d in figures(app)["trade-off"] if d.get("marker", {}).get("size") == 15]
     drawn = sorted((d["x"][0], d["y"][0]) for d in stars)
     assert drawn == [
-        pytest.approx(p) for p in sorted(zip(table["trigger rate"].tolist(), table["missed at most (95%)"].tolist()))
+        pytest.approx(p, abs=1.01e-4)
+        for p in sorted(zip(table["trigger rate"].tolist(), table["missed at most (95%)"].tolist()))
     ]
     for text in [c.value for c in app.code if "miss_upper_95" in c.value]:
         for name, entry in json.loads(text)["datasets"].items():
-            assert 100 * entry["miss_upper_95"] == pytest.approx(table.loc[name, "missed at most (95%)"])
+            assert bounds(table.loc[name, "missed at most (95%)"], 100 * entry["miss_upper_95"])
             assert entry["threshold"] == pytest.approx(table.loc[name, "threshold"])
 
 
@@ -577,10 +585,14 @@ def test_compare(app: AppTest, truths: dict[str, Truth]) -> None:
         first = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), None if x == y else min(len(x), len(y)))
         assert same(row["first"], None if first is None else float(first))
     assert whole(page.cards["Identical sequences"][1]) == [int(table["identical"].sum()), len(table)]
+    apart = table.loc[~table["identical"], "first"].astype(float)
+    assert page.cards["Median first divergence"][0] == f"step {np.median(apart):,.6g}"
     split = page.table("policy a", "policy b", "matched")
     counted = table.groupby(["policy_a", "policy_b"])["identical"].agg(["size", "sum"])
     for _, row in split.iterrows():
-        assert [row["matched"], row["identical"]] == counted.loc[(row["policy a"], row["policy b"])].tolist()
+        size, equal = counted.loc[(row["policy a"], row["policy b"])].tolist()
+        assert [row["matched"], row["identical"]] == [size, equal]
+        assert bounds(row["differ at most (95%)"], 100 * upper(size - equal, size))
     times = page.table("of", "median of b − a").set_index("of")
     left, right = (t.requests.set_index("request") for t in (a, b))
     for name, column in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("end to end", "e2e_ms")):

@@ -397,8 +397,11 @@ def test_a_request_that_a_filter_hides_is_said_to_be_hidden(tmp_path: Path, monk
     assert 'class="mg-card"' in shown(at)
 
 
-def test_a_logit_is_written_by_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's and the browser's rounding make two numbers of 0.015625, unless both are asked for six digits."""
+def test_logits_and_bounds_are_written_by_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's and the browser's rounding make two numbers of 0.015625, unless both are asked for six digits.
+
+    And the browser rounds a bound to the nearest: it gets it rounded up to the places that it shows.
+    """
     write_run(tmp_path / "a", SyntheticSpec(requests=24, tokens=80, mix=("always", "gate"), perturbation=0.3))
     write_run(tmp_path / "b", SyntheticSpec(requests=24, tokens=80, policy="log", live=True))
     at = open_app(tmp_path, monkeypatch).run()
@@ -409,12 +412,19 @@ def test_a_logit_is_written_by_one_rule(tmp_path: Path, monkeypatch: pytest.Monk
         for table in at.dataframe:
             settings = json.loads(table.proto.columns)
             for name, column in table.value.items():
-                if re.search(r"margin|threshold|from the sample", str(name)) and pd.api.types.is_float_dtype(
-                    column.dtype
-                ):
+                if not pd.api.types.is_float_dtype(column.dtype):
+                    continue
+                form = settings.get(name, {}).get("type_config", {}).get("format")
+                if re.search(r"margin|threshold|from the sample", str(name)):
                     seen.add(str(name))
-                    assert settings.get(name, {}).get("type_config", {}).get("format") == "%.6g", f"{page}: {name}"
-    assert {"margin", "threshold", "lowest margin", "margin_a", "from the sample"} <= seen
+                    assert form == "%.6g", f"{page}: {name}"
+                if "at most" in str(name):
+                    seen.add(str(name))
+                    assert form == "%.4f%%", f"{page}: {name}"
+                    known = column.dropna().to_numpy()
+                    assert known * 1e4 == pytest.approx((known * 1e4).round(), abs=1e-5), f"{page}: {name}"
+    assert {"margin", "threshold", "lowest margin", "margin_a", "from the sample", "missed at most (95%)"} <= seen
+    assert "differ at most (95%)" in seen
 
 
 def test_untrusted_text_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def headline(table: pd.DataFrame) -> list[Card]:
         Card("Tokens before divergence", share(before, compared), f"{of(before, compared)} tokens that both have"),
         Card(
             "Median first divergence",
-            f"step {int(apart['first'].median()):,}" if len(apart) else "–",
+            f"step {float(apart['first'].median()):,.6g}" if len(apart) else "–",
             f"of {len(apart):,} requests that diverge",
         ),
         Card("Same finish reason", share(ends, len(table)), f"{of(ends, len(table))} matched requests"),
@@ -214,7 +214,6 @@ def _page() -> None:
         page.exports,
         column_config={
             "identical, %": st.column_config.NumberColumn(format="%.2f%%"),
-            "differ at most (95%)": st.column_config.NumberColumn(format="%.2f%%"),
         },
     )
     ui.cards(headline(table))

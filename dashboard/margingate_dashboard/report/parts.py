@@ -17,13 +17,11 @@ from sglang_margingate.gate.calibration import CalibrationError, threshold_for, 
 
 FORMATS = {
     "trigger rate": "{:.2f}%",
-    "missed at most (95%)": "{:.4f}%",
     "overhead": "{:.2f}%",
     "median TTFT": "{:.1f} ms",
     "median TPOT": "{:.2f} ms",
     "flips per 1,000 steps": "{:.2f}",
     "identical, %": "{:.2f}%",
-    "differ at most (95%)": "{:.2f}%",
     "ms a token": "{:.2f} ms",
     "tokens/s": "{:,.0f}",
 }
@@ -37,6 +35,8 @@ def _cell(value: Any, column: str) -> str:
         return f'<td class="n">{value:,}</td>'
     if isinstance(value, (float, np.floating)):
         shown = FORMATS.get(column, "{:.6g}").format(value) if np.isfinite(value) else "–"
+        if "at most" in column and np.isfinite(value):
+            shown = at_most(value / 100)  # rounded to the nearest, a bound may be none
         return f'<td class="n">{shown}</td>'
     return f"<td>{html.escape('–' if value is None or value is pd.NA else str(value))}</td>"
 
