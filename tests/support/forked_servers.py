@@ -24,6 +24,13 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 
 
+def end_with(parent: int, number: signal.Signals) -> None:
+    """Let this process get a signal when its parent ends, however that ends: an interrupted pytest closes nothing."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def become(command: Sequence[str], log: str, env: Mapping[str, str], folder: str) -> None:
     """Make this process, a fresh fork, what ``python -m MODULE FLAGS...`` would be; ``command`` is all of these words."""
     _, dash_m, module, *flags = command
@@ -70,9 +77,7 @@ def _spawn_by_forking() -> None:
 
 def _serve_forks(launcher: int, listener: int, alive: int) -> None:
     """Fork for each process that the launcher wants, and end with it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:
-        os._exit(1)
+    end_with(launcher, signal.SIGKILL)
     # A scheduler that fails says so to its parent, which should be the launcher.
     signal.signal(signal.SIGQUIT, lambda *_: os.kill(launcher, signal.SIGQUIT))
     prepare = spawn.prepare

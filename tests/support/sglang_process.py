@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -120,10 +121,14 @@ class ForkedServer:
 
 def _begin(job: dict[str, Any], answers: TextIO) -> None:
     """Answer with the id of a fork that is a server from now on; a fork between it and us waits for it."""
+    holder = os.getpid()
     if os.fork():
         return
+    forked_servers.end_with(holder, signal.SIGKILL)
+    waiting = os.getpid()
     server = os.fork()
     if server == 0:
+        forked_servers.end_with(waiting, signal.SIGINT)
         answers.close()
         forked_servers.become(job["command"], job["log"], job["env"], job["folder"])
         sys.exit(0)
