@@ -78,7 +78,7 @@ def test_a_variable_that_chooses_kernels_is_refused(sglang: SGLangProcess) -> No
 def test_a_profile_longer_than_a_variable_may_be_is_served(tmp_path: Path) -> None:
     """Its thresholds reach the scheduler, samples that are too small do not count, and nothing is left behind."""
     many = {f"dataset-{i:04}": DatasetThreshold(0.125, 20_000, 12) for i in range(2000)}
-    made = Profile("margingate-demo", "bfloat16", "torch_native", "cpu", "0", "0", "2026-11-26", "window", 0.125,
+    made = Profile("margingate-demo", "bfloat16", "torch_native", "cpu", "0", "0", "2026-11-26", "window", 0.75,
                    {**many, "short": DatasetThreshold(0.0, 144), "": DatasetThreshold(0.0, 7)})  # fmt: skip
     made.save(tmp_path / "profile.json")
     flags = ["--margingate-profile", str(tmp_path / "profile.json"), "--disable-radix-cache",
@@ -89,7 +89,7 @@ def test_a_profile_longer_than_a_variable_may_be_is_served(tmp_path: Path) -> No
         status = httpx.get(f"{server.base_url}/margingate/status", timeout=300).json()
         handed_over = list(private.glob("margingate-*/config.json"))
         assert [path.stat().st_mode & 0o777 for path in handed_over] == [0o600]
-    assert status["threshold"] == 0.125
+    assert status["threshold"] == 0.75
     assert (status["thresholds"]["dataset-1999"], status["thresholds"]["short"]) == (0.125, 0.5)
     assert status["radix"] == "off"
     assert "datasets.short is not used: sample too small: 144 steps" in (tmp_path / "server.log").read_text()
