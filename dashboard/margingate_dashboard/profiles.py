@@ -13,9 +13,8 @@ import pandas as pd
 
 from margingate_dashboard import states
 from margingate_dashboard.summary import has_tag, tag
-from sglang_margingate.config import DEFAULT_THRESHOLD
 from sglang_margingate.gate.calibration import Calibration
-from sglang_margingate.gate.profile import DatasetThreshold, Profile, enough_evidence, too_small
+from sglang_margingate.gate.profile import DatasetThreshold, Profile, default_for, enough_evidence, too_small
 
 Samples = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -157,8 +156,7 @@ def make_profile(manifest: Mapping[str, Any], repair: str, chosen: Mapping[str, 
         created=datetime.now(timezone.utc).date().isoformat(),
         repair=repair,
         system_fingerprint=str((manifest.get("fingerprint") or {}).get("system_fingerprint") or ""),
-        # Traffic that the sample did not hold is never gated below the server's own default.
-        default_threshold=max([DEFAULT_THRESHOLD, *(float(row["threshold"]) for row in backed.values())]),
+        default_threshold=default_for(float(row["threshold"]) for row in backed.values()),
         datasets={
             name: DatasetThreshold(
                 threshold=float(row["threshold"]),

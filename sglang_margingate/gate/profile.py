@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from sglang_margingate.config import ConfigError
+from sglang_margingate.config import DEFAULT_THRESHOLD, ConfigError
 from sglang_margingate.strict_json import JsonError, read_json
 
 PROFILE_SCHEMA = "margingate-profile/1"
@@ -51,6 +52,14 @@ def too_small(steps: int, flips: int) -> str:
         f"sample too small: {steps:,} steps, {flips:,} flips; a threshold needs {floor.steps:,} steps with {floor.flips} "
         f"flips, or {floor.steps_alone:,} steps"
     )
+
+
+def default_for(thresholds: Iterable[float]) -> float:
+    """Return the threshold for traffic of no known dataset: the largest of the known ones, and never less than the server's own default.
+
+    A calibration says nothing of traffic that it did not see: at a threshold that fits arithmetic, stories flip unnoticed.
+    """
+    return max([DEFAULT_THRESHOLD, *thresholds])
 
 
 Logits = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -119,7 +128,8 @@ class Profile:
     @property
     def backed_default(self) -> float | None:
         """The threshold of traffic that the profile does not know, or None where no dataset's sample is large enough."""
-        return self.default_threshold if any(self.threshold_for(name) is not None for name in self.datasets) else None
+        known = any(self.threshold_for(name) is not None for name in self.datasets)
+        return default_for([self.default_threshold]) if known else None
 
     def ignored(self) -> list[str]:
         """Say of each entry that sets no threshold why not."""

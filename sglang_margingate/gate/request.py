@@ -58,7 +58,7 @@ class RequestRules:
             return self.config.threshold
         if profile is None or profile.backed_default is None or (dataset and dataset in profile.datasets):
             return DEFAULT_THRESHOLD
-        return max(DEFAULT_THRESHOLD, profile.backed_default)
+        return profile.backed_default
 
     def thresholds(self) -> dict[str, float]:
         """Return the thresholds in force for the datasets that the profile names."""

@@ -13,7 +13,7 @@ from sglang_margingate.bench.calibrate.binding import Binding
 from sglang_margingate.bench.calibrate.passes import Calibrator, DatasetResult
 from sglang_margingate.config import DEFAULT_THRESHOLD
 from sglang_margingate.gate.calibration import transfer_matrix
-from sglang_margingate.gate.profile import EVIDENCE_FLOOR, DatasetThreshold, Profile, too_small
+from sglang_margingate.gate.profile import EVIDENCE_FLOOR, DatasetThreshold, Profile, default_for, too_small
 from sglang_margingate.gate.stats import percent
 
 
@@ -21,14 +21,6 @@ def largest_threshold(results: Mapping[str, DatasetResult]) -> float:
     """Return the largest calibrated threshold, :data:`DEFAULT_THRESHOLD` where there is none."""
     known = (r.threshold for r in results.values() if r.enough and not r.transferred)
     return max(known, default=DEFAULT_THRESHOLD)
-
-
-def default_threshold(results: Mapping[str, DatasetResult]) -> float:
-    """Return the threshold for traffic of no known dataset: the largest calibrated one, and never less than the server's own default.
-
-    A calibration says nothing of traffic that it did not see: at a threshold that fits arithmetic, stories flip unnoticed.
-    """
-    return max(DEFAULT_THRESHOLD, largest_threshold(results))
 
 
 def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Profile:
@@ -47,7 +39,10 @@ def build_profile(binding: Binding, results: Mapping[str, DatasetResult]) -> Pro
     }
     created = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
     return Profile(
-        **binding._asdict(), created=created, default_threshold=default_threshold(results), datasets=datasets
+        **binding._asdict(),
+        created=created,
+        default_threshold=default_for([largest_threshold(results)]),
+        datasets=datasets,
     )
 
 
@@ -135,7 +130,7 @@ def to_dict(calibrator: Calibrator, binding: Binding) -> dict[str, Any]:
         "schema": "margingate-calibration/1",
         "binding": binding._asdict(),
         "goal": asdict(calibrator.goal),
-        "default_threshold": default_threshold(calibrator.results),
+        "default_threshold": default_for([largest_threshold(calibrator.results)]),
         "flips_by_concurrency": {k: asdict(v) for k, v in calibrator.flips_by_level().items()},
         "datasets": {
             name: {
