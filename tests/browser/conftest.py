@@ -150,9 +150,12 @@ def window(chromium: Any) -> Iterator[tuple[Any, list[str]]]:
 
     A new tab is a new process that compiles Streamlit's and Plotly's scripts again, which takes three times as long as all else.
     """
+    from playwright import sync_api
+
     context = chromium.new_context()
     page = context.new_page()
     page.set_default_timeout(180_000)  # a loaded machine draws late
+    sync_api.expect.set_options(timeout=180_000)
     outside: list[str] = []
     page.on(
         "request",

@@ -125,8 +125,10 @@ def test_a_note_and_tags_are_written_beside_a_run_that_is_selected(tab: Any, add
         tab.get_by_label("Note", exact=True).fill("the <i>other</i> engine")
         tab.get_by_label("Tags", exact=True).fill("baseline, nightly")
         tab.get_by_role("button", name="Save").click()
+        # The click is a message: the page that stands there until it is read is drawn, too.
+        while not (trace_dir / "stock" / "notes.json").exists():
+            tab.wait_for_timeout(100)
         wait_drawn(tab, "Runs")
-        tab.wait_for_timeout(500)
         note = json.loads((trace_dir / "stock" / "notes.json").read_text())
         assert (note["note"], note["tags"]) == ("the <i>other</i> engine", ["baseline", "nightly"])
         visit(tab, address, "compare", "?run=calibration")
