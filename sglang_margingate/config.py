@@ -23,6 +23,9 @@ CONFIG_ENV = "MARGINGATE_CONFIG"
 A file, because a profile of many datasets is longer than an environment variable may be.
 """
 
+FOLDER_PREFIX = "margingate-"
+"""How the name of that file's folder begins."""
+
 DEFAULT_THRESHOLD = 0.5
 """Threshold without a calibrated profile, in logits.
 
@@ -296,7 +299,7 @@ class MarginGateConfig:
     @contextmanager
     def handed_over(self) -> Iterator[Path]:
         """Show this configuration to child processes, in a file that only this user can read, for the time of a ``with``."""
-        folder = Path(tempfile.mkdtemp(prefix="margingate-"))  # mode 0700
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
         path = folder / "config.json"
         before = os.environ.get(CONFIG_ENV)
         try:
@@ -325,6 +328,13 @@ class MarginGateConfig:
                 f"{CONFIG_ENV}: cannot read {path!r:.200} ({reason}); start with the front door"
             ) from None
         return cls.from_json(text)
+
+
+def forget_handed_over() -> None:
+    """Remove what :meth:`MarginGateConfig.handed_over` of this process wrote, before a signal that no ``with`` outlives."""
+    path = os.environ.get(CONFIG_ENV)
+    if path and Path(path).parent.name.startswith(FOLDER_PREFIX):
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
 
 
 def check_threshold(value: object, name: str) -> float:

@@ -146,6 +146,12 @@ REQUEST_HOOKS: tuple[Hook, ...] = (
         "SGLang fails closed on plugins",
     ),
     Hook(
+        "sglang.srt.utils.common.kill_process_tree",
+        "before", launcher_hooks.before_killing, (LAUNCHER,),
+        "where a process of the server ended by itself, SGLang kills the launcher too, which leaves its folder behind",
+        "SGLang's launcher ends by an exception",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         "before", launcher_hooks.validate_request, (LAUNCHER,),
         "wrong margingate parameters are answered with HTTP 400 before they reach a batch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, create_model
 
-from sglang_margingate.config import ConfigError, MarginGateConfig, Policy
+from sglang_margingate.config import ConfigError, MarginGateConfig, Policy, forget_handed_over
 from sglang_margingate.gate.request import RequestRules
 from sglang_margingate.gate.sampling import check_sampling
 from sglang_margingate.machine import versions
@@ -51,6 +52,12 @@ def before_http_server(
         check_schedulers(server_args.dp_size, server_args.tp_size, scheduler_infos)
     _add_routes(tokenizer_manager, config)
     spare_collector()
+
+
+def before_killing(parent_pid: int | None, include_parent: bool = True, *_: Any, **__: Any) -> None:
+    """Remove the folder that the configuration was handed over in, when this process is about to be killed by itself."""
+    if include_parent and parent_pid == os.getpid():
+        forget_handed_over()
 
 
 def check_schedulers(dp_size: int, tp_size: int, scheduler_infos: Sequence[Any]) -> None:

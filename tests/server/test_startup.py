@@ -106,7 +106,7 @@ def test_a_trace_dir_that_cannot_be_written_is_refused(sglang: SGLangProcess, tm
 
 def test_a_layer_that_leaks_its_companions_is_named_and_refused(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    env = {"MARGINGATE_TEST_BREAK": "layers.1.mlp.gate_up_proj"}
+    env = {"MARGINGATE_TEST_BREAK": "layers.1.mlp.gate_up_proj", "TMPDIR": str(tmp_path)}
     with (
         pytest.raises(ServerError),
         serve(["--margingate-policy", "gate", "--margingate-trace", "off"], log=log, env=env),
@@ -115,6 +115,7 @@ def test_a_layer_that_leaks_its_companions_is_named_and_refused(tmp_path: Path) 
     refusal = [line for line in log.read_text().splitlines() if line.startswith("margingate: refusing to serve:")]
     assert refusal, log.read_text()[-2000:]
     assert "model.layers.1.mlp.gate_up_proj" in refusal[0]
+    assert not list(tmp_path.glob("margingate-*")), "SGLang kills the launcher of a server that did not start"
 
 
 def test_more_verify_rows_than_the_pool_holds_are_refused(tmp_path: Path) -> None:

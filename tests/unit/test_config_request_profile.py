@@ -30,6 +30,7 @@ from sglang_margingate.gate.profile import (
     too_small,
 )
 from sglang_margingate.gate.request import RequestRules
+from sglang_margingate.serving.launcher_hooks import before_killing
 
 
 def profile(**changes: Any) -> dict[str, Any]:
@@ -149,6 +150,23 @@ def test_the_configuration_travels_in_a_private_file(monkeypatch: pytest.MonkeyP
         )
     assert not path.parent.exists()
     assert MarginGateConfig.from_env() is None
+
+
+def test_a_launcher_that_is_about_to_be_killed_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    with MarginGateConfig().handed_over() as path:
+        before_killing(os.getpid(), include_parent=False)
+        before_killing(os.getppid())
+        before_killing(None)
+        assert path.exists(), "this process goes on"
+        before_killing(os.getpid())
+        assert not path.parent.exists()
+    (tmp_path / "mine.json").write_text("{}")
+    monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "mine.json"))
+    before_killing(os.getpid())
+    assert (tmp_path / "mine.json").exists(), "not a folder that we made"
 
 
 def test_a_configuration_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
