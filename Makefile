@@ -72,8 +72,9 @@ ifeq ($(SET),cpu)
 	else echo "no Triton for $$(uname -sm): its interpreter tests will skip"; fi
 endif
 
-# Tests that share a server run in one process (tests/conftest.py), each process on a core; WORKERS=0 runs all in one.
-WORKERS ?= 2
+# Tests that share a server run in one process (tests/conftest.py), one more process than cores, since servers
+# and browsers are waited for; WORKERS=0 runs all in one.
+WORKERS ?= 3
 SPREAD = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # Rooms that need no server are measured line by line while their tests run; pyproject.toml names them and the least share.

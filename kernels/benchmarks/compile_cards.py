@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every architecture that we name, without a GPU, and hold the result under each card's limits.
 
-    python kernels/benchmarks/compile_cards.py [--json FILE] [--only NAME]
+    python kernels/benchmarks/compile_cards.py [--json FILE] [--only NAME] [--quick]
 
 Needs Triton 3.6 (its wheel brings the assemblers). A kernel is compiled with the arguments that our own launch code gives it:
 the launches below run on CPU tensors, and what they would launch is caught instead. A table is printed: bytes of shared memory,
@@ -154,6 +154,13 @@ CASES: dict[str, Callable[[Card], None]] = {
     **{f"prefill attention, {name}": lambda card, h=h: _prefill(h, card) for name, h in HEADS.items()},
 }
 
+SMALLER = (
+    "top2_margin, 1 row of 128,256", "kv_column, fp32", "seeded draw, 1 row of 128,256", "row_digest, fp32",
+    *(f"{kind} attention, {name}" for kind in ("decode", "prefill") for name in ("Qwen2.5-14B", "Llama-3.2-1B")),
+)  # fmt: skip
+"""Cases whose kernels have another one of the same tiles or larger ones: ``--quick`` compiles them for one card."""
+QUICK_CARD = "sm_90"
+
 
 # ---- compiling --------------------------------------------------------------------------------------------------------
 
@@ -214,13 +221,15 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(local[1]) + int(stack[1])
 
 
-def compile_all(only: str = "") -> list[Result]:
-    """Compile every case for every card; what does not compile has its error as its problem."""
+def compile_all(only: str = "", quick: bool = False) -> list[Result]:
+    """Compile every case for every card, or those of :data:`SMALLER` for one; what fails has its error as its problem."""
     results: list[Result] = []
     for case, run in CASES.items():
         if only not in case:
             continue
         for card in CARDS:
+            if quick and case in SMALLER and card.target != QUICK_CARD:
+                continue
             with caught() as launches:
                 run(card)
             if not launches:
@@ -240,8 +249,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--quick", action="store_true", help="compile what other cases stand for on one card only")
     args = parser.parse_args()
-    results = compile_all(args.only)
+    results = compile_all(args.only, args.quick)
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
     for r in results:
