@@ -63,7 +63,7 @@ def matrix_table(found: dict[tuple[str, str], dict[tuple[str, str] | None, ident
         row["policy"] = policy
         row["all batches"] = of(*cells[None])
         row.update({identity.title(c): of(*cells[c]) if c in cells else None for c in columns})
-        row["differ at most, at 95%"] = at_most(
+        row["differ at most (95%)"] = at_most(
             upper_95(cells[None].prompts - cells[None].identical, cells[None].prompts)
         )
         rows.append(row)
