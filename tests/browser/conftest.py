@@ -19,7 +19,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "traces" / "sample"
-SCREENSHOTS = ROOT / "out" / "screenshots"  # ignored by git
 CHROMIUM = os.environ.get("MARGINGATE_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = (
     "--no-sandbox",

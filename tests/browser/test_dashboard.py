@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from _pytest.fixtures import FixtureRequest
 from pages_in_browser import (
-    SCREENSHOTS,
     cards,
     copied_link,
     faint,
@@ -118,8 +117,7 @@ def test_a_token_tells_its_story_on_hover_and_focus(tab: Any, address: str) -> N
     tip = token.get_attribute("data-tip")
     for word in ("margin", "threshold", "second token", "verify token", "K/V change", "batch"):
         assert word in tip
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    tab.screenshot(path=SCREENSHOTS / "request-hover.png")
+    keep(tab, "request-hover", whole=False)
     tab.mouse.move(0, 0)
     tab.keyboard.press("Tab")
     token.focus()
@@ -198,9 +196,7 @@ def test_the_report_opens_from_disk(
     assert not problems
     assert tab.title() != "attacked"
     if run == "sample":
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        scheme = request.node.callspec.params["tab"]
-        tab.screenshot(path=SCREENSHOTS / f"report-{scheme}.png", full_page=True)
+        keep(tab, f"report-{request.node.callspec.params['tab']}", whole=False)
 
 
 def test_a_live_run_is_followed(tab: Any, address: str, trace_dir: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "out" / "screenshots"
+KEEP = os.environ.get("MARGINGATE_SCREENSHOTS") == "1"
 
 
 def wait_drawn(tab: Any, title: str) -> None:
@@ -31,9 +33,17 @@ def visit(tab: Any, address: str, page: str, query: str = "") -> None:
     wait_drawn(tab, page.title())
 
 
-def keep(tab: Any, name: str) -> None:
-    """Save a screenshot of the whole page: Streamlit scrolls inside, so the window is made as tall as the content."""
+def keep(tab: Any, name: str, whole: bool = True) -> None:
+    """Save a screenshot where ``MARGINGATE_SCREENSHOTS=1`` asks for them: one takes as long as the page's test.
+
+    Of the whole page, unless told otherwise; Streamlit scrolls inside, so the window is made as tall as the content.
+    """
+    if not KEEP:
+        return
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    if not whole:
+        tab.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+        return
     height = tab.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
     tab.set_viewport_size({"width": 1440, "height": max(800, min(height + 20, 6000))})
     tab.wait_for_timeout(500)
