@@ -6,7 +6,9 @@ The one that most tests ask starts as a user starts it; the others are forks tha
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from sglang_margingate.bench.servers import process
 from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
 
-BY_COMMAND = process.begin
+BEGIN = process.begin
 THRESHOLD = 0.0625
 CANONICAL = ["--margingate-policy", "gate", "--margingate-fast-path", "canonical", "--margingate-trace", "off"]
 
@@ -50,12 +52,18 @@ def forks(sglang: SGLangProcess) -> Iterator[None]:
         yield
 
 
+def begin_by_command(command: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Begin a server as users do, by its command; where there is ``setpriv``, it is interrupted when this process ends."""
+    setpriv = shutil.which("setpriv")
+    return BEGIN([setpriv, "--pdeathsig", "INT", *command] if setpriv else command, log, env)
+
+
 @contextmanager
 def serve_by_command(flags: Sequence[str], **options: Any) -> Iterator[Server]:
-    """Start a server as users do, by its command; the one that most tests ask is."""
+    """Serve by the command: the server that most tests ask does."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(process, "begin", BY_COMMAND)
+            patch.setattr(process, "begin", begin_by_command)
             server = stack.enter_context(serve(flags, **options))
         yield server
 

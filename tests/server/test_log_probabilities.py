@@ -70,6 +70,7 @@ def test_a_scoring_request_has_a_label_and_one_answer(canonical_server: Server, 
 
 
 def test_check_compares_them_and_finds_the_ungated_server_out(canonical_server: Server, log_server: Server) -> None:
-    words = ["--dataset", "story", "--limit", "5", "--max-tokens", "16", "--phases", "alone,together", "--repeats", "1"]
+    # So long that all of them are under way at once, on a machine with other work too.
+    words = ["--dataset", "story", "--limit", "6", "--max-tokens", "48", "--phases", "alone,together", "--repeats", "1"]
     for server, more in ((canonical_server, []), (log_server, ["--expect-fail"])):
         assert main(["check", "--base-url", server.base_url, "--logprobs", "3", *words, *more]) == 0
