@@ -72,8 +72,8 @@ ifeq ($(SET),cpu)
 	else echo "no Triton for $$(uname -sm): its interpreter tests will skip"; fi
 endif
 
-# Tests that share a server run in one process (tests/conftest.py), one more process than cores, since servers
-# and browsers are waited for; WORKERS=0 runs all in one.
+# Tests that share a server run in one process (tests/conftest.py). Three processes: one more than the two cores of CI, since
+# servers and browsers are waited for; WORKERS=0 runs all in one.
 WORKERS ?= 3
 SPREAD = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 

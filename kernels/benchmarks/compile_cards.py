@@ -158,8 +158,13 @@ STOOD_FOR = (
     "top2_margin, 1 row of 128,256", "kv_column, fp32", "seeded draw, 64 rows of 151,936", "row_digest, fp32",
     *(f"{kind} attention, {name}" for kind in ("decode", "prefill") for name in ("Qwen2.5-14B", "Llama-3.2-1B", "64 heads of 128 over 1")),
 )  # fmt: skip
-"""Cases whose kernels are compiled for every card in another case, with tiles as large: ``--quick`` compiles them for one card."""
+"""Cases whose kernels are compiled for every card in another case: ``--quick`` compiles them for one card.
+
+Tiles of attention are no larger there; the draw of many rows is one of them since six cards would take it half a minute.
+"""
+
 QUICK_CARD = "sm_90"
+"""That card."""
 
 
 # ---- compiling --------------------------------------------------------------------------------------------------------
