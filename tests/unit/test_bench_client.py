@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -82,3 +85,31 @@ def test_tables_are_never_cut_and_take_text_as_it_is() -> None:
     assert lines[2].startswith("[red]b ")
     marked = tables.markdown(["name", "n"], [["x|y", 7]]).splitlines()
     assert marked == ["| name | n |", "| ---- | -: |", "| x\\|y | 7 |"]
+
+
+def test_no_connection_is_used_again_that_a_server_may_be_closing() -> None:
+    """SGLang's closes after 5 idle seconds; a request that is sent at that moment gets no answer."""
+    ports: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections stay open
+
+        def do_GET(self) -> None:
+            ports.append(self.client_address[1])
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client(f"http://127.0.0.1:{server.server_address[1]}")
+        assert client.status() == {}
+        time.sleep(1.1)
+        assert client.status() == {}
+        server.shutdown()
+    assert len(set(ports)) == 2

@@ -99,9 +99,10 @@ class Completion:
 
 
 def new_http(api_key: str, timeout: float) -> httpx.Client:
-    """Return a client for any number of threads: as many connections as requests in flight, all kept open."""
+    """Return a client for any number of threads: as many connections as requests in flight, kept open for a second."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # A server closes a connection that was idle for 5 s, as httpx would by default: a request sent at that moment is lost.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=1.0)
     return httpx.Client(headers=headers, timeout=timeout, limits=limits)
 
 
