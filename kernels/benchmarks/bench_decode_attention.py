@@ -102,14 +102,14 @@ def sets_of(rows: int, least: int, most: int) -> list[Inputs]:
     return [first, *(Inputs.of(rows, least, most) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
 
 
-TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, most chunks, stored chunks loaded before joining
-    (64, 2, 3, 4, 128, 32, 8), (64, 2, 3, 4, 128, 48, 8), (64, 2, 3, 4, 128, 64, 8), (64, 2, 3, 4, 128, 64, 16),
-    (64, 2, 3, 4, 128, 32, 16), (64, 2, 3, 4, 128, 128, 16), (64, 4, 3, 4, 128, 64, 8), (64, 2, 4, 3, 128, 64, 8),
-    (64, 2, 2, 6, 128, 64, 8),
+TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, chunks, tokens of a long chunk, most chunks, loaded before joining
+    (64, 2, 3, 4, 128, 32, 512, 32, 8), (64, 2, 3, 4, 128, 32, 512, 64, 8), (64, 2, 3, 4, 128, 32, 512, 64, 16),
+    (64, 2, 3, 4, 128, 32, 512, 128, 16), (64, 2, 3, 4, 128, 32, 256, 128, 16), (64, 2, 3, 4, 128, 32, 640, 48, 8),
+    (64, 2, 3, 4, 128, 32, 512, 32, 16), (64, 2, 4, 3, 128, 32, 512, 64, 8), (64, 4, 3, 4, 128, 32, 512, 64, 8),
 ]  # fmt: skip
 """Launch constants that --tune tries."""
 
-CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS_PER_SM", "CHUNK", "MOST_CHUNKS", "WIDE")
+CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS_PER_SM", "CHUNK", "CHUNKS", "LONG_CHUNK", "MOST_CHUNKS", "WIDE")
 
 
 def planned(xs: list[Inputs]) -> list[functools.partial[torch.Tensor]]:

@@ -1,6 +1,6 @@
-"""Mixtures of experts and weights of 8 bits on one GPU: identity, faults and speed against stock. One command.
+"""Mixtures of experts, weights of 8 bits and further dense models on one GPU: identity, faults and speed against stock. One command.
 
-    python3 tests/gpu/models_gpu.py --out DIR [--models moe,olmoe,mixtral,fp8-channel,fp8-block] [--budget 280]      needs .gpu/ like truth.py
+    python3 tests/gpu/models_gpu.py --out DIR [--models moe,olmoe,mixtral,qwen3-8b,7b,fp8-channel,fp8-block] [--budget 280]   needs .gpu/ like truth.py
 
 For each model stock (its own defaults) and ours share the GPU; whoever is not asked is idle. First the decode step and a mixed
 load, in turns, and identity: 24 sequences alone against batches of each size on a cold and a warm prefix cache, which
@@ -47,6 +47,8 @@ MODELS = {
     "moe": Model("qwen3-30b-a3b-24l", change=(("num_hidden_layers", 8),), slowest_step=1.10),
     "olmoe": Model("olmoe-1b-7b", flags=("--context-length", "4096"), slowest_step=1.10),
     "mixtral": Model("mixtral-8x7b", change=(("num_hidden_layers", 8),), slowest_step=1.10),
+    "qwen3-8b": Model("qwen3-8b"),
+    "7b": Model("deepseek-r1-distill-qwen-7b"),
     "fp8-channel": Model("llama-3.1-8b", flags=("--quantization", "fp8")),
     "fp8-block": Model("qwen3-8b", "random_fp8.py"),
 }

@@ -392,7 +392,7 @@ def attention_module(monkeypatch):
     """In the interpreter chunks are small, so that short contexts still have several, and longer ones longer chunks."""
     module = importlib.import_module("margingate_kernels.attention.decode_attention")
     if INTERPRETED:
-        for name, value in (("CHUNK", 32), ("MOST_CHUNKS", 4), ("BLOCK", 16)):
+        for name, value in (("CHUNK", 32), ("CHUNKS", 2), ("LONG_CHUNK", 48), ("MOST_CHUNKS", 4), ("BLOCK", 16)):
             monkeypatch.setattr(module, name, value)
     return module
 
@@ -463,11 +463,11 @@ def test_decode_attention_row_invariance(attention_module, monkeypatch):
 @pytest.mark.parametrize("chunks", [[3], [4] * 12, [1, 7, 2, 0, 5, 3, 8], [9, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
     """Every chunk is in one share, and no share is more than one chunk longer than they must be."""
-    chunks = [min(n, attention_module.MOST_CHUNKS) for n in chunks]
+    lengths = [max(0, n * attention_module.CHUNK - 3) for n in chunks]
+    chunks = [-(-length // attention_module.chunk_tokens(length)) for length in lengths]
     attend = DecodeAttention(len(chunks) + 2, 4, 4, 16, DEVICE)
     monkeypatch.setattr(attend, "_shares", torch.full((groups, 4), -1, dtype=torch.int32, device=DEVICE))
-    lengths = torch.tensor([0, *(max(0, n * attention_module.CHUNK - 3) for n in chunks)], device=DEVICE)
-    attend.plan(lengths.cumsum(0).int())
+    attend.plan(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
     line = [(row, chunk) for row, n in enumerate(chunks) for chunk in range(max(1, n))]
     taken, counts = [], []
     for row, first, count, _ in attend._shares.tolist():
@@ -479,7 +479,9 @@ def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
 
 
 def test_decode_attention_chunks(attention_module):
-    for length in (1, 100, 10_000, 131_072):
+    tokens = [attention_module.chunk_tokens(n) for n in range(0, 200_000, 7)]
+    assert tokens == sorted(tokens), "a longer context has no shorter chunks"
+    for length in (1, 100, 10_000, 16_384, 16_385, 32_768, 131_072):
         tokens = attention_module.chunk_tokens(length)
         assert tokens % attention_module.BLOCK == 0
         assert -(-length // tokens) <= attention_module.MOST_CHUNKS

@@ -22,9 +22,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _chunk_tokens(length, CHUNK: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens of a chunk: CHUNK, or more where a row would have more than MOST chunks; a multiple of BLOCK."""
-    return tl.maximum(CHUNK, (length + MOST * BLOCK - 1) // (MOST * BLOCK) * BLOCK)
+def _chunk_tokens(
+    length, CHUNK: tl.constexpr, FEW: tl.constexpr, LONG: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Tokens of a chunk, a multiple of BLOCK: CHUNK; up to LONG where a row would have more than FEW; more where more than MOST."""
+    few = (length + FEW * BLOCK - 1) // (FEW * BLOCK) * BLOCK
+    most = (length + MOST * BLOCK - 1) // (MOST * BLOCK) * BLOCK
+    return tl.maximum(CHUNK, tl.maximum(tl.minimum(few, LONG), most))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -33,6 +37,8 @@ def plan_kernel(
     shares,  # int32 [groups, 4]: of each group of programs the row and chunk that it begins with, and its chunks
     rows,
     CHUNK: tl.constexpr,
+    FEW: tl.constexpr,
+    LONG: tl.constexpr,
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -44,7 +50,7 @@ def plan_kernel(
     live = r < rows
     begins = tl.load(indptr + r, mask=live, other=0)
     lengths = tl.load(indptr + r + 1, mask=live, other=0) - begins
-    sizes = _chunk_tokens(lengths, CHUNK, MOST, BLOCK)
+    sizes = _chunk_tokens(lengths, CHUNK, FEW, LONG, MOST, BLOCK)
     # A row without context has one empty chunk, so that its output is written too.
     chunks = tl.where(live, tl.maximum((lengths + sizes - 1) // sizes, 1), 0)
     total = tl.sum(chunks, 0)
@@ -128,6 +134,8 @@ def decode_kernel(
     DOT_ROWS: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
+    FEW: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK: tl.constexpr,
     MOST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -145,7 +153,7 @@ def decode_kernel(
     while left > 0:
         begin = tl.load(indptr + row)
         end = tl.load(indptr + row + 1)
-        size = _chunk_tokens(end - begin, CHUNK, MOST, BLOCK)
+        size = _chunk_tokens(end - begin, CHUNK, FEW, LONG, MOST, BLOCK)
         n = tl.maximum((end - begin + size - 1) // size, 1)
         last = tl.minimum(first + left, n)
         whole = last - first == n

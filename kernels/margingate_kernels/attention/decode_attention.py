@@ -17,10 +17,16 @@ from margingate_kernels._backend import on_device, use_triton
 from margingate_kernels.attention._inputs import check_attention, check_indptr, power_of_2, supports
 
 CHUNK = 128
-"""Tokens of a chunk, for contexts up to ``CHUNK * MOST_CHUNKS``."""
+"""Tokens of a chunk, for contexts up to ``CHUNK * CHUNKS``."""
 
-MOST_CHUNKS = 32
-"""A row has no more chunks than this; longer contexts get longer chunks."""
+CHUNKS = 32
+"""Chunks of a longer context, until they reach ``LONG_CHUNK`` tokens."""
+
+LONG_CHUNK = 512
+"""Tokens of a chunk of a context above ``LONG_CHUNK * CHUNKS``, up to ``LONG_CHUNK * MOST_CHUNKS``: one row fills more of a GPU."""
+
+MOST_CHUNKS = 64
+"""A row has no more chunks than this; still longer contexts get longer chunks."""
 
 BLOCK = 64
 """Tokens that a program reads at once; every chunk is a multiple."""
@@ -36,7 +42,8 @@ WIDE = 8
 
 def chunk_tokens(length: int) -> int:
     """Return the tokens of a chunk in a context of ``length``: a function of the row alone."""
-    return max(CHUNK, -(-length // (MOST_CHUNKS * BLOCK)) * BLOCK)
+    few, most = (-(-length // (n * BLOCK)) * BLOCK for n in (CHUNKS, MOST_CHUNKS))
+    return max(CHUNK, min(few, LONG_CHUNK), most)
 
 
 class DecodeAttention:
@@ -108,7 +115,7 @@ class DecodeAttention:
         with on_device(indptr):
             plan_kernel[(len(self._shares),)](
                 indptr, self._shares, rows,
-                CHUNK=CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=power_of_2(self.max_rows), num_warps=1,
+                CHUNK=CHUNK, FEW=CHUNKS, LONG=LONG_CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, ROWS=power_of_2(self.max_rows), num_warps=1,
             )  # fmt: skip
 
     def __call__(
@@ -155,7 +162,8 @@ class DecodeAttention:
                 q, k, v, indices, self._indptr, self._shares, out, self._parts, self._sums, self._counters,
                 scale * math.log2(math.e), q.stride(0),
                 KV_HEADS=self.kv_heads, GROUP=group, GROUP_P2=power_of_2(group), DOT_ROWS=dot_rows,
-                DIM=self.head_dim, CHUNK=CHUNK, BLOCK=BLOCK, MOST=MOST_CHUNKS, STAGES=stages, WIDE=WIDE, num_warps=warps,
+                DIM=self.head_dim, CHUNK=CHUNK, FEW=CHUNKS, LONG=LONG_CHUNK, MOST=MOST_CHUNKS, BLOCK=BLOCK, STAGES=stages, WIDE=WIDE,
+                num_warps=warps,
             )  # fmt: skip
         return out
 
