@@ -25,6 +25,9 @@ SHAPES = (
 )  # fmt: skip
 """Rows, and the shortest and longest context."""
 
+GRAPH = 17
+"""Rows of the smallest CUDA graph of a decode class: --tune fills up to it with rows of padding (a + behind the rows)."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -37,10 +40,11 @@ class Inputs:
     indices: torch.Tensor
 
     @classmethod
-    def of(cls, rows: int, least: int, most: int) -> Inputs:
-        """Draw one; the lengths are the same each time."""
+    def of(cls, rows: int, least: int, most: int, padding: int = 0) -> Inputs:
+        """Draw one; the lengths are the same each time. Rows of padding, of one token, come last."""
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
         lengths = least + order * (most - least) // max(rows - 1, 1)
+        rows, lengths = rows + padding, torch.nn.functional.pad(lengths, (0, padding), value=1)
         slots = int(lengths.sum())
 
         def draw(*shape: int) -> torch.Tensor:
@@ -96,16 +100,19 @@ def fa3(x: Inputs) -> functools.partial[torch.Tensor] | None:
     )  # fmt: skip
 
 
-def sets_of(rows: int, least: int, most: int) -> list[Inputs]:
+def sets_of(rows: int, least: int, most: int, padding: int = 0) -> list[Inputs]:
     """Return inputs to rotate among, so that none of them stays in the L2 cache."""
-    first = Inputs.of(rows, least, most)
-    return [first, *(Inputs.of(rows, least, most) for _ in range(common.input_sets(first.size, at_least=2) - 1))]
+    first = Inputs.of(rows, least, most, padding)
+    return [
+        first,
+        *(Inputs.of(rows, least, most, padding) for _ in range(common.input_sets(first.size, at_least=2) - 1)),
+    ]
 
 
 TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, chunks, tokens of a long chunk, most chunks, loaded before joining
-    (64, 2, 3, 4, 128, 32, 512, 32, 8), (64, 2, 3, 4, 128, 32, 512, 64, 8), (64, 2, 3, 4, 128, 32, 512, 64, 16),
-    (64, 2, 3, 4, 128, 32, 512, 128, 16), (64, 2, 3, 4, 128, 32, 256, 128, 16), (64, 2, 3, 4, 128, 32, 640, 48, 8),
-    (64, 2, 3, 4, 128, 32, 512, 32, 16), (64, 2, 4, 3, 128, 32, 512, 64, 8), (64, 4, 3, 4, 128, 32, 512, 64, 8),
+    (64, 2, 3, 4, 128, 32, 512, 32, 8), (64, 2, 3, 4, 128, 32, 512, 64, 8), (64, 2, 3, 4, 128, 64, 512, 64, 8),
+    (64, 2, 3, 4, 128, 64, 512, 64, 16), (64, 2, 3, 4, 128, 48, 512, 64, 8), (64, 2, 3, 4, 128, 32, 320, 64, 8),
+    (64, 2, 3, 4, 128, 32, 256, 64, 8),
 ]  # fmt: skip
 """Launch constants that --tune tries."""
 
@@ -128,7 +135,9 @@ def main() -> None:
     torch.manual_seed(0)
     if args.tune:
         data = {
-            f"{rows}x{least if least == most else f'{least}-{most}'}": sets_of(rows, least, most)
+            f"{rows}{'+' * (rows < GRAPH)}x{least if least == most else f'{least}-{most}'}": sets_of(
+                rows, least, most, max(0, GRAPH - rows)
+            )
             for rows, least, most in SHAPES
         }
         common.tune(decode_attention, CONSTANTS, TRIALS, {name: lambda xs=xs: planned(xs) for name, xs in data.items()})

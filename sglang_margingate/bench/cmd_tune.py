@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     if is_cpu_host():
         raise TuneError("no GPU is in use here: the experts of a CPU have no configurations to choose from")
     install_stand_ins()
-    from sglang_margingate.canonical.experts.choose import choose, ratios
+    from sglang_margingate.canonical.experts.choose import Measured, choose, ratios
     from sglang_margingate.canonical.experts.table import save_table, table_path
     from sglang_margingate.machine import kernel_environment
     from sglang_margingate.serving.layers import tuning
@@ -55,12 +55,18 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
             raise TuneError(
                 f"a process that compiles ended with exit status {worker.returncode}; what it said stands above"
             )
-    measured = []
+    times = []
     for number, one in enumerate(tried, 1):
-        measured.append(bank.measure(one))
-        us = " ".join(f"{time:.0f}" for time in measured[-1].us.values()) or "does not fit this GPU"
-        held = "" if measured[-1].bits is not None or not measured[-1].us else ": a row depends on companions"
-        print(f"{number}/{len(tried)} {tuning.short(one)}{held}: {us}", flush=True)
+        times.append(bank.measure(one))
+        us = " ".join(f"{time:.0f}" for time in times[-1].values()) or "does not fit this GPU"
+        print(f"{number}/{len(tried)} {tuning.short(one)}: {us}", flush=True)
+    fitting = [one for one, us in zip(tried, times) if us]
+    print(f"a row among its companions, with {len(fitting)} configurations", flush=True)
+    bits = iter(bank.bits(fitting))
+    measured = [Measured(one, next(bits) if us else None, us) for one, us in zip(tried, times)]
+    for each in measured:
+        if each.us and each.bits is None:
+            print(f"{tuning.short(each.config)}: a row depends on its companions")
     bank.fix(None, kernel_sum=False)
     stock = bank.times(tuning.TIMED)
     table = choose(measured)

@@ -460,22 +460,35 @@ def test_decode_attention_row_invariance(attention_module, monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 4, 5, 12, 66])
-@pytest.mark.parametrize("chunks", [[3], [4] * 12, [1, 7, 2, 0, 5, 3, 8], [9, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize(
+    "chunks", [[3], [4] * 12, [1, 7, 2, 0, 5, 3, 8], [9, 1, 1, 1, 1, 1, 1, 1, 1, 1], [4, *[0] * 9], [0, 0, 4, 0]]
+)
 def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
-    """Every chunk is in one share, and no share is more than one chunk longer than they must be."""
+    """Every chunk is in one share, and no share takes a chunk longer than the equal one."""
+    block = attention_module.BLOCK
     lengths = [max(0, n * attention_module.CHUNK - 3) for n in chunks]
-    chunks = [-(-length // attention_module.chunk_tokens(length)) for length in lengths]
+    sizes = [attention_module.chunk_tokens(length) for length in lengths]
     attend = DecodeAttention(len(chunks) + 2, 4, 4, 16, DEVICE)
     monkeypatch.setattr(attend, "_shares", torch.full((groups, 4), -1, dtype=torch.int32, device=DEVICE))
     attend.plan(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
-    line = [(row, chunk) for row, n in enumerate(chunks) for chunk in range(max(1, n))]
-    taken, counts = [], []
+    line = [
+        (row, chunk, max(1, -(-min(size, length - chunk * size) // block)))
+        for row, (length, size) in enumerate(zip(lengths, sizes))
+        for chunk in range(max(1, -(-length // size)))
+    ]
+    places, taken, costs = [each[:2] for each in line], [], []
     for row, first, count, _ in attend._shares.tolist():
-        counts.append(count)
-        begin = line.index((row, first)) if count else 0
+        begin = places.index((row, first)) if count else 0
         taken += line[begin : begin + count]
+        costs.append(sum(blocks for _, _, blocks in line[begin : begin + count]))
     assert taken == line
-    assert max(counts) == -(-len(line) // groups)
+    equal, longest = -(-sum(blocks for *_, blocks in line) // groups), max(blocks for *_, blocks in line)
+    assert max(costs) < equal + longest
+    if equal <= longest:
+        big = {(row, chunk) for row, chunk, blocks in line if blocks == longest}
+        shares = attend._shares.tolist()
+        held = [sum((row, first + k) in big for k in range(count)) for row, first, count, _ in shares]
+        assert max(held) == 1, "rows of padding do not put two of the longest chunks into one share"
 
 
 def test_decode_attention_chunks(attention_module):

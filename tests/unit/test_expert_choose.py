@@ -69,9 +69,12 @@ class Bank:
     def own_configs(self) -> list[object]:
         return [one(block, None).config for block in (16, 32, 64)]
 
-    def measure(self, config: object) -> Measured:
+    def measure(self, config: object) -> dict[int, float]:
         block = int(by_block(config))
-        return one(block, None) if block == 64 else one(block, 7, r1=block, r1024=100 - block)
+        return {} if block == 64 else {1: float(block), 1024: 100.0 - block}
+
+    def bits(self, configs: list[object]) -> list[int | None]:
+        return [{16: 7, 32: 7}[int(by_block(each))] for each in configs]
 
     def fix(self, config: object, kernel_sum: bool = True) -> None:
         self.fixed.append((config, kernel_sum))

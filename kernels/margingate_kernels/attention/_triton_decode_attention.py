@@ -53,21 +53,30 @@ def plan_kernel(
     sizes = _chunk_tokens(lengths, CHUNK, FEW, LONG, MOST, BLOCK)
     # A row without context has one empty chunk, so that its output is written too.
     chunks = tl.where(live, tl.maximum((lengths + sizes - 1) // sizes, 1), 0)
-    total = tl.sum(chunks, 0)
+    # What there is to do is counted in blocks: a row of padding has one, and must not count as much as a chunk of 512 tokens.
+    each = sizes // BLOCK
+    blocks = tl.where(live, tl.maximum((lengths + BLOCK - 1) // BLOCK, 1), 0)
+    total = tl.sum(blocks, 0)
     # Where every row cut at multiples of the largest share leaves no group two pieces, no piece is longer than that, and few
     # rows are cut. Mostly the lengths do not fit so: then all chunks in one line, cut into equal shares wherever a cut falls.
     most = tl.maximum((total + groups - 1) // groups, 1)
-    pieces = (chunks + most - 1) // most
+    whole = tl.maximum(most // each, 1)
+    pieces = (chunks + whole - 1) // whole
     apart = tl.sum(pieces, 0) <= groups
-    upto = tl.cumsum(tl.where(apart, pieces, chunks), 0)
-    at = tl.where(apart, mine, mine * total // groups)
-    row = tl.sum(tl.where(live & (upto <= at), 1, 0), 0)
+    upto = tl.cumsum(blocks, 0)
+    begin = (mine.to(tl.int64) * total // groups).to(tl.int32)
+    end = ((mine + 1).to(tl.int64) * total // groups).to(tl.int32)
+    # Of each row, the chunks that begin before these places of the line.
+    before = tl.minimum(tl.maximum((begin - upto + blocks + each - 1) // each, 0), chunks)
+    behind = tl.minimum(tl.maximum((end - upto + blocks + each - 1) // each, 0), chunks)
+    at = tl.where(apart, mine, tl.sum(before, 0))
+    parts = tl.where(apart, pieces, chunks)
+    ends = tl.cumsum(parts, 0)
+    row = tl.sum(tl.where(live & (ends <= at), 1, 0), 0)
     there = r == row
-    before = tl.sum(tl.where(there, upto - tl.where(apart, pieces, chunks), 0), 0)
-    first = (at - before) * tl.where(apart, most, 1)
-    count = tl.where(
-        apart, tl.minimum(most, tl.sum(tl.where(there, chunks, 0), 0) - first), (mine + 1) * total // groups - at
-    )
+    piece = tl.sum(tl.where(there, whole, 0), 0)
+    first = (at - tl.sum(tl.where(there, ends - parts, 0), 0)) * tl.where(apart, piece, 1)
+    count = tl.where(apart, tl.minimum(piece, tl.sum(tl.where(there, chunks, 0), 0) - first), tl.sum(behind, 0) - at)
     tl.store(shares + mine * 4, row)
     tl.store(shares + mine * 4 + 1, first)
     tl.store(shares + mine * 4 + 2, tl.where(row < rows, tl.maximum(count, 0), 0))

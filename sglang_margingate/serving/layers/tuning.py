@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from sglang_margingate.canonical.experts.choose import Measured
 from sglang_margingate.canonical.experts.probe import ExpertKind
 from sglang_margingate.canonical.experts.table import FIELDS, BankShape, Config
 
@@ -31,6 +31,9 @@ TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 WORKERS = 10
 CALLS = 5
 """Calls in one CUDA graph."""
+
+LONG_US = 5_000
+"""A call that takes longer is timed three times, not ten."""
 
 
 def publish(model: str) -> None:
@@ -95,18 +98,27 @@ class Bank:
         """Return microseconds of the bank by number of rows, routed at random, replayed from a CUDA graph."""
         return {m: graphed(partial(self.run, *self._inputs(m))) for m in rows}
 
-    def measure(self, config: Config, rows: Sequence[int] = ROWS, timed: Sequence[int] = TIMED) -> Measured:
-        """Try one configuration; one that does not fit the GPU has neither bits nor times."""
+    def measure(self, config: Config, rows: Sequence[int] = TIMED) -> dict[int, float]:
+        """Return the times of one configuration, as :meth:`times` does; none where it does not fit this GPU."""
         self.fix(config)
-        try:
-            found = self.kind().digests(sorted(rows, reverse=True))
-            us = self.times(timed)
-        except Exception as error:
-            if "out of resource" not in str(error) and "OutOfResources" not in type(error).__name__:
-                raise
-            return Measured(config, None, {})
-        bits = {each for digests in found.values() for each in digests}
-        return Measured(config, bits.pop() if len(bits) == 1 else None, us)
+        with fits():
+            return self.times(rows)
+        return {}
+
+    def bits(self, configs: Sequence[Config], rows: Sequence[int] = ROWS) -> list[int | None]:
+        """Return for each configuration what the probed row became among all companions, None where not always the same.
+
+        The weights are lent once for all of them: that takes longer than to run one.
+        """
+        return self.kind().bits_of([partial(self.fix, one) for one in configs], sorted(rows, reverse=True))
+
+    def compile(self, config: Config) -> None:
+        """Run one configuration where Triton specialises."""
+        self.fix(config)
+        with fits():
+            for rows in COMPILED:
+                self.run(*self._inputs(rows))
+            torch.cuda.synchronize()
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator("cuda").manual_seed(rows)
@@ -115,8 +127,18 @@ class Bank:
         return x, scores.values / scores.values.sum(1, keepdim=True), scores.indices.int()
 
 
+@contextmanager
+def fits() -> Iterator[None]:
+    """Leave the block where a kernel asks for more shared memory than this GPU has."""
+    try:
+        yield
+    except Exception as error:
+        if "out of resource" not in str(error) and "OutOfResources" not in type(error).__name__:
+            raise
+
+
 def graphed(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Return the microseconds of one call, as the median of replays of a graph of several."""
+    """Return the microseconds of one call, as the median of replays of a graph of several; of fewer where one takes long."""
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -132,6 +154,8 @@ def graphed(run: Callable[[], Any], repeats: int = 10) -> float:
         end.record()
         end.synchronize()
         out.append(begin.elapsed_time(end) * 1000 / CALLS)
+        if len(out) >= 3 and out[0] > LONG_US:
+            break
     return sorted(out)[len(out) // 2]
 
 
@@ -186,7 +210,7 @@ def main(model: str, share: int) -> None:
     publish(model)
     bank = Bank(shape_in(model))
     for one in candidates(bank.own_configs())[share::WORKERS]:
-        bank.measure(one, COMPILED, ())
+        bank.compile(one)
 
 
 if __name__ == "__main__":
