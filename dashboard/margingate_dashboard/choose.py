@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from margingate_dashboard import data, links
+from margingate_dashboard import address, data, links
 from margingate_dashboard.facts.filters import Filters
 from margingate_dashboard.facts.policies import present
 from margingate_dashboard.summary import tags
@@ -47,8 +47,7 @@ OF_ONE_RUN = (
 
 def leave() -> None:
     """Take out of the address what belongs to the run that was shown."""
-    for name in OF_ONE_RUN:
-        st.query_params.pop(name, None)
+    address.write(**dict.fromkeys(OF_ONE_RUN))
 
 
 def _remember_run() -> None:
@@ -57,7 +56,7 @@ def _remember_run() -> None:
         return
     st.session_state["pinned_run"] = name
     leave()
-    st.query_params["run"] = name
+    address.write(run=name)
 
 
 def choose_run(infos: list[RunInfo]) -> RunInfo | None:
@@ -66,7 +65,7 @@ def choose_run(infos: list[RunInfo]) -> RunInfo | None:
     Without a link the newest run is shown, and stays while newer ones begin.
     """
     by_name = {info.name: info for info in infos}
-    asked = st.query_params.get("run")
+    asked = address.get("run")
     if asked is not None and links.known_run(asked, by_name) is None:
         return None
     name = asked or links.known_run(st.session_state.get("pinned_run"), by_name) or infos[0].name
@@ -88,8 +87,8 @@ def navigate(places: dict[str, tuple[str, str, str]]) -> None:
     places
         (script, title, icon) by path.
     """
-    carried = {name: values for name in CARRIED if (values := st.query_params.get_all(name))}
-    run = st.query_params.get("run") or st.session_state.get("pinned_run")
+    carried = {name: values for name in CARRIED if (values := address.get_all(name))}
+    run = address.get("run") or st.session_state.get("pinned_run")
     if run is not None:
         carried["run"] = [str(run)]
     for script, title, icon in places.values():
@@ -101,8 +100,7 @@ def here(label: str, place: Any = st, icon: str | None = None, **params: str) ->
 
     def go() -> None:
         leave()
-        for name, value in params.items():
-            st.query_params[name] = value
+        address.write(**params)
 
     place.button(label, key=f"here-{label}", icon=icon, on_click=go, type="tertiary")
 
@@ -141,13 +139,10 @@ def choose_filters(run: data.RunData) -> Filters:
             continue
         # Not bound to the URL by Streamlit: that would be lost on the way to another page.
         box = f"{name}_box"
-        st.session_state[box] = [value for value in st.query_params.get_all(name) if value in every]
+        st.session_state[box] = [value for value in address.get_all(name) if value in every]
 
         def remember(name: str = name, box: str = box) -> None:
-            if st.session_state[box]:
-                st.query_params[name] = st.session_state[box]
-            else:
-                st.query_params.pop(name, None)
+            address.write(**{name: st.session_state[box]})
 
         with st.sidebar:
             label = {"dataset": "Datasets", "policy": "Policies", "guarantee": "Guarantees"}[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import data, links, sidebyside, ui
+from margingate_dashboard import address, data, links, sidebyside, ui
 from margingate_dashboard.facts import identity
 from margingate_dashboard.rates import of
 from margingate_dashboard.report.parts import matrix_table
@@ -57,12 +57,11 @@ def show(infos: list[RunInfo], exports: ui.Exports, key: str) -> None:
     chosen = identity.OWN
     if len(groups) > 1:
         start = identity.OWN if not own.empty else list(names)[1]
-        asked, box = st.query_params.get("reference"), f"reference-{key}"
+        asked, box = address.get("reference"), f"reference-{key}"
         chosen = st.session_state[box] = asked if asked is not None and asked in names else start
 
         def remember() -> None:
-            st.query_params["reference"] = st.session_state[box]
-            st.query_params.pop("answer", None)
+            address.write(reference=st.session_state[box], answer=None)
 
         st.selectbox("Each answer is compared with", list(names), key=box, width=420, on_change=remember)
     pairs = own if names[chosen] is None else identity.compared(rows, names[chosen])
@@ -107,12 +106,12 @@ def _cell(
             mine["same"], mine["dataset"].astype(str), mine["prompt"], mine["batch"], mine["request"]
         )
     ]
-    box, wanted = f"pair-{key}-{row}-{column}", links.parse_step(st.query_params.get("answer"))
+    box, wanted = f"pair-{key}-{row}-{column}", links.parse_step(address.get("answer"))
     at = next((i for i, number in enumerate(mine["request"]) if number == wanted), 0)
     st.session_state[box] = at
 
     def remember() -> None:
-        st.query_params["answer"] = str(int(mine["request"].iloc[st.session_state[box]]))
+        address.write(answer=str(int(mine["request"].iloc[st.session_state[box]])))
 
     st.selectbox(
         f"Answers in this cell: {of(differ, len(mine))} differ",

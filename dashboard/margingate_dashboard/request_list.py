@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import choose, links, states, ui
+from margingate_dashboard import address, choose, links, states, ui
 from margingate_dashboard.rates import milliseconds
 from margingate_dashboard.summary import tag
 from margingate_dashboard.tables import FLIP_CODES
@@ -128,8 +128,7 @@ def _absent(page: Page, asked: object, number: object) -> None:
 
 def _forget() -> None:
     """Take out of the address which request is shown, and what of it."""
-    for name in ("request", "number", "step", "tokens", "find"):
-        st.query_params.pop(name, None)
+    address.write(request=None, number=None, step=None, tokens=None, find=None)
 
 
 def choose_request(page: Page) -> tuple[int, str] | None:
@@ -144,16 +143,16 @@ def choose_request(page: Page) -> tuple[int, str] | None:
             "No requests", "<p>No step of this run (or of what is chosen in the sidebar) has been recorded yet.</p>"
         )
         return None
-    asked, asked_number = st.query_params.get("request"), st.query_params.get("number")
-    st.session_state["find"] = st.query_params.get("find", "")
+    asked, asked_number = address.get("request"), address.get("number")
+    st.session_state["find"] = address.get("find") or ""
 
     def search() -> None:
         words = st.session_state["find"].strip()
         if words:
             _forget()
-            st.query_params["find"] = words
+            address.write(find=words)
         else:  # what is shown stays
-            st.query_params.pop("find", None)
+            address.write(find=None)
 
     typed = right.text_input(
         "Find by id", key="find", placeholder="request id", max_chars=200, on_change=search
@@ -176,9 +175,7 @@ def choose_request(page: Page) -> tuple[int, str] | None:
         number = st.session_state["request_box"]
         if number is None:
             return
-        st.query_params["request"], st.query_params["number"] = found.name(number), str(number)
-        for name in ("step", "tokens"):
-            st.query_params.pop(name, None)
+        address.write(request=found.name(number), number=str(number), step=None, tokens=None)
 
     more = f", first {LISTED} of {len(hits):,}" if len(hits) > LISTED else f", {len(hits):,}"
     middle.selectbox(

@@ -18,7 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from margingate_dashboard import choose, data, links
+from margingate_dashboard import address, choose, data, links
 from margingate_dashboard.cards import Card, cards_html
 from margingate_dashboard.choose import FOLLOW_SECONDS, markdown_safe
 from margingate_dashboard.facts.filters import Filters
@@ -171,7 +171,8 @@ def fragment(render: Callable[P, None], run_every: float | None = None) -> Calla
 
     @functools.wraps(render)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> None:
-        guarded(lambda: render(*args, **kwargs))
+        with address.kept():
+            guarded(lambda: render(*args, **kwargs))
 
     return st.fragment(quiet, run_every=run_every)
 
@@ -256,7 +257,7 @@ def open_page(title: str, lead: str, *, filtered: bool = True, link: bool = True
     info = choose.choose_run(infos)
     if info is None:
         header(title, lead)
-        choose.missing(st.query_params.get("run"), infos)
+        choose.missing(address.get("run"), infos)
         return None
     st.set_page_config(page_title=f"{title} · {info.name} · MarginGate")
     header(title, lead, run_chips(info))
@@ -368,16 +369,13 @@ def chosen_rows(
         Whether several rows can be selected.
     """
     places = {row: at for at, row in enumerate(ids)}
-    asked = [places[row] for row in st.query_params.get_all(param) if row in places]
+    asked = [places[row] for row in address.get_all(param) if row in places]
     rows = (asked if many else asked[:1]) or [at for at in start if at < len(ids)]
     _select(key, "rows", rows)
 
     def remember() -> None:
         picked = [ids[at] for at in st.session_state[key]["selection"]["rows"] if at < len(ids)]
-        if picked:
-            st.query_params[param] = picked
-        else:
-            st.query_params.pop(param, None)
+        address.write(**{param: picked})
 
     mode = "multi-row" if many else "single-row"
     table(frame, name, exports, key=key, on_select=remember, selection_mode=mode, **more)
@@ -388,17 +386,14 @@ def chosen_cell(
     frame: pd.DataFrame, name: str, exports: Exports, param: str, *, key: str, **more: Any
 ) -> tuple[int, str] | None:
     """Show a table of which one cell can be selected, which stands in the address, and return its row and column."""
-    row, _, column = st.query_params.get(param, "").partition(":")
+    row, _, column = (address.get(param) or "").partition(":")
     at = links.parse_step(row)
     cell = (at, column) if at is not None and at < len(frame) and column in frame.columns else None
     _select(key, "cells", [cell] if cell else [])
 
     def remember() -> None:
         cells = st.session_state[key]["selection"]["cells"]
-        if cells:
-            st.query_params[param] = f"{cells[0][0]}:{cells[0][1]}"
-        else:
-            st.query_params.pop(param, None)
+        address.write(**{param: f"{cells[0][0]}:{cells[0][1]}" if cells else None})
 
     table(frame, name, exports, key=key, on_select=remember, selection_mode="single-cell", **more)
     return cell

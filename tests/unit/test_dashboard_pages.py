@@ -281,7 +281,7 @@ def test_links_open_run_request_and_step(tmp_path: Path, monkeypatch: pytest.Mon
     at.switch_page("request.py").run()
     assert at.selectbox(key="run_box").value == "b"
     assert at.selectbox(key="request_box").value == 5
-    assert at.number_input(key="step_box").value == 7
+    assert at.number_input[0].value == 7
     assert "step 7 of request rid-00004, run b" in at.code[0].value
 
 
@@ -508,7 +508,7 @@ def test_a_long_answer_is_turned_page_by_page(tmp_path: Path, monkeypatch: pytes
     press("Earlier tokens")
     assert first() == 0
     assert "".join(at.query_params["tokens"]) == "0", "the page of tokens stands in the address"
-    at.number_input(key="step_box").set_value(1300).run()
+    at.number_input[0].set_value(1300).run()
     assert first() == 800
     assert "tokens" not in at.query_params
     at.selectbox(key="tokens_box").set_value(0).run()

@@ -11,7 +11,7 @@ import threading
 import streamlit as st
 from PIL import Image, ImageDraw
 
-from margingate_dashboard import choose
+from margingate_dashboard import address, choose
 from margingate_dashboard.ui import PAGES
 
 _LOOKS = {
@@ -69,11 +69,12 @@ def main() -> None:
     home = st.Page("home.py", title="Runs", default=True, visibility="hidden")
     page = st.navigation([home, *pages], position="hidden")
     place = st.sidebar.container(key="mg-nav", gap=None)
-    try:
-        page.run()
-    finally:  # by now it is known which run is looked at
-        with place:
-            choose.navigate({name: (path, *_LOOKS[name]) for name, path in PAGES.items()})
+    with address.kept(page.url_path):
+        try:
+            page.run()
+        finally:  # by now it is known which run is looked at
+            with place:
+                choose.navigate({name: (path, *_LOOKS[name]) for name, path in PAGES.items()})
 
 
 main()

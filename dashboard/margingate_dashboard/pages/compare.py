@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import align, choose, data, identity_card, links, sidebyside, ui
+from margingate_dashboard import address, align, choose, data, identity_card, links, sidebyside, ui
 from margingate_dashboard.cards import Card
 from margingate_dashboard.facts import identity, notes, policies, versus
 from margingate_dashboard.figures import compare as figures
@@ -54,7 +54,7 @@ def _other(page: Page) -> RunInfo | None:
             "<p>Record the same prompts again (another policy, batch size or machine) into this trace folder.</p>",
         )
         return None
-    asked = st.query_params.get("other")
+    asked = address.get("other")
     if asked is not None and asked != page.run and links.known_run(asked, infos) is None:
         choose.missing(asked, every, "other")
         return None
@@ -68,9 +68,8 @@ def _other(page: Page) -> RunInfo | None:
 
     def remember() -> None:
         if st.session_state["other_box"] is not None:
-            for name in ("pair", "reference", "cell", "answer"):
-                st.query_params.pop(name, None)
-            st.session_state["pinned_other"] = st.query_params["other"] = st.session_state["other_box"]
+            other = st.session_state["pinned_other"] = st.session_state["other_box"]
+            address.write(pair=None, reference=None, cell=None, answer=None, other=other)
 
     left.selectbox(
         f"Compare {ui.markdown_safe(page.run)} (a) with (b)",

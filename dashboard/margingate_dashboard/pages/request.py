@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import annotate, data, links, states, tokens, ui, why_panel
+from margingate_dashboard import address, annotate, data, links, states, tokens, ui, why_panel
 from margingate_dashboard.cards import Card
 from margingate_dashboard.clicks import clicked_step
 from margingate_dashboard.context import flip_text
@@ -148,31 +148,56 @@ def _unobserved(page: Page, chosen: int) -> None:
 
 def _select(step: int) -> None:
     """Write into the address which step is selected; the page of tokens that it stands on comes with it."""
-    st.query_params["step"] = str(step)
-    st.query_params.pop("tokens", None)
+    address.write(step=str(step), tokens=None)
+
+
+def _step_box(selected: int | None, last: int) -> None:
+    """Show the box of the selected step: another one whenever a step was selected elsewhere.
+
+    Were it the same one, a message that the browser sends before it knows of the new step would name the old one, or none, and
+    Streamlit would take that for the reader's typing.
+    """
+    number = st.session_state.get("step_boxes", 0)
+    if st.session_state.get(f"step_box-{number}", -1) != selected:
+        st.session_state.pop(f"step_box-{number}", None)
+        number = st.session_state["step_boxes"] = number + 1
+        st.session_state[f"step_box-{number}"] = selected
+
+    def typed() -> None:
+        if number != st.session_state["step_boxes"]:
+            return  # into a box that the page has replaced since
+        value = st.session_state[f"step_box-{number}"]
+        if value is None:
+            address.write(step=None)
+        else:
+            _select(int(value))
+
+    st.number_input(
+        "Step",
+        0,
+        last,
+        value=None,
+        step=1,
+        key=f"step_box-{number}",
+        on_change=typed,
+        width=150,
+        placeholder="none",
+    )
 
 
 def _step_controls(steps: pd.DataFrame) -> int | None:
     """Let the reader go from flip to flip; the step is part of the link."""
-    selected = links.parse_step(st.query_params.get("step"))
+    selected = links.parse_step(address.get("step"))
     last = int(steps["step"].max())
     if selected is not None and not 0 <= selected <= last:
         st.caption(f":material/link_off: step {selected} is not recorded; this request has steps 0 to {last}")
         selected = None
     notable = steps.loc[steps["state"].isin(FLIP_CODES), "step"].tolist()
 
-    def typed() -> None:
-        value = st.session_state["step_box"]
-        if value is None:
-            st.query_params.pop("step", None)
-        else:
-            _select(int(value))
-
-    st.session_state["step_box"] = selected
     here = -1 if selected is None else selected
     before, after = [s for s in notable if s < here], [s for s in notable if s > here]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.number_input("Step", 0, last, step=1, key="step_box", on_change=typed, width=150, placeholder="none")
+        _step_box(selected, last)
         st.button(
             "Previous flip",
             icon=":material/chevron_left:",
@@ -202,13 +227,13 @@ def _strip(page: Page, chosen: int, steps: pd.DataFrame, selected: int | None) -
     if pages > 1:
         starts = steps["step"].iloc[::STRIP].tolist()
         ends = [*(steps["step"].iloc[STRIP - 1 :: STRIP].tolist()), int(steps["step"].iloc[-1])][:pages]
-        asked = links.parse_step(st.query_params.get("tokens"))
+        asked = links.parse_step(address.get("tokens"))
         at = selected if asked is None else asked
         part = 0 if at is None else max(0, int(np.searchsorted(starts, at, side="right")) - 1)
         st.session_state["tokens_box"] = part
 
         def turn(to: int | None = None) -> None:
-            st.query_params["tokens"] = str(starts[st.session_state["tokens_box"] if to is None else to])
+            address.write(tokens=str(starts[st.session_state["tokens_box"] if to is None else to]))
 
         with st.container(horizontal=True, vertical_alignment="bottom"):
             st.selectbox(

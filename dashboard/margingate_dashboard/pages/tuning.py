@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from margingate_dashboard import profiles, ui
+from margingate_dashboard import address, profiles, ui
 from margingate_dashboard.cards import Card
 from margingate_dashboard.facts.policies import leading
 from margingate_dashboard.facts.price import STEP_COLUMNS as PRICE_COLUMNS
@@ -125,15 +125,12 @@ def by_hand(text: object) -> dict[str, float]:
 
 def _choose(found: dict[str, Calibration], start: dict[str, float]) -> dict[str, float]:
     """Let the reader set thresholds; they stand in the link."""
-    given = by_hand(st.query_params.get("taus"))
+    given = by_hand(address.get("taus"))
 
     def remember() -> None:
         taus = {n: st.session_state[f"hand-{n}"] for n in found}
         text = ",".join(f"{quote(n, safe='')}:{t:g}" for n, t in taus.items() if t is not None and t != start[n])
-        if text:
-            st.query_params["taus"] = text
-        else:
-            st.query_params.pop("taus", None)
+        address.write(taus=text or None)
 
     with st.expander("Choose thresholds by hand", expanded=bool(given)):
         st.caption("Everything on this page follows; what is set here stands in the link.")
