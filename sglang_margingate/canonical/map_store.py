@@ -146,7 +146,8 @@ def readable(value: Any, indent: str = "") -> str:
         return flat
     deeper = indent + "  "
     if isinstance(value, dict):
-        items = [f"{json.dumps(name)}: {readable(item, deeper)}" for name, item in value.items()]
+        # As json.dumps does it: a key that is a number becomes a text.
+        items = [f"{json.dumps({name: 0})[1:-4]}: {readable(item, deeper)}" for name, item in value.items()]
     else:
         items = [readable(item, deeper) for item in value]
     body = ",\n".join(deeper + item for item in items)

@@ -255,10 +255,17 @@ def test_nothing_kept_is_no_reason_for_a_line(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize(
-    "value", [[], {}, [[1, 2, None]], {"a": ["x" * 200, "[ 1,  2 ]"], "b": [[k, k + 1, 0] for k in range(50)]}]
+    "value",
+    [
+        [],
+        {},
+        [[1, 2, None]],
+        {"a": ["x" * 200, "[ 1,  2 ]"], "b": [[k, k + 1, 0] for k in range(50)]},
+        {"us": {rows: rows * 1.5 for rows in range(100)}, 'a "b"': {True: "x" * 200, None: 1}},
+    ],
 )
 def test_readable_json_is_the_same_json(value: Any) -> None:
-    assert json.loads(readable(value)) == value
+    assert json.loads(readable(value)) == json.loads(json.dumps(value))
 
 
 # ---- what a map is bound to -------------------------------------------------------------------------------------------

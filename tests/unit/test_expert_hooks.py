@@ -137,7 +137,7 @@ assert (more == 2).all() and (few == 2 + 2**-7).all(), few
 experts.break_experts(0)
 
 # ---- a table is settled: SGLang's choice, as far as its configurations share their bits
-import tempfile
+import pathlib, tempfile
 from sglang_margingate.config import MarginGateConfig
 big = Bank(UnquantizedFusedMoEMethod())
 big.w13_weight = torch.nn.Parameter(torch.randn(8, 64, 64).bfloat16(), False)
@@ -179,6 +179,10 @@ with tempfile.TemporaryDirectory() as folder:
     tried.clear()
     again = experts._settled("bank", big, shape, given, {"device": "d"})
     assert again.steps == found.steps and tried == [] and "kept in" in again.source
+    (path,) = pathlib.Path(folder).iterdir()
+    path.write_text("{")
+    again = experts._settled("bank", big, shape, given, {"device": "d"})
+    assert again.steps == found.steps and path.read_text() == "{", "a table that cannot be read may be one that somebody tuned"
 
 # ---- a CPU's experts see no fewer than a block of rows
 from sglang.srt.layers.moe import fused_moe_native

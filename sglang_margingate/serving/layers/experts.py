@@ -92,6 +92,8 @@ def _settled(
         )
     if config.map_dir is not None and not TestKnobs().active and sgl.tp_rank() == 0:
         path = table_path(config.map_dir, shape, environment)
+        if path.exists():
+            return table  # not to be read, which was said: somebody's table all the same
         try:
             save_table(path, shape, table, environment)
         except OSError as error:
