@@ -81,7 +81,7 @@ class Models(Run):
         args.tp, args.quick = 1, False
         super().__init__(args)
         self.flags: tuple[str, ...] = ()
-        self.repeats = 4
+        self.repeats = args.repeats
         if self.cpu:
             return
         # Two servers that load at once see each other's weights come: a share that leaves room for both, and a pool of a set size.
@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--layers", type=int, default=0, help="of a model, where it is not to be the usual number")
     add("--gpus", default="", help="CUDA_VISIBLE_DEVICES of our server; all by default")
     add("--stock-gpus", default="", help="of stock's; the same by default")
+    add("--repeats", type=int, default=4, help="of the decode steps (%(default)s)")
     add("--all-sizes", action="store_true", help="ask stock at every size as well")
     add("--budget", type=float, default=280, help="seconds (%(default)s)")
     args = parser.parse_args(words)
