@@ -471,8 +471,8 @@ def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
     attend = DecodeAttention(len(chunks) + 2, 4, 4, 16, DEVICE)
     monkeypatch.setattr(attend, "_shares", torch.full((groups, 4), -1, dtype=torch.int32, device=DEVICE))
     attend.plan(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
-    line = [
-        (row, chunk, max(1, -(-min(size, length - chunk * size) // block)))
+    line = [  # the last chunk of several counts as a whole one
+        (row, chunk, max(1, -(-min(size, length) // block)))
         for row, (length, size) in enumerate(zip(lengths, sizes))
         for chunk in range(max(1, -(-length // size)))
     ]

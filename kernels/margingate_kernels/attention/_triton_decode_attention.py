@@ -53,14 +53,15 @@ def plan_kernel(
     sizes = _chunk_tokens(lengths, CHUNK, FEW, LONG, MOST, BLOCK)
     # A row without context has one empty chunk, so that its output is written too.
     chunks = tl.where(live, tl.maximum((lengths + sizes - 1) // sizes, 1), 0)
-    # What there is to do is counted in blocks: a row of padding has one, and must not count as much as a chunk of 512 tokens.
-    each = sizes // BLOCK
-    blocks = tl.where(live, tl.maximum((lengths + BLOCK - 1) // BLOCK, 1), 0)
+    # What there is to do is counted in blocks of full chunks; but a row of padding has one block, and must not count as much as
+    # a chunk of 512 tokens.
+    each = tl.minimum(sizes, tl.maximum(lengths, 1) + BLOCK - 1) // BLOCK
+    blocks = chunks * each
     total = tl.sum(blocks, 0)
     # Where every row cut at multiples of the largest share leaves no group two pieces, no piece is longer than that, and few
     # rows are cut. Mostly the lengths do not fit so: then all chunks in one line, cut into equal shares wherever a cut falls.
     most = tl.maximum((total + groups - 1) // groups, 1)
-    whole = tl.maximum(most // each, 1)
+    whole = (most + each - 1) // each
     pieces = (chunks + whole - 1) // whole
     apart = tl.sum(pieces, 0) <= groups
     upto = tl.cumsum(blocks, 0)
