@@ -54,9 +54,9 @@ class BatchProof:
         self.by_rows.update(other.by_rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON."""
+        """Return plain types for JSON; ``largest`` is null where no running request was seen."""
         rows = {str(k): v for k, v in sorted(self.by_rows.items())}
-        return {"source": self.source, "unit": self.unit, "largest": self.largest, "by_rows": rows}
+        return {"source": self.source, "unit": self.unit, "largest": self.largest or None, "by_rows": rows}
 
 
 class Gauge:
