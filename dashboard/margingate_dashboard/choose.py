@@ -45,9 +45,9 @@ OF_ONE_RUN = (
 """Query parameters that name something in the run that is shown: in another run they would name something else."""
 
 
-def leave() -> None:
-    """Take out of the address what belongs to the run that was shown."""
-    address.write(**dict.fromkeys(OF_ONE_RUN))
+def leave(**params: str) -> None:
+    """Take out of the address what belongs to the run that was shown, and write these parameters into it."""
+    address.write(**(dict.fromkeys(OF_ONE_RUN) | params))
 
 
 def _remember_run() -> None:
@@ -55,8 +55,7 @@ def _remember_run() -> None:
     if name is None:  # the box was cleared: what is looked at stays
         return
     st.session_state["pinned_run"] = name
-    leave()
-    address.write(run=name)
+    leave(run=name)
 
 
 def choose_run(infos: list[RunInfo]) -> RunInfo | None:
@@ -97,12 +96,7 @@ def navigate(places: dict[str, tuple[str, str, str]]) -> None:
 
 def here(label: str, place: Any = st, icon: str | None = None, **params: str) -> None:
     """Show a button to this page with other parameters: a link to the page that one is on would leave the address as it is."""
-
-    def go() -> None:
-        leave()
-        address.write(**params)
-
-    place.button(label, key=f"here-{label}", icon=icon, on_click=go, type="tertiary")
+    place.button(label, key=f"here-{label}", icon=icon, on_click=leave, kwargs=params, type="tertiary")
 
 
 def missing(asked: object, infos: list[RunInfo], parameter: str = "run") -> None:

@@ -147,7 +147,8 @@ def readable(value: Any, indent: str = "") -> str:
     deeper = indent + "  "
     if isinstance(value, dict):
         # As json.dumps does it: a key that is a number becomes a text.
-        items = [f"{json.dumps({name: 0})[1:-4]}: {readable(item, deeper)}" for name, item in value.items()]
+        keys = [name if isinstance(name, str) else json.dumps(name) for name in value]
+        items = [f"{json.dumps(key)}: {readable(item, deeper)}" for key, item in zip(keys, value.values())]
     else:
         items = [readable(item, deeper) for item in value]
     body = ",\n".join(deeper + item for item in items)

@@ -63,12 +63,16 @@ def experts(args: argparse.Namespace) -> dict[str, Any]:
         one.wait()
     out["compile_seconds"] = time.monotonic() - began
     out["fixed"], numbers = {}, {}
-    times = {tuning.short(c): bank.measure(c, TIMED) for c in fixed}
-    fitting = [c for c in fixed if times[tuning.short(c)]]
+    for c in fixed:
+        us = bank.measure(c, TIMED)
+        out["fixed"][tuning.short(c)] = {"bits": None, "us": us}
+        print(f"{tuning.short(c)}: us {' '.join(f'{each:.0f}' for each in us.values())}", flush=True)
+        save(args, out)
+    fitting = [c for c in fixed if out["fixed"][tuning.short(c)]["us"]]
     for c, found in zip(fitting, bank.bits(fitting)):
-        bits, us = None if found is None else numbers.setdefault(found, str(len(numbers))), times[tuning.short(c)]
-        out["fixed"][tuning.short(c)] = {"bits": bits, "us": us}
-        print(f"{tuning.short(c)}: bits {bits}, us {' '.join(f'{each:.0f}' for each in us.values())}", flush=True)
+        bits = None if found is None else numbers.setdefault(found, str(len(numbers)))
+        out["fixed"][tuning.short(c)]["bits"] = bits
+        print(f"{tuning.short(c)}: bits {bits}", flush=True)
     save(args, out)
     for name, c, kernel_sum in (("stock, sum by the kernel", None, True), ("stock", None, False),
                                 ("fixed, stock's sum", tuning.config(16, 128, 128, 1, 8, 3), False)):  # fmt: skip

@@ -476,18 +476,16 @@ def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
         for row, (length, size) in enumerate(zip(lengths, sizes))
         for chunk in range(max(1, -(-length // size)))
     ]
-    places, taken, costs = [each[:2] for each in line], [], []
+    places, shares = [each[:2] for each in line], []
     for row, first, count, _ in attend._shares.tolist():
         begin = places.index((row, first)) if count else 0
-        taken += line[begin : begin + count]
-        costs.append(sum(blocks for _, _, blocks in line[begin : begin + count]))
-    assert taken == line
+        shares.append(line[begin : begin + count])
+    assert [each for share in shares for each in share] == line
+    costs = [[blocks for _, _, blocks in share] for share in shares]
     equal, longest = -(-sum(blocks for *_, blocks in line) // groups), max(blocks for *_, blocks in line)
-    assert max(costs) < equal + longest
+    assert max(map(sum, costs)) < equal + longest
     if equal <= longest:
-        big = {(row, chunk) for row, chunk, blocks in line if blocks == longest}
-        shares = attend._shares.tolist()
-        held = [sum((row, first + k) in big for k in range(count)) for row, first, count, _ in shares]
+        held = [share.count(longest) for share in costs]
         assert max(held) == 1, "rows of padding do not put two of the longest chunks into one share"
 
 

@@ -31,6 +31,12 @@ def _chunk_tokens(
     return tl.maximum(CHUNK, tl.maximum(tl.minimum(few, LONG), most))
 
 
+@triton.jit
+def _begun(place, ends, blocks, each, chunks):
+    """Of each row, which ends at ``ends`` of a line of blocks, the chunks of ``each`` blocks that begin before ``place``."""
+    return tl.minimum(tl.maximum((place - ends + blocks + each - 1) // each, 0), chunks)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def plan_kernel(
     indptr,  # int32 [rows + 1]: where each row's slots begin in indices
@@ -67,17 +73,15 @@ def plan_kernel(
     upto = tl.cumsum(blocks, 0)
     begin = (mine.to(tl.int64) * total // groups).to(tl.int32)
     end = ((mine + 1).to(tl.int64) * total // groups).to(tl.int32)
-    # Of each row, the chunks that begin before these places of the line.
-    before = tl.minimum(tl.maximum((begin - upto + blocks + each - 1) // each, 0), chunks)
-    behind = tl.minimum(tl.maximum((end - upto + blocks + each - 1) // each, 0), chunks)
-    at = tl.where(apart, mine, tl.sum(before, 0))
+    at = tl.where(apart, mine, tl.sum(_begun(begin, upto, blocks, each, chunks), 0))
     parts = tl.where(apart, pieces, chunks)
     ends = tl.cumsum(parts, 0)
     row = tl.sum(tl.where(live & (ends <= at), 1, 0), 0)
     there = r == row
     piece = tl.sum(tl.where(there, whole, 0), 0)
     first = (at - tl.sum(tl.where(there, ends - parts, 0), 0)) * tl.where(apart, piece, 1)
-    count = tl.where(apart, tl.minimum(piece, tl.sum(tl.where(there, chunks, 0), 0) - first), tl.sum(behind, 0) - at)
+    left = tl.sum(tl.where(there, chunks, 0), 0) - first
+    count = tl.where(apart, tl.minimum(piece, left), tl.sum(_begun(end, upto, blocks, each, chunks), 0) - at)
     tl.store(shares + mine * 4, row)
     tl.store(shares + mine * 4 + 1, first)
     tl.store(shares + mine * 4 + 2, tl.where(row < rows, tl.maximum(count, 0), 0))

@@ -105,12 +105,12 @@ class Bank:
             return self.times(rows)
         return {}
 
-    def bits(self, configs: Sequence[Config], rows: Sequence[int] = ROWS) -> list[int | None]:
+    def bits(self, configs: Sequence[Config]) -> list[int | None]:
         """Return for each configuration what the probed row became among all companions, None where not always the same.
 
         The weights are lent once for all of them: that takes longer than to run one.
         """
-        return self.kind().bits_of([partial(self.fix, one) for one in configs], sorted(rows, reverse=True))
+        return self.kind().bits_of([partial(self.fix, one) for one in configs], ROWS)
 
     def compile(self, config: Config) -> None:
         """Run one configuration where Triton specialises."""
