@@ -11,6 +11,7 @@ changes its sum. Times are microseconds a sum: in a graph of twenty, and eagerly
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -41,8 +42,13 @@ def worker(
     gathers: bool,
     results: Any,
     go: Any,
+    seconds: float,
 ) -> None:
-    """Set up the group, say so, and when it is this one's turn add up at every size; put what was seen."""
+    """Set up the group, say so, and when it is this one's turn add up at every size; put what was seen.
+
+    A rank whose group does not stand after ``seconds`` prints where it is.
+    """
+    faulthandler.dump_traceback_later(seconds)
     from sglang_margingate.serving.cpu import install_stand_ins
 
     install_stand_ins()
@@ -65,6 +71,7 @@ def worker(
     known = {reduce_probe._digests(reduce_probe.in_rank_order(parts)[None].to(device)).tolist()[0]: 0}
     mine = parts[rank].to(device).expand(max(rows), -1).contiguous()
     reduce, out = GroupReduce(), []
+    faulthandler.cancel_dump_traceback_later()
     results.put((rank, None))
     go.wait()
 
@@ -135,15 +142,20 @@ class Workers:
     Starts take a minute where kernels are compiled, so all settings' groups start together; what is timed runs alone.
     """
 
-    def __init__(self, ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool) -> None:
+    def __init__(
+        self, name: str, ranks: int, hidden: int, rows: tuple[int, ...], cpu: bool, gathers: bool, start: float
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        self.ranks, self.results, self._go = ranks, context.Queue(), context.Event()
+        self.name, self.ranks, self.start, self.began = name, ranks, start, time.monotonic()
+        self.results, self._go = context.Queue(), context.Event()
         self.processes = [
             context.Process(
-                target=worker, args=(r, ranks, port, hidden, rows, cpu, gathers, self.results, self._go), daemon=True
+                target=worker,
+                args=(r, ranks, port, hidden, rows, cpu, gathers, self.results, self._go, 0.9 * start),
+                daemon=True,
             )
             for r in range(ranks)
         ]
@@ -163,11 +175,15 @@ class Workers:
             else:
                 rank, answer = self.results.get()
                 found[rank] = answer
+                print(
+                    f"{time.monotonic() - self.began:5.0f} s  {self.name}: {len(found)} of {self.ranks} {what}",
+                    flush=True,
+                )
         return [found[rank] for rank in range(self.ranks)]
 
-    def ready(self, seconds: float) -> None:
+    def ready(self) -> None:
         """Wait until every rank's group stands."""
-        self._answers("are ready", seconds)
+        self._answers("are ready", self.start)
 
     def measure(self, seconds: float) -> list[list[dict[str, Any]]]:
         """Let them begin; return what each rank saw."""
@@ -217,10 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name, env in arms.items():
             os.environ.update(env)
-            workers[name] = Workers(args.ranks, args.hidden, rows, cpu, name == "gathered")
+            workers[name] = Workers(name, args.ranks, args.hidden, rows, cpu, name == "gathered", args.start)
         for name, group in workers.items():
             try:
-                group.ready(args.start)
+                group.ready()
                 ranks = group.measure(args.seconds)
             except RuntimeError as error:
                 problems.append(f"{name}: {error}")
