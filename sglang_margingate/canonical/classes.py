@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,39 @@ class Classes:
         prefill = found.same_as(found.largest(), head=False)
         return cls(found, decode, prefill, found.head_same_as(rows), rows, tuple(unknown))
 
+    def graph_sizes(self, wanted: Sequence[int]) -> list[int]:
+        """Return the decode sizes inside the class that serve batches of the ``wanted`` sizes, rising.
+
+        At some of them layers that do not hold so few rows are padded by themselves (:meth:`InvarianceMap.graph_size`).
+        """
+        return sorted({size for rows in wanted if (size := self.map.graph_size(self.decode, rows)) is not None})
+
+
+@dataclass(frozen=True)
+class DecodeGraphs(RowSizes):
+    """The captured decode sizes, those beyond the class too; none without CUDA graphs.
+
+    Parameters
+    ----------
+    widest
+        Of the sizes at which every layer was seen to be captured inside its class: the rows of the widest one.
+    """
+
+    widest: Mapping[int, int] = field(default_factory=dict)
+
+    def inside(self) -> list[int]:
+        """Return the sizes inside the class."""
+        return [size for size in self.sizes if size in self.widest]
+
+    def shape(self, rows: int, size: int | None) -> ForwardShape:
+        """Return what a decode of ``rows`` requests ran at in the graph of ``size`` rows; None: in none that is known."""
+        if size is None:
+            return ForwardShape(rows, None, False)
+        return ForwardShape(rows, self.widest.get(size, size), size in self.widest)
+
+
+NO_GRAPHS = DecodeGraphs()
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -55,7 +89,7 @@ class Trial:
     Parameters
     ----------
     graphs
-        Captured decode sizes, those beyond the class too; empty without CUDA graphs.
+        The decode graphs.
     decode_ok
         Decode gives one row the same bits at every size of the class, and the verify's.
     prefill
@@ -73,7 +107,7 @@ class Trial:
         The log-probabilities of a prompt's tokens depend on it alone.
     """
 
-    graphs: RowSizes = NO_SIZES
+    graphs: DecodeGraphs = NO_GRAPHS
     decode_ok: bool = False
     prefill: Prefill | None = None
     notes: tuple[str, ...] = ()
@@ -91,10 +125,6 @@ class FastPath:
     classes: Classes
     trial: Trial = field(default_factory=Trial)
 
-    def graphs_inside(self) -> list[int]:
-        """Return the captured decode sizes inside the class."""
-        return graphs_inside(self.classes, self.trial.graphs)
-
     def decode_in_class(self, rows: int) -> bool:
         """Return whether a decode of ``rows`` requests in a CUDA graph runs inside the class."""
         return self.decode_shape(rows).in_class
@@ -111,8 +141,7 @@ class FastPath:
             no hook runs but the sizes are known.
         """
         if seen is None:
-            padded = self.trial.graphs.target(rows)
-            seen = ForwardShape(rows, padded, padded in self.classes.decode.sizes)
+            seen = self.trial.graphs.shape(rows, self.trial.graphs.target(rows))
         return seen if self.trial.decode_ok else seen._replace(in_class=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +154,7 @@ class FastPath:
             "one_class": bool(classes.decode.sizes) and set(classes.decode.sizes) <= set(classes.prefill.sizes),
             "verify_rows": classes.verify_rows,
             "graph_sizes": list(trial.graphs.sizes),
+            "graph_rows": {str(size): trial.graphs.widest[size] for size in trial.graphs.inside()},
             "prefill_graph_sizes": list(trial.prefill_graphs.sizes),
             "decode_attention": trial.decode_attention,
             "prefill_attention": trial.prefill_attention,
@@ -132,8 +162,3 @@ class FastPath:
             "prefill": trial.prefill,
             "notes": list(trial.notes),
         }
-
-
-def graphs_inside(classes: Classes, graphs: RowSizes) -> list[int]:
-    """Return those of the captured decode sizes that lie inside the class."""
-    return [size for size in graphs.sizes if size in classes.decode.sizes]

@@ -16,6 +16,10 @@ from typing import Any
 ROW_COST = 0.0015
 """Share of a decode step that a row of padding costs, at most (H100 and H200, 8B: 0.0006 to 0.0015)."""
 
+APART_COST = 0.01
+"""The same for padding one layer of every block by itself: the rows are copied before its product, about 1.5 us of a block's
+80 to 170."""
+
 OUTSIDE_COST = 1.0
 """The same for a step outside the class: it may need a verify."""
 
@@ -51,6 +55,8 @@ class LayerClasses:
         The layer that makes logits: in a prefill it sees one row per request, not per token.
     kind
         What else chooses its kernel, in words: dtype, method, bias.
+    whole
+        It is never padded by itself: a sum over ranks, of what another layer gave.
     """
 
     name: str
@@ -59,6 +65,11 @@ class LayerClasses:
     labels: dict[int, int | None]
     head: bool = False
     kind: str = ""
+    whole: bool = False
+
+    def same_as(self, label: int | None) -> RowSizes:
+        """Return every probed M of a class."""
+        return RowSizes(tuple(sorted(m for m, found in self.labels.items() if label is not None and found == label)))
 
     def runs(self) -> list[tuple[int, int, int | None]]:
         """Return (first M, last M, class) of neighbouring probed values with one class."""
@@ -200,8 +211,8 @@ class InvarianceMap:
     def decode_class(self, largest: int) -> RowSizes:
         """Return the class that serves decode batches of 1 to ``largest`` rows best; empty where none was found.
 
-        Every doubling of the batch counts alike. A batch that fits is charged the rows it is padded by, one that does
-        not is charged a verify, about a second forward.
+        Every doubling of the batch counts alike. A batch that fits is charged the rows it is padded by, or the layers that
+        are padded by themselves, one that does not is charged a verify, about a second forward.
         """
         batches = [b for b in (1 << k for k in range(32)) if b < largest] + [largest]
         classes: dict[tuple[int | None, ...], list[int]] = {}
@@ -209,11 +220,34 @@ class InvarianceMap:
             classes.setdefault(tuple(layer.labels[m] for layer in self.layers), []).append(m)
 
         def cost(sizes: RowSizes) -> float:
-            targets = [sizes.target(b) for b in batches]
-            return sum(OUTSIDE_COST if t is None else ROW_COST * (t - b) for t, b in zip(targets, batches))
+            layers = self.layers_same_as(sizes)
+            return sum(self._graph(sizes, layers, b)[1] for b in batches)
 
         found = [RowSizes(tuple(sizes)) for label, sizes in classes.items() if None not in label]
         return min(found, key=cost, default=RowSizes())
+
+    def layers_same_as(self, decode: RowSizes) -> list[RowSizes]:
+        """Return for each kind of layer every probed M that shares its own class at the sizes of a decode class."""
+        return [layer.same_as(layer.labels[decode.sizes[0]] if decode.sizes else None) for layer in self.layers]
+
+    def graph_size(self, decode: RowSizes, rows: int) -> int | None:
+        """Return at how many rows decode batches of ``rows`` requests are to be captured; None: at no size inside the class.
+
+        Either all of the forward is padded to a size of the class, or it has ``rows`` rows and the layers that do not hold
+        so few are padded by themselves: whichever costs less.
+        """
+        return self._graph(decode, self.layers_same_as(decode), rows)[0]
+
+    def _graph(self, decode: RowSizes, layers: Sequence[RowSizes], rows: int) -> tuple[int | None, float]:
+        """Return that size, and the share of a step that the padding costs."""
+        target = decode.target(rows)
+        cost = OUTSIDE_COST if target is None else ROW_COST * (target - rows)
+        apart = [(x, sizes.target(rows)) for x, sizes in zip(self.layers, layers) if sizes.target(rows) != rows]
+        if target == rows or not apart or any(layer.whole or wider is None for layer, wider in apart):
+            return target, cost
+        blocks = max(layer.count for layer in self.layers if not layer.whole)
+        alone = APART_COST * sum(layer.count for layer, _ in apart) / blocks
+        return (rows, alone) if alone < cost else (target, cost)
 
     def head_same_as(self, rows: int) -> RowSizes:
         """Return every probed M at which the head gives the bits it gives at ``rows``."""

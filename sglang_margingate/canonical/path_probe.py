@@ -14,10 +14,9 @@ import time
 
 import torch
 
-from sglang_margingate.canonical.classes import NO_SIZES, Classes, Prefill, Trial, graphs_inside
+from sglang_margingate.canonical.classes import NO_GRAPHS, Classes, DecodeGraphs, Prefill, Trial
 from sglang_margingate.canonical.engine import Bits, Engine, Extend, lent_table, same_bits, slots
 from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
-from sglang_margingate.canonical.invariance import RowSizes
 
 TOKENS_GPU, TOKENS_CPU = 1200, 200
 """Length of the made-up prompts: several chunks of decode attention on a GPU; the companions' rows are more than one block
@@ -193,7 +192,7 @@ def try_fast_path(
     classes: Classes,
     engine: Engine,
     chunk: int,
-    graphs: RowSizes = NO_SIZES,
+    graphs: DecodeGraphs = NO_GRAPHS,
     decode_attention: str = "sglang",
     notes: tuple[str, ...] = (),
 ) -> Trial:
@@ -208,7 +207,7 @@ def try_fast_path(
     chunk
         The canonical grid, for prompts that must keep to it.
     graphs
-        Captured decode sizes; empty without CUDA graphs.
+        The decode graphs.
     decode_attention
         What attends in them.
     notes
@@ -222,7 +221,7 @@ def try_fast_path(
         said.append(f"the probe does not know {classes.unknown[0]}{more}: everything is gated by its margin")
     else:
         largest = max(classes.prefill.sizes, default=0)
-        probe = PathProbe(engine, max([MOST_REQUESTS, *graphs_inside(classes, graphs)]), largest or None)
+        probe = PathProbe(engine, max([MOST_REQUESTS, *graphs.inside()]), largest or None)
         broken = (
             probe.prefill_holds() if largest and classes.head.sizes else "every shape: no class of its layers was found"
         )
@@ -257,11 +256,11 @@ def try_fast_path(
     )
 
 
-def _decode_sizes(classes: Classes, graphs: RowSizes, most: int) -> list[int]:
+def _decode_sizes(classes: Classes, graphs: DecodeGraphs, most: int) -> list[int]:
     """Numbers of requests to try: each graph full and one above the last, or a spread without graphs."""
     if graphs.sizes:
-        inside = graphs_inside(classes, graphs)
-        wanted = sorted({1, *inside, *(size + 1 for size in inside[:-1])})
+        inside = graphs.inside()
+        wanted = [rows for rows in {1, *inside, *(size + 1 for size in inside[:-1])} if graphs.target(rows) in inside]
     else:
-        wanted = [1, 2, 3, 7, 16, 17, 33, 64]
-    return [size for size in wanted if size <= most and classes.decode.target(size) is not None]
+        wanted = [rows for rows in (1, 2, 3, 7, 16, 17, 33, 64) if classes.decode.target(rows) is not None]
+    return sorted(rows for rows in wanted if rows <= most)

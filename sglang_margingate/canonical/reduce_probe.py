@@ -72,7 +72,7 @@ class ReduceProbe:
     def layer(self, dtype: torch.dtype) -> LayerClasses:
         """Return it as a layer of the map, so that classes are chosen among sizes with one order of summation."""
         kind = f"{str(dtype).removeprefix('torch.')}, sum over {self.ranks} ranks"
-        return LayerClasses(NAME, (self.hidden, self.ranks), self.count, dict(self.labels), False, kind)
+        return LayerClasses(NAME, (self.hidden, self.ranks), self.count, dict(self.labels), False, kind, whole=True)
 
     def describe(self) -> str:
         """Return in a line at which rows which order was seen."""

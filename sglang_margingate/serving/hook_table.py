@@ -21,7 +21,7 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
 
 State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
 ``shape_hooks._captured``, ``shape_hooks._prefill_graphs``, ``shape_hooks._attended``, ``attention_hooks._decode``,
-``launcher_hooks._rules``, ``hooks._installed`` and ``plugin._loaded`` are set once at start-up, and so is
+``decode_graphs._layers``, ``decode_graphs._wide``, ``decode_graphs._seen``, ``launcher_hooks._rules``, ``hooks._installed`` and ``plugin._loaded`` are set once at start-up, and so is
 ``several.group._kept``, the graph of the probe of the all-reduce, whose memory the other ranks have open;
 ``shape_hooks._running`` is the forward that runs now, None between forwards. The readers of ``sgl`` and
 ``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.
@@ -33,7 +33,7 @@ from sglang_margingate.config import FastPathMode, MarginGateConfig, Policy
 from sglang_margingate.serving import attention_hooks, cpu, launcher_hooks, scheduler_hooks, shape_hooks
 from sglang_margingate.serving.answers import groups, scores
 from sglang_margingate.serving.hooks import LAUNCHER, SCHEDULER, Hook
-from sglang_margingate.serving.layers import experts
+from sglang_margingate.serving.layers import decode_graphs, experts
 
 GATE_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -258,6 +258,13 @@ DECODE_GPU_HOOKS: tuple[Hook, ...] = (
 )  # fmt: skip
 
 FAST_PATH_GPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape",
+        "around", decode_graphs.capture, (SCHEDULER,),
+        "a decode graph has as many rows as its batch where only a layer or two do not hold so few: those are padded by "
+        "themselves, and what all layers ran at is noted",
+        "SGLang pads single layers to given sizes",
+    ),
     Hook(
         "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe._prepare_fused_moe_run",
         "around", experts.prepare, (SCHEDULER,),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sglang_margingate.canonical.classes import NO_GRAPHS
 from sglang_margingate.canonical.ranks import RankError
 from sglang_margingate.runtime.faults import column_digest, wants_digest
 from sglang_margingate.runtime.logprobs import keep_scored
@@ -90,7 +91,8 @@ def _shape(model_runner: Any, batch: Any, graph: bool) -> ForwardShape | None:
         if not decode:
             return None  # SGLang's own prefill graphs: nobody sees their size
         padded = int(model_runner.decode_cuda_graph_runner.bs)  # the graph that was replayed
-        seen = ForwardShape(len(batch.seq_lens), padded, fast is not None and padded in fast.classes.decode.sizes)
+        graphs = NO_GRAPHS if fast is None else fast.trial.graphs
+        seen = graphs.shape(len(batch.seq_lens), padded)
     elif seen is None:
         rows = len(batch.input_ids)
         seen = ForwardShape(rows, rows, False)  # SGLang's eager runner pads nothing

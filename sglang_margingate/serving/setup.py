@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sglang_margingate.canonical.classes import Classes, FastPath
+from sglang_margingate.canonical.classes import NO_GRAPHS, Classes, DecodeGraphs, FastPath
 from sglang_margingate.canonical.engine import Engine
 from sglang_margingate.canonical.grid_probe import grid_holds, grid_note
 from sglang_margingate.canonical.invariance import ROW_COST, RowSizes
@@ -35,6 +35,7 @@ from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import Verifier, VerifierCounters
 from sglang_margingate.serving import attention_hooks, cpu, hooks, sgl, shape_hooks
 from sglang_margingate.serving.engines import TrialEngine, make_verifier
+from sglang_margingate.serving.layers import decode_graphs
 from sglang_margingate.serving.prefill_graphs import capture_prefill_graphs
 from sglang_margingate.serving.several import group
 from sglang_margingate.serving.several.schedulers import RUN_ENV
@@ -160,7 +161,8 @@ def _decided(config: MarginGateConfig, fast: FastPath | None) -> dict[str, Any]:
         trial, classes = fast.trial, fast.classes
         decided |= {
             "sizes": digest([classes.decode.sizes, classes.prefill.sizes, classes.head.sizes]),
-            "decode graphs": list(trial.graphs.sizes), "decode in class": trial.decode_ok,
+            "decode graphs": list(trial.graphs.sizes), "rows of their layers": list(trial.graphs.widest.items()),
+            "decode in class": trial.decode_ok,
             "prefill": trial.prefill, "trial": list(trial.notes), "decode attention": trial.decode_attention,
             "prefill attention": trial.prefill_attention,
         }  # fmt: skip
@@ -202,9 +204,9 @@ def _decoder(config: MarginGateConfig, scheduler: Any) -> Callable[[list[int]], 
 def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> FastPath:
     """Try the canonical fast path out; what does not hold is left to the gate."""
     model_runner = scheduler.tp_worker.model_runner
-    classes, captured, graphs = shape_hooks.probed(model_runner, config), shape_hooks.captured(), RowSizes()
+    classes, captured, graphs = shape_hooks.probed(model_runner, config), shape_hooks.captured(), NO_GRAPHS
     if model_runner.device != "cpu":
-        graphs = RowSizes(tuple(sorted(model_runner.decode_cuda_graph_runner.capture_bs)))
+        graphs = decode_graphs.graphs_of(model_runner.decode_cuda_graph_runner.capture_bs)
     knobs = TestKnobs()
     rows = knobs.split_attention
     if rows and knobs.hits(sgl.tp_rank()):
@@ -215,6 +217,10 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     attends, prefills = captured.decode_attention, attention_hooks.prefill_kind(model_runner)
     if model_runner.device == "cpu":
         attends = prefills = cpu.attention_kind(model_runner)
+    if odd := [size for size in captured.inside if size not in graphs.widest]:
+        notes += (
+            f"decode graphs of {odd[0]} to {odd[-1]} rows: a layer ran at a number of rows that was never probed",
+        )
     trial = try_fast_path(classes, engine, config.chunk, graphs, attends, (*captured.notes, *notes))
     fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes, prefill_attention=prefills))
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
@@ -224,13 +230,20 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s, attended to by %s", trial.seconds,
              "in class" if trial.decode_ok else "GATED", "batched" if trial.prefill == "batched" else "one at a time",
              prefills)  # fmt: skip
-    inside = fast.graphs_inside()
+    inside = graphs.inside()
     if trial.decode_ok and inside:
-        first, last = inside[0], inside[-1]
-        log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %d rows "
-                 "(at most about %.0f%% of a step), one of more than %d is gated by margin; --cuda-graph-max-bs-decode sets "
-                 "what the class must hold: smaller means less padding", first, 100 * ROW_COST * (first - 1), last)  # fmt: skip
+        log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %s, one of "
+                 "more than %d is gated by margin; --cuda-graph-max-bs-decode sets what the class must hold: smaller means "
+                 "less padding", _first_graph(graphs), inside[-1])  # fmt: skip
     return fast
+
+
+def _first_graph(graphs: DecodeGraphs) -> str:
+    """Return in words at how many rows a batch of 1 decodes."""
+    size = graphs.inside()[0]
+    if graphs.widest[size] != size:
+        return f"{size} rows, some of its layers at up to {graphs.widest[size]}"
+    return f"{size} rows (at most about {100 * ROW_COST * (size - 1):.0f}% of a step)"
 
 
 def _prefill_graphs(

@@ -2,8 +2,8 @@
 
 What they change in SGLang, all through hooks (table in hooks.py) and only with ``--margingate-fast-path canonical``:
 
-* decode graphs are captured at sizes of one class, and verify passes get a size of it too; smaller batches are padded
-  up to them;
+* decode graphs are captured at sizes of one class, or with those layers padded by themselves that do not hold so few rows
+  (layers/decode_graphs.py), and verify passes get a size of it too; other batches are padded up to them;
 * on a GPU attention looks at each row's own context only (attention_hooks.py);
 * prefills on a GPU are replayed from CUDA graphs of our own where they fit one (prefill_graphs.py);
 * forwards without a graph (other prefills; decode on a CPU) are padded to a probed number of rows: a prefill on a GPU as a whole,
@@ -52,11 +52,14 @@ class Captured:
     ----------
     decode_attention
         What attends in them.
+    inside
+        The sizes that are to be captured inside the class, rising.
     notes
         What did not fit, in words.
     """
 
     decode_attention: str = "sglang"
+    inside: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -80,11 +83,30 @@ class Running:
         """Note that something ran at a shape that was never probed."""
         self.escaped = True
 
-    def ran(self, rows: int) -> None:
-        """Note the rows that a linear layer really ran with."""
+    def ran(self, rows: int, sizes: RowSizes | None = None) -> None:
+        """Note the rows that a layer really ran with, and whether they are of ``sizes``, by default the forward's."""
         self.padded = max(rows, self.padded or 0)
-        if rows not in self.sizes.sizes:
+        if rows not in (sizes or self.sizes).sizes:
             self.escape()
+
+    def sizes_of(self, _layer: Any) -> RowSizes:
+        """Return where the rows of this layer go."""
+        return self.sizes
+
+    def rows_of(self, layer: Any, have: int) -> int:
+        """Return at how many rows ``layer`` is to run, which has ``have``; note it."""
+        sizes = self.sizes_of(layer)
+        rows = sizes.target(have) or have
+        self.ran(rows, sizes)
+        return rows
+
+    def widen(self, _layer: Any, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return the input of ``layer``, [have, features], with rows of padding behind it."""
+        return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+
+    def sent(self, dispatch_output: Any) -> Any:
+        """Return what a bank of experts is given, with padding sent along where there is any."""
+        return dispatch_output
 
     def shape(self) -> ForwardShape:
         """Return what the forward did."""
@@ -145,6 +167,11 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
 
 
 REMAP = "Remove the kept maps (--margingate-map-dir), or use GPUs of one kind"
+
+
+def chosen() -> Classes | None:
+    """Return the classes of this process; None before they are probed, and without the canonical fast path."""
+    return _classes
 
 
 def captured() -> Captured:
@@ -215,13 +242,12 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     experts.break_experts(TestKnobs().broken_experts)
     wanted = _wanted_sizes(model_runner)
     most = model_runner.req_to_token_pool.size
-    targets = {classes.decode.target(size) for size in wanted}
-    inside = {target for target in targets if target is not None and target <= most}
+    inside = [size for size in classes.graph_sizes(wanted) if size <= most]
     if inside:
-        sizes = sorted(inside | {size for size in wanted if size > max(inside)})
+        sizes = [*inside, *sorted(size for size in wanted if size > inside[-1])]
         sgl.graph_config(model_runner).decode.bs = sizes
         experts.fill_up(sizes)
-        _captured = Captured(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)))
+        _captured = Captured(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)), tuple(inside))
     elif wanted:
         _captured = Captured(notes=(f"no class holds a decode batch of {min(wanted)} to {most} rows",))
 
@@ -271,9 +297,10 @@ def linear(original: Any, method: Any, layer: Any, x: torch.Tensor, *args: Any, 
     if not isinstance(x, torch.Tensor) or x.dim() != 2:  # quantised before: by something that was never probed
         forward.escape()
         return original(method, layer, x, *args, **kwargs)
-    rows = forward.sizes.target(len(x)) or len(x)
-    forward.ran(rows)
-    return _padded(rows, x, lambda wide: original(method, layer, wide, *args, **kwargs))
+    have, rows = len(x), forward.rows_of(layer, len(x))
+    if rows == have:
+        return original(method, layer, x, *args, **kwargs)
+    return original(method, layer, forward.widen(layer, x, rows), *args, **kwargs)[:have]
 
 
 def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
@@ -285,11 +312,10 @@ def run_bank(original: Any, bank: Any, dispatch_output: Any) -> Any:
     if not hasattr(dispatch_output.topk_output, "topk_ids"):  # routed by the bank itself
         forward.escape()
         return experts.run(original, bank, dispatch_output)
-    rows = forward.sizes.target(have) or have
-    forward.ran(rows)
+    rows, given = forward.rows_of(bank, have), forward.sent(dispatch_output)
     if rows == have:
-        return experts.run(original, bank, dispatch_output)
-    out = experts.run(original, bank, experts.widened(dispatch_output, rows))
+        return experts.run(original, bank, given)
+    out = experts.run(original, bank, experts.widened(given, rows))
     return out._replace(hidden_states=out.hidden_states[:have])
 
 

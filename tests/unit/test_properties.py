@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from margingate_kernels import Workspace, top2_margin
 from margingate_kernels.choice.top2_margin import top2_host
 
-from sglang_margingate.canonical.classes import Classes, FastPath, Trial
+from sglang_margingate.canonical.classes import Classes, DecodeGraphs, FastPath, Trial
 from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses, MapError, RowSizes, spans
 from sglang_margingate.canonical.map_store import readable
 from sglang_margingate.gate.calibration import threshold_for, trade_off
@@ -87,10 +87,19 @@ def test_rows_of_one_class_have_one_label_in_every_layer(found: InvarianceMap, l
             assert len({layer.labels[m] for m in classes.prefill.sizes}) <= 1
     if classes.decode.target(verify_rows) is not None:
         assert classes.verify_rows in classes.decode.sizes, "a verify gives the class's bits"
-    fast = FastPath(classes, Trial(classes.decode, decode_ok=True))
+    sizes = classes.graph_sizes(range(1, 80))
+    own = found.layers_same_as(classes.decode)
+    for size in sizes:
+        wider = {layer.name: rows.target(size) for layer, rows in zip(found.layers, own)}
+        for layer in found.layers:
+            rows = wider[layer.name]
+            assert rows is not None
+            assert layer.labels[rows] == layer.labels[classes.decode.sizes[0]], "padded by itself into its own class"
+    fast = FastPath(classes, Trial(DecodeGraphs(tuple(sizes), {size: size for size in sizes}), decode_ok=True))
     for rows in range(1, 80):
         shape = fast.decode_shape(rows)
-        assert shape.in_class is (classes.decode.target(rows) is not None)
+        assert shape.in_class is (rows <= max(sizes, default=0))
+        assert shape.in_class or classes.decode.target(rows) is None
         assert not replace(fast, trial=replace(fast.trial, decode_ok=False)).decode_in_class(rows)
 
 

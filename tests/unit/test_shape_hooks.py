@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_margingate.canonical.classes import Classes, FastPath, Trial
+from sglang_margingate.canonical.classes import Classes, DecodeGraphs, FastPath, Trial
 from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
 from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, shape_hooks
 from sglang_margingate.serving.shape_hooks import Captured, Running
 
 SIZES = RowSizes((8, 16))
+GRAPHS = DecodeGraphs(SIZES.sizes, {8: 8, 16: 16})
 CLASSES = Classes(InvarianceMap([]), SIZES, SIZES, SIZES, 8)
 
 
@@ -230,17 +231,19 @@ def test_decode_graphs_are_captured_inside_the_class_and_beyond_it(
     inside = min(wanted) <= max(SIZES.sizes)
     assert made_for == ([max(captured)] if inside else []), "the kernel holds every graph's rows"
     assert bool(shape_hooks.captured().notes) is not inside
-    fast = FastPath(CLASSES, Trial(RowSizes(tuple(captured)), decode_ok=True))
+    assert shape_hooks.captured().inside == tuple(size for size in captured if size in SIZES.sizes)
+    graphs = DecodeGraphs(tuple(captured), {size: size for size in shape_hooks.captured().inside})
+    fast = FastPath(CLASSES, Trial(graphs, decode_ok=True))
     assert fast.decode_in_class(5) is inside
     assert fast.decode_shape(5).padded == captured[0]
     assert not fast.decode_in_class(17)
 
 
 def test_nothing_is_in_class_where_the_trial_failed() -> None:
-    fast = FastPath(CLASSES, Trial(SIZES, decode_ok=False))
+    fast = FastPath(CLASSES, Trial(GRAPHS, decode_ok=False))
     assert fast.decode_shape(5) == ForwardShape(5, 8, False)
     assert fast.decode_shape(5, ForwardShape(5, 8, True)) == ForwardShape(5, 8, False)
 
 
 def test_a_batch_beyond_the_graphs_has_no_known_size() -> None:
-    assert FastPath(CLASSES, Trial(SIZES, decode_ok=True)).decode_shape(17) == ForwardShape(17, None, False)
+    assert FastPath(CLASSES, Trial(GRAPHS, decode_ok=True)).decode_shape(17) == ForwardShape(17, None, False)

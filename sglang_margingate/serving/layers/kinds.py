@@ -7,11 +7,14 @@ alone: a scale that is taken over the whole batch does neither, and its layer is
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from sglang_margingate.canonical.classes import Classes
+from sglang_margingate.canonical.invariance import RowSizes
 from sglang_margingate.canonical.layer_probe import LayerKind
 from sglang_margingate.canonical.linear_probe import FP8, FP8_UNIT, Apply, LinearKind
 from sglang_margingate.serving.layers import experts
@@ -21,24 +24,39 @@ Scales = tuple[tuple[torch.Tensor, float], ...]
 
 def layer_kinds(model: Any) -> list[LayerKind]:
     """Return one layer of every kind in SGLang's model module: linear layers, banks of experts, the head last."""
-    from sglang.srt.layers.linear import LinearBase
-
     found: dict[Any, LayerKind] = {}
     counts: Counter[Any] = Counter()
-    top_k = experts.top_k_of(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LinearBase):
-            kind: LayerKind | None = _linear(name, module)
-        else:
-            kind = experts.bank_kind(name, module, top_k)
-        if kind is None:
-            continue
-        key = (type(kind), kind.shape, kind.describe())
+    for _, kind in _known(model):
+        key = (type(kind), *_key(kind))
         counts[key] += 1
         found.setdefault(key, kind)
     kinds: list[Any] = [replace(kind, count=counts[key]) for key, kind in found.items()]  # type: ignore[type-var]
     head = _head(model)
     return kinds if head is None else [*kinds, head]
+
+
+def sizes_by_layer(model: Any, classes: Classes) -> dict[int, RowSizes]:
+    """Return for each of the model's layers, by its ``id``, the numbers of rows that share its own class in decode graphs."""
+    found = classes.map
+    sizes = {(layer.shape, layer.kind): own for layer, own in zip(found.layers, found.layers_same_as(classes.decode))}
+    return {id(module): sizes[_key(kind)] for module, kind in _known(model) if _key(kind) in sizes}
+
+
+def _known(model: Any) -> Iterator[tuple[Any, LayerKind]]:
+    """Return the linear layers and banks of experts that the probe knows, each as its kind."""
+    from sglang.srt.layers.linear import LinearBase
+
+    top_k = experts.top_k_of(model)
+    for name, module in model.named_modules():
+        kind: LayerKind | None = (
+            _linear(name, module) if isinstance(module, LinearBase) else experts.bank_kind(name, module, top_k)
+        )
+        if kind is not None:
+            yield module, kind
+
+
+def _key(kind: LayerKind) -> tuple[tuple[int, int], str]:
+    return kind.shape, kind.describe()
 
 
 def unknown_layers(model: Any) -> list[str]:

@@ -1,0 +1,90 @@
+"""Decode graphs of the canonical fast path: captured by SGLang, at sizes and with layers of their classes.
+
+The class that holds the largest batch often begins at 17 or 49 rows, because one kind of layer has another kernel below. To
+run every smaller batch at that size is cheap for products of matrices, and not for the rest: sums over GPUs, experts, the
+vocabulary. So a graph may have as many rows as its batch, and the layers that do not hold so few are padded by themselves:
+their input is copied in front of rows that stay, and only the rows of the batch are taken from what comes out.
+
+What each layer ran at is noted while the graph is captured, so a size counts as inside the class only if all were seen so;
+that a row has the same bits at every size is tried after that (canonical/path_probe.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sglang_margingate.canonical.classes import Classes, DecodeGraphs
+from sglang_margingate.canonical.invariance import RowSizes
+from sglang_margingate.serving import shape_hooks
+from sglang_margingate.serving.layers import experts
+from sglang_margingate.serving.layers.kinds import sizes_by_layer
+from sglang_margingate.serving.shape_hooks import Running, running
+
+# State of this process (hooks.py lists all of it), set while graphs are captured.
+_layers: dict[int, RowSizes] | None = None
+_wide: dict[tuple[int, int], torch.Tensor] = {}
+_seen: dict[int, Running] = {}
+
+
+class Captured(Running):
+    """A decode forward that is being captured.
+
+    Parameters
+    ----------
+    classes
+        The server's.
+    layers
+        For each layer, by its ``id``, the numbers of rows of its own class.
+    rows
+        Rows of the graph.
+    """
+
+    def __init__(self, classes: Classes, layers: Mapping[int, RowSizes], rows: int) -> None:
+        super().__init__(classes.decode, classes.head, rows)
+        self._layers = layers
+
+    def sizes_of(self, layer: Any) -> RowSizes:
+        """Return the sizes of the layer's own class; of the whole forward for one that is not of the map."""
+        return self._layers.get(id(layer), self.sizes)
+
+    def widen(self, layer: Any, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """Copy the input in front of rows that stay as they are, in memory that all graphs share.
+
+        Each layer has rows of its own, so that two that run beside each other do not meet there. What stands behind the
+        batch, zeros or rows of an earlier one, changes no row of it: that is what a class says.
+        """
+        wide = _wide.get((id(layer), rows))
+        if wide is None:  # at the warm-up, so that a graph does not clear it
+            wide = _wide[id(layer), rows] = x.new_zeros(rows, x.shape[1])
+        wide[: len(x)].copy_(x)
+        return wide
+
+    def sent(self, dispatch_output: Any) -> Any:
+        """Send the padding of a smaller batch where the first row goes."""
+        return experts.along(dispatch_output)
+
+
+def graphs_of(sizes: list[int]) -> DecodeGraphs:
+    """Return the captured decode sizes with what was seen when they were captured."""
+    shapes = {size: _seen[size].shape() for size in sizes if size in _seen}
+    widest = {size: shape.padded for size, shape in shapes.items() if shape.in_class and shape.padded is not None}
+    return DecodeGraphs(tuple(sorted(sizes)), widest)
+
+
+# ---- hook functions ---------------------------------------------------------------------------------------------------
+
+
+def capture(original: Any, runner: Any, size: int, *args: Any, **kwargs: Any) -> Any:
+    """Capture one decode graph, those layers padded by themselves that do not hold its rows; note what they ran at."""
+    global _layers
+    classes = shape_hooks.chosen()
+    if classes is None or size not in shape_hooks.captured().inside or runner.model_runner.is_draft_worker:
+        return original(runner, size, *args, **kwargs)
+    if _layers is None:
+        _layers = sizes_by_layer(runner.model_runner.model, classes)
+    forward = _seen[size] = Captured(classes, _layers, size)
+    with running(forward):
+        return original(runner, size, *args, **kwargs)

@@ -1,0 +1,160 @@
+"""Decode graphs whose layers are padded by themselves, with SGLang's side played by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_margingate.canonical.classes import Classes, DecodeGraphs
+from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses
+from sglang_margingate.canonical.reduce_probe import ReduceProbe
+from sglang_margingate.canonical.shape import ForwardShape
+from sglang_margingate.serving import shape_hooks
+from sglang_margingate.serving.layers import decode_graphs
+from sglang_margingate.serving.shape_hooks import Captured as Chosen
+
+DEFAULT = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64]
+"""What SGLang captures for batches of up to 64."""
+ROWS = range(1, 129)
+
+
+def layer(name: str, *first_of_class: int, count: int = 48, head: bool = False) -> LayerClasses:
+    """A kind of layer whose k-th class begins at the k-th number."""
+    found = {m: sum(first <= m for first in first_of_class) for m in ROWS}
+    return LayerClasses(name, (len(name), 8), count, found, head, name)
+
+
+QKV = layer("qkv", 1, 49)  # Qwen2.5-14B over four GPUs of Hopper
+OUT, DOWN, HEAD = layer("out", 1), layer("down_", 1), layer("lm_head", 1, count=1, head=True)
+SUM = ReduceProbe(4, 5120, dict.fromkeys(ROWS, 0), count=96).layer(torch.bfloat16)
+
+
+def classes(*layers: LayerClasses) -> Classes:
+    return Classes.of(InvarianceMap(list(layers)), 64, 64, [])
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes"),
+    [
+        ((QKV, OUT, DOWN, SUM, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),  # 48 rows are one short of 49
+        ((QKV, OUT, DOWN, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),
+        ((OUT, DOWN, SUM, HEAD), DEFAULT),
+        ((layer("out", 1, 17), DOWN, HEAD), [1, 2, 4, 8, 17, 24, 32, 40, 48, 56, 64]),  # 12 and 16 cost less at 17
+        # Two kinds of layers cost twice as much as one.
+        ((layer("out", 1, 17), layer("down_", 1, 17), HEAD), [1, 2, 17, 24, 32, 40, 48, 56, 64]),
+        # A sum over ranks that has another order below 49 rows cannot be padded by itself.
+        ((QKV, OUT, ReduceProbe(4, 8, {m: m > 48 for m in ROWS}).layer(torch.bfloat16), HEAD), [49, 56, 64]),
+    ],
+)
+def test_a_graph_has_the_rows_of_its_batch_where_that_costs_less(
+    layers: tuple[LayerClasses, ...], sizes: list[int]
+) -> None:
+    assert classes(*layers).graph_sizes(DEFAULT) == sizes
+
+
+def test_what_no_size_of_the_whole_forward_holds_may_fit_layer_by_layer() -> None:
+    """Two classes of which one ends where the other has a gap: nothing common from 60 rows on."""
+    gap = LayerClasses("gap", (3, 8), 1, {m: int(60 <= m <= 100) for m in ROWS}, kind="gap")
+    ends = LayerClasses("ends", (4, 8), 1, {m: int(m > 100) for m in ROWS}, kind="ends")
+    found = InvarianceMap([gap, ends])
+    decode = found.decode_class(32)
+    assert decode.sizes == tuple(range(1, 60)), "the class of both"
+    assert found.graph_size(decode, 60) == 60, "one layer at 101 rows costs less than a verify"
+    assert found.graph_size(decode, 101) is None, "the other layer has no such rows in its class"
+
+
+class Model:
+    """Two layers, of which one changes its sums below 49 rows, and the way in which SGLang captures them."""
+
+    def __init__(self) -> None:
+        self.qkv, self.out, self.seen = object(), object(), dict[str, list[int]](qkv=[], out=[])
+        self.is_draft_worker = False
+        self.model = self
+        self.given = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+
+    def apply(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        name = "qkv" if layer is self.qkv else "out"
+        self.seen[name].append(len(x))
+        return x.double().cumsum(1) if name == "out" or len(x) > 48 else x.double().flip(1).cumsum(1)
+
+    def forward(self, rows: int) -> torch.Tensor:
+        x = self.given[:rows]
+        for each in (self.qkv, self.out):
+            x = shape_hooks.linear(lambda _m, at, wide: self.apply(at, wide), None, each, x).to(x.dtype)
+        return x
+
+    def capture(self, size: int, forward: Any = None) -> torch.Tensor:
+        """What SGLang's runner does, twice to warm up."""
+        run = forward or self.forward
+        out: torch.Tensor = decode_graphs.capture(
+            lambda _runner, rows: [run(rows) for _ in range(3)][-1], SimpleNamespace(model_runner=self), size
+        )
+        return out
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    found = classes(QKV, OUT)
+    one = Model()
+    own = dict(zip((id(one.qkv), id(one.out)), found.map.layers_same_as(found.decode)))
+    for name, value in (("_layers", None), ("_wide", {}), ("_seen", {})):
+        monkeypatch.setattr(decode_graphs, name, value)
+    monkeypatch.setattr(decode_graphs, "sizes_by_layer", lambda *_: own)
+    monkeypatch.setattr(shape_hooks, "_classes", found)
+    monkeypatch.setattr(shape_hooks, "_captured", Chosen("ours", (1, 3, 49, 64)))
+    yield one
+    assert shape_hooks._running is None
+
+
+def test_only_the_layer_that_does_not_hold_the_rows_is_padded(model: Model) -> None:
+    wanted = model.forward(64)
+    assert not torch.equal(model.forward(3), wanted[:3]), "without padding the rows have other bits"
+    model.seen = {"qkv": [], "out": []}
+    for size in (64, 49, 3, 1):
+        assert torch.equal(model.capture(size), wanted[:size])
+    assert model.seen == {"qkv": [64] * 3 + [49] * 9, "out": [64] * 3 + [49] * 3 + [3] * 3 + [1] * 3}
+    graphs = decode_graphs.graphs_of([1, 3, 49, 64])
+    assert graphs == DecodeGraphs((1, 3, 49, 64), {1: 49, 3: 49, 49: 49, 64: 64})
+    assert graphs.shape(2, graphs.target(2)) == ForwardShape(2, 49, True)
+
+
+def test_rows_behind_a_batch_are_those_of_earlier_ones(model: Model) -> None:
+    """Zeros would cost a kernel for each layer; what stands there changes no row of the batch."""
+    first = model.capture(3)
+    (wide,) = decode_graphs._wide.values()
+    assert wide.shape == (49, 8)
+    assert torch.equal(wide[:3], model.given[:3])
+    assert not wide[3:].any()
+    model.capture(1)
+    (again,) = decode_graphs._wide.values()
+    assert again is wide, "graphs that were captured go on writing there"
+    wide[3:] = torch.nan
+    assert torch.equal(model.capture(3), first)
+
+
+def test_a_layer_at_rows_that_were_never_probed_takes_its_graph_out_of_the_class(model: Model) -> None:
+    model.capture(1)
+    three = model.given[:3].view(3, 2, 4)  # not rows of features: nothing that is padded
+    model.capture(
+        3, lambda rows: (model.forward(rows), shape_hooks.linear(lambda _m, _l, x: x, None, model.out, three))[0]
+    )
+    graphs = decode_graphs.graphs_of([1, 3, 80])
+    assert graphs.inside() == [1]
+    assert graphs.shape(3, 3) == ForwardShape(3, 3, False)
+    assert graphs.shape(70, 80) == ForwardShape(70, 80, False), "beyond the class nothing was padded or noted"
+
+
+@pytest.mark.parametrize("what", ["a size beyond the class", "a draft model", "no canonical fast path"])
+def test_other_captures_are_left_alone(model: Model, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    size = 80 if what == "a size beyond the class" else 3
+    model.is_draft_worker = what == "a draft model"
+    if what == "no canonical fast path":
+        monkeypatch.setattr(shape_hooks, "_classes", None)
+    model.given = torch.ones(80, 8)
+    model.capture(size)
+    assert set(model.seen["out"]) == set(model.seen["qkv"]) == {size}
+    assert decode_graphs.graphs_of([size]) == DecodeGraphs((size,))
