@@ -1,6 +1,6 @@
-"""Time decode attention over paged K/V against FlashInfer's (32 query and 8 K/V heads of 128, bfloat16, page size 1).
+"""Time decode attention over paged K/V against FlashInfer's (heads of 128, by default 32 and 8 of K/V; bfloat16, page size 1).
 
-    python kernels/benchmarks/bench_decode_attention.py [--tune] [--json FILE]
+    python kernels/benchmarks/bench_decode_attention.py [--tune] [--heads 10,2] [--json FILE]
 
 "stock" is FlashInfer's tensor-core decode with the plan it makes for the whole batch under a CUDA graph, "no split" the
 same without K/V split, which is row-invariant too; "fa3" is FlashAttention-3 as SGLang calls it on Hopper, where there is one.
@@ -128,9 +128,12 @@ def planned(xs: list[Inputs]) -> list[functools.partial[torch.Tensor]]:
 
 def main() -> None:
     """Run the benchmark."""
+    global Q_HEADS, KV_HEADS
     arguments = common.parser(__doc__)
     arguments.add_argument("--tune", action="store_true", help="try launch constants")
+    arguments.add_argument("--heads", default=f"{Q_HEADS},{KV_HEADS}", help="query and K/V heads (%(default)s)")
     args = arguments.parse_args()
+    Q_HEADS, KV_HEADS = map(int, args.heads.split(","))
     env, copy = common.start()
     torch.manual_seed(0)
     if args.tune:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
@@ -15,6 +16,15 @@ GPU_LARGEST = 16_384
 NO_SIZES = RowSizes()
 
 Prefill = Literal["batched", "grid"]
+
+SATURATED = 256
+"""A prefill of fewer rows takes a GPU no less time: it reads the weights meanwhile."""
+
+LEAST_OUTPUTS = 512
+"""A product with fewer output features takes no less time either: it reads its input meanwhile. To copy that costs as much."""
+
+APART_GAIN = 0.8
+"""Layers are padded by themselves in prefills where no more of the work is left: below that the estimate is too rough."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Classes:
         The M of verify passes: the wanted one, or the next that shares the decode class.
     unknown
         Layers that the probe does not know: with one of them nothing is structural.
+    apart
+        Places in the map of the layers that prefills pad by themselves: ``prefill`` is the class of the others.
     """
 
     map: InvarianceMap
@@ -39,14 +51,42 @@ class Classes:
     head: RowSizes = NO_SIZES
     verify_rows: int = 0
     unknown: tuple[str, ...] = ()
+    apart: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, found: InvarianceMap, largest: int, verify_rows: int, unknown: list[str]) -> Classes:
-        """Choose the classes of a map, for decode batches of up to ``largest`` rows."""
+    def of(
+        cls, found: InvarianceMap, largest: int, verify_rows: int, unknown: list[str], *, apart: bool = False
+    ) -> Classes:
+        """Choose the classes of a map.
+
+        Parameters
+        ----------
+        found
+            The map.
+        largest
+            Rows of the largest decode batch.
+        verify_rows
+            The wanted M of verify passes.
+        unknown
+            Layers that the probe does not know.
+        apart
+            Layers may be padded by themselves in prefills, where that costs less than to pad all of them.
+        """
         decode = found.decode_class(largest)
         rows = decode.target(verify_rows) or verify_rows
-        prefill = found.same_as(found.largest(), head=False)
-        return cls(found, decode, prefill, found.head_same_as(rows), rows, tuple(unknown))
+        alone = apart_in_prefills(found) if apart else ()
+        prefill = found.same_as(found.largest(), head=False, but=alone)
+        return cls(found, decode, prefill, found.head_same_as(rows), rows, tuple(unknown), alone)
+
+    def own(self, decode: bool) -> list[RowSizes]:
+        """Return for each kind of layer in the map every probed M that shares its own class, of decodes or of prefills."""
+        at = self.decode.sizes[:1] if decode else self.prefill.sizes[-1:]
+        return [layer.same_as(layer.labels.get(at[0]) if at else None) for layer in self.map.layers]
+
+    def one(self) -> bool:
+        """Return whether decodes and prefills have one class: each layer of the body gives a row the same bits in both."""
+        pairs = zip(self.map.layers, self.own(decode=True), self.own(decode=False))
+        return bool(self.decode.sizes) and all(a.sizes and a == b for layer, a, b in pairs if not layer.head)
 
     def graph_sizes(self, wanted: Sequence[int]) -> list[int]:
         """Return the decode sizes inside the class that serve batches of the ``wanted`` sizes, rising.
@@ -54,6 +94,39 @@ class Classes:
         At some of them layers that do not hold so few rows are padded by themselves (:meth:`InvarianceMap.graph_size`).
         """
         return sorted({size for rows in wanted if (size := self.map.graph_size(self.decode, rows)) is not None})
+
+
+def apart_in_prefills(found: InvarianceMap) -> tuple[int, ...]:
+    """Return which layers prefills should pad by themselves, by their places in the map.
+
+    The class of the largest prefill may begin late: the router of a mixture, a product with 8 outputs, had its class of 8,192
+    rows from 5,056 on, and a prompt of 100 tokens ran at so many. Every doubling of the prefill counts alike; what is counted
+    are multiplications, with the floors above.
+    """
+    body = [(k, layer) for k, layer in enumerate(found.layers) if not layer.head]
+    own = {k: layer.same_as(layer.labels.get(found.largest())) for k, layer in body}
+    work = {
+        k: layer.count * layer.shape[1] * max(layer.shape[0], LEAST_OUTPUTS) for k, layer in body if not layer.whole
+    }
+    copy = {k: layer.count * layer.shape[1] * LEAST_OUTPUTS for k, layer in body}
+    batches = [1 << k for k in range(32) if 1 << k <= found.largest()]
+
+    def left(apart: tuple[int, ...]) -> float:
+        common = found.same_as(found.largest(), head=False, but=apart)
+        share = 0.0
+        for rows in batches:
+            wide = common.target(rows)
+            if wide is None:
+                return float("inf")
+            at = {k: max(SATURATED, (own[k].target(wide) or wide) if k in apart else wide) for k in work}
+            more = sum(copy[k] * max(SATURATED, wide) for k in apart)
+            share += (sum(work[k] * at[k] for k in work) + more) / (sum(work.values()) * max(SATURATED, rows))
+        return share / len(batches)
+
+    together = left(())
+    narrow = [k for k, layer in body if k in work and len(own[k].sizes) < len(layer.labels)]
+    best = min([(k,) for k in narrow] + list(combinations(narrow, 2)), key=left, default=())
+    return best if left(best) < APART_GAIN * together else ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +224,8 @@ class FastPath:
             "map": classes.map.to_dict(),
             "decode_rows": classes.decode.describe(),
             "prefill_rows": classes.prefill.describe(),
-            "one_class": bool(classes.decode.sizes) and set(classes.decode.sizes) <= set(classes.prefill.sizes),
+            "prefill_apart": [classes.map.layers[k].name for k in classes.apart],
+            "one_class": classes.one(),
             "verify_rows": classes.verify_rows,
             "graph_sizes": list(trial.graphs.sizes),
             "graph_rows": {str(size): trial.graphs.widest[size] for size in trial.graphs.inside()},

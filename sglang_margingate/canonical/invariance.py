@@ -203,9 +203,12 @@ class InvarianceMap:
             return f"read from {self.file}, spot check {self.checked_seconds:.1f} s"
         return f"probed in {self.seconds:.1f} s, " + ("not kept" if self.file is None else f"kept in {self.file}")
 
-    def same_as(self, rows: int, *, head: bool) -> RowSizes:
-        """Return every probed M whose class is that of ``rows`` in each body layer, and in the head if asked for."""
-        kinds = [layer for layer in self.layers if head or not layer.head]
+    def same_as(self, rows: int, *, head: bool, but: Sequence[int] = ()) -> RowSizes:
+        """Return every probed M whose class is that of ``rows`` in each body layer, and in the head if asked for.
+
+        Layers whose places are in ``but`` are left out.
+        """
+        kinds = [layer for k, layer in enumerate(self.layers) if (head or not layer.head) and k not in but]
         return self._sizes(kinds, rows)
 
     def decode_class(self, largest: int) -> RowSizes:

@@ -21,7 +21,7 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
 
 State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
 ``shape_hooks._captured``, ``shape_hooks._prefill_graphs``, ``shape_hooks._attended``, ``attention_hooks._decode``,
-``decode_graphs._layers``, ``decode_graphs._wide``, ``decode_graphs._seen``, ``launcher_hooks._rules``, ``hooks._installed`` and ``plugin._loaded`` are set once at start-up, and so is
+``shape_hooks._apart``, ``decode_graphs._layers``, ``decode_graphs._seen``, ``padding._wide``, ``launcher_hooks._rules``, ``hooks._installed`` and ``plugin._loaded`` are set once at start-up, and so is
 ``several.group._kept``, the graph of the probe of the all-reduce, whose memory the other ranks have open;
 ``shape_hooks._running`` is the forward that runs now, None between forwards. The readers of ``sgl`` and
 ``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.

@@ -34,10 +34,10 @@ from sglang_margingate.canonical.attention_probe import Attend
 from sglang_margingate.canonical.classes import Classes
 from sglang_margingate.canonical.prefill_graph_probe import graph_sizes
 from sglang_margingate.canonical.shape import ForwardShape
-from sglang_margingate.serving import sgl
+from sglang_margingate.serving import sgl, shape_hooks
 from sglang_margingate.serving.attention_hooks import PREFILL, PagedPrefill
+from sglang_margingate.serving.layers.padding import Running
 from sglang_margingate.serving.several import group
-from sglang_margingate.serving.shape_hooks import Running, running
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +159,6 @@ class PrefillGraphs:
     ----------
     side
         SGLang's side.
-    classes
-        The classes that forwards stay in.
     inputs
         The buffers.
     attention
@@ -174,13 +172,12 @@ class PrefillGraphs:
     def __init__(
         self,
         side: Side,
-        classes: Classes,
         inputs: Inputs,
         attention: GraphAttention,
         hidden: torch.Tensor,
         record: Record,
     ) -> None:
-        self._side, self._classes, self._inputs = side, classes, inputs
+        self._side, self._inputs = side, inputs
         self._attention, self._hidden, self._record = attention, hidden, record
         self._graphs: dict[int, Graph] = {}
         self._on = True
@@ -212,13 +209,13 @@ class PrefillGraphs:
                 raise RuntimeError(f"the layers give {type(out).__name__}, not one tensor of hidden states")
             self._hidden[:size].copy_(out)
 
-        seen = Running(self._classes.prefill, self._classes.head, size)
-        with running(seen), torch.no_grad(), self._side.serving():
+        seen = shape_hooks.prefill(size)
+        with shape_hooks.running(seen), torch.no_grad(), self._side.serving():
             replay = self._record(run)
         shape = seen.shape()
-        if not shape.in_class or shape.padded != size:
+        if not shape.in_class or seen.together != size:
             raise RuntimeError(
-                f"its layers ran at {shape.padded} rows, {'in' if shape.in_class else 'outside'} the class"
+                f"its layers ran at {seen.together} rows, {'in' if shape.in_class else 'outside'} the class"
             )
         self._graphs[size] = Graph(shape, self._inputs.requests_at(size).shape[1], replay)
 
@@ -270,7 +267,7 @@ class PrefillGraphs:
         """Replay the layers for ``batch`` and make its logits; note in ``forward`` what the layers ran at."""
         graph, rows = self._graphs[size], len(batch.input_ids)
         self._inputs.fill(batch, size)
-        forward.ran(graph.shape.padded or size)
+        forward.replayed(graph.shape)
         with self._side.timed(), torch.no_grad():
             graph.replay()
             self.replays += 1
@@ -382,7 +379,7 @@ def capture_prefill_graphs(model_runner: Any, classes: Classes) -> tuple[Prefill
     attention = GraphAttention(model_runner.attn_backend.prefill_wrappers_paged[0].make(sizes[-1]), inputs, table)
     hidden = torch.zeros(sizes[-1], config.hidden_size, dtype=model_runner.dtype, device=device)
     start, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-    graphs = PrefillGraphs(RunnerSide(model_runner), classes, inputs, attention, hidden, group.recorder())
+    graphs = PrefillGraphs(RunnerSide(model_runner), inputs, attention, hidden, group.recorder())
     notes = capture_all(graphs, sizes, group.ranks().agree)
     torch.cuda.synchronize()
     if graphs.sizes:

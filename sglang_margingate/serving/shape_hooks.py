@@ -31,10 +31,11 @@ from sglang_margingate.canonical.ranks import RankError, digest
 from sglang_margingate.config import CANONICAL_PREFILL_CPU, ConfigError, FastPathMode, MarginGateConfig
 from sglang_margingate.machine import kernel_environment, versions
 from sglang_margingate.runtime.faults import TestKnobs
-from sglang_margingate.runtime.view import SHAPE, ForwardShape
+from sglang_margingate.runtime.view import SHAPE
 from sglang_margingate.serving import attention_hooks, sgl
 from sglang_margingate.serving.layers import experts
-from sglang_margingate.serving.layers.kinds import layer_kinds, unknown_layers
+from sglang_margingate.serving.layers.kinds import layer_kinds, sizes_by_layer, unknown_layers
+from sglang_margingate.serving.layers.padding import Running
 from sglang_margingate.serving.several import group
 from sglang_margingate.serving.several.sums import probe_sums
 
@@ -63,56 +64,6 @@ class Captured:
     notes: tuple[str, ...] = ()
 
 
-class Running:
-    """The one forward without a graph that runs in this process, under construction.
-
-    Parameters
-    ----------
-    sizes, head
-        Where the rows of its linear layers, and of the layer that makes logits, go.
-    rows
-        Requests of a decode, tokens of a prefill.
-    """
-
-    def __init__(self, sizes: RowSizes, head: RowSizes, rows: int) -> None:
-        self.sizes, self.head, self.rows = sizes, head, rows
-        self.padded: int | None = None
-        self.escaped = False
-
-    def escape(self) -> None:
-        """Note that something ran at a shape that was never probed."""
-        self.escaped = True
-
-    def ran(self, rows: int, sizes: RowSizes | None = None) -> None:
-        """Note the rows that a layer really ran with, and whether they are of ``sizes``, by default the forward's."""
-        self.padded = max(rows, self.padded or 0)
-        if rows not in (sizes or self.sizes).sizes:
-            self.escape()
-
-    def sizes_of(self, _layer: Any) -> RowSizes:
-        """Return where the rows of this layer go."""
-        return self.sizes
-
-    def rows_of(self, layer: Any, have: int) -> int:
-        """Return at how many rows ``layer`` is to run, which has ``have``; note it."""
-        sizes = self.sizes_of(layer)
-        rows = sizes.target(have) or have
-        self.ran(rows, sizes)
-        return rows
-
-    def widen(self, _layer: Any, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """Return the input of ``layer``, [have, features], with rows of padding behind it."""
-        return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
-
-    def sent(self, dispatch_output: Any) -> Any:
-        """Return what a bank of experts is given, with padding sent along where there is any."""
-        return dispatch_output
-
-    def shape(self) -> ForwardShape:
-        """Return what the forward did."""
-        return ForwardShape(self.rows, self.padded, self.padded is not None and not self.escaped)
-
-
 class PrefillReplay(Protocol):
     """Prefills in CUDA graphs, as :class:`~.prefill_graphs.PrefillGraphs` replays them."""
 
@@ -128,6 +79,7 @@ _classes: Classes | None = None
 _captured = Captured()
 _prefill_graphs: PrefillReplay | None = None
 _running: Running | None = None
+_apart: dict[int, RowSizes] = {}
 _attended = False
 
 
@@ -154,9 +106,12 @@ def probed(model_runner: Any, config: MarginGateConfig) -> Classes:
             reduced = probe_sums(model_runner, rows, _wanted_sizes(model_runner), knobs)
             found = replace(found, layers=[*found.layers, reduced.layer(model_runner.dtype)])
         most = max(_wanted_sizes(model_runner) or [config.verify_rows])
-        _classes = Classes.of(found, most, config.verify_rows, unknown_layers(model))
+        _classes = Classes.of(found, most, config.verify_rows, unknown_layers(model), apart=not cpu)
+        if _classes.apart:
+            own = [sizes if k in _classes.apart else None for k, sizes in enumerate(_classes.own(decode=False))]
+            _apart.update(sizes_by_layer(model, found, own))
         sizes = {"decode sizes": list(_classes.decode.sizes), "prefill sizes": list(_classes.prefill.sizes),
-                 "head sizes": list(_classes.head.sizes), "verify rows": _classes.verify_rows}  # fmt: skip
+                 "head sizes": list(_classes.head.sizes), "verify rows": _classes.verify_rows, "apart": list(_classes.apart)}  # fmt: skip
         ranks.same("the map of the layers", sizes | {"map": digest([layer.to_dict() for layer in found.layers])}, REMAP)
         log.info(
             "margingate: map of %d kinds of layers, %s: decode at %s rows, prefill at %s, verify at %d",
@@ -172,6 +127,12 @@ REMAP = "Remove the kept maps (--margingate-map-dir), or use GPUs of one kind"
 def chosen() -> Classes | None:
     """Return the classes of this process; None before they are probed, and without the canonical fast path."""
     return _classes
+
+
+def prefill(rows: int) -> Running:
+    """Return a prefill of ``rows`` tokens that begins, once the classes are chosen."""
+    assert _classes is not None
+    return Running(_classes.prefill, _classes.head, rows, _apart)
 
 
 def captured() -> Captured:
@@ -258,7 +219,7 @@ def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: An
     if classes is None:
         return original(runner, batch, *args, **kwargs)
     decode, rows = batch.forward_mode.is_decode(), len(batch.input_ids)
-    forward = Running(classes.decode if decode else classes.prefill, classes.head, rows)
+    forward = Running(classes.decode, classes.head, rows) if decode else prefill(rows)
     if decode and batch.input_ids.device.type != "cpu":
         forward.escape()  # on a GPU a decode without a graph plans its attention with a K/V split
     graphs = None if decode else _prefill_graphs

@@ -135,8 +135,8 @@ def graph_backends(args: Any) -> dict[str, str]:
 def classes_of(fast: FastPath) -> dict[str, Any]:
     """Return which classes forwards keep to, and what was found of them; nothing of when or how far it was probed.
 
-    A class is known by its smallest number of rows: how far the others go depends on the largest chunk and batch, and changes
-    no bit. Captured sizes are numbers of rows of a class, or outside it, where nothing is promised of their bits.
+    A layer's class is known by its smallest number of rows: how far the others go depends on the largest chunk and batch, and
+    changes no bit. Captured sizes are numbers of rows of a class, or outside it, where nothing is promised of their bits.
     """
     classes, trial = fast.classes, fast.trial
     layers = [
@@ -151,8 +151,8 @@ def classes_of(fast: FastPath) -> dict[str, Any]:
     ]
     return {
         "map": digest(layers),
-        "decode_class": min(classes.decode.sizes, default=None),
-        "prefill_class": min(classes.prefill.sizes, default=None),
+        "decode_class": [min(own.sizes, default=None) for own in classes.own(decode=True)],
+        "prefill_class": [min(own.sizes, default=None) for own in classes.own(decode=False)],
         "head_class": min(classes.head.sizes, default=None),
         "verify_rows": classes.verify_rows,
         "decode_attention": trial.decode_attention,

@@ -15,7 +15,7 @@ from types import SimpleNamespace as Box
 from sglang.srt.layers.moe.moe_runner import triton_utils
 from sglang_margingate.canonical.experts.table import BankShape, ExpertTable
 from sglang_margingate.serving import shape_hooks
-from sglang_margingate.serving.layers import experts
+from sglang_margingate.serving.layers import experts, padding
 from sglang_margingate.serving.layers.kinds import layer_kinds, unknown_layers
 
 # ---- the configuration
@@ -57,7 +57,7 @@ def given(rows):
     return Given(torch.ones(rows, 4), Routing(torch.full((rows, 2), 0.5), chosen))
 
 for rows, wide, fits in ((8, 8, True), (7, 8, True), (9, 9, False)):
-    forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
+    forward = padding.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
     with shape_hooks.running(forward):
         out = shape_hooks.run_bank(core, None, given(rows))
     assert out.hidden_states.shape == (rows, 4)
@@ -67,7 +67,7 @@ for rows, wide, fits in ((8, 8, True), (7, 8, True), (9, 9, False)):
     assert routing.topk_ids[rows:].tolist() == [[3, 1]] * (wide - rows)  # where the first row goes
     assert (forward.shape().in_class, forward.shape().padded) == (fits, wide)
 assert shape_hooks.run_bank(core, None, given(7)).hidden_states.shape == (7, 4) and len(seen[-1][0]) == 7
-forward = shape_hooks.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
+forward = padding.Running(shape_hooks.RowSizes((8,)), shape_hooks.RowSizes((8,)), 3)
 with shape_hooks.running(forward):
     shape_hooks.run_bank(lambda bank, given: None, None, Given(torch.ones(8, 4), object()))
 assert not forward.shape().in_class

@@ -125,7 +125,7 @@ class Server:
         attend = PrefillAttention(HEADS, KV_HEADS, DIM, "cpu")
         attention = GraphAttention(attend, self.inputs, self.pool.table)
         hidden = torch.zeros(32, HEADS * DIM).bfloat16()
-        self.graphs = PrefillGraphs(self, CLASSES, self.inputs, attention, hidden, plain)
+        self.graphs = PrefillGraphs(self, self.inputs, attention, hidden, plain)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, batch: Any) -> torch.Tensor:
         hidden = self.layers(ids, positions, batch)

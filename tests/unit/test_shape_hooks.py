@@ -13,7 +13,8 @@ from sglang_margingate.canonical.classes import Classes, DecodeGraphs, FastPath,
 from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
 from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, shape_hooks
-from sglang_margingate.serving.shape_hooks import Captured, Running
+from sglang_margingate.serving.layers.padding import Running
+from sglang_margingate.serving.shape_hooks import Captured
 
 SIZES = RowSizes((8, 16))
 GRAPHS = DecodeGraphs(SIZES.sizes, {8: 8, 16: 16})

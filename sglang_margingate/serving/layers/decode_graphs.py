@@ -11,56 +11,28 @@ that a row has the same bits at every size is tried after that (canonical/path_p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from sglang_margingate.canonical.classes import Classes, DecodeGraphs
+from sglang_margingate.canonical.classes import DecodeGraphs
 from sglang_margingate.canonical.invariance import RowSizes
 from sglang_margingate.serving import shape_hooks
 from sglang_margingate.serving.layers import experts
 from sglang_margingate.serving.layers.kinds import sizes_by_layer
-from sglang_margingate.serving.shape_hooks import Running, running
+from sglang_margingate.serving.layers.padding import Running
 
 # State of this process (hooks.py lists all of it), set while graphs are captured.
 _layers: dict[int, RowSizes] | None = None
-_wide: dict[tuple[int, int], torch.Tensor] = {}
 _seen: dict[int, Running] = {}
 
 
 class Captured(Running):
-    """A decode forward that is being captured.
+    """A decode forward that is being captured; every layer goes to sizes of its own class."""
 
-    Parameters
-    ----------
-    classes
-        The server's.
-    layers
-        For each layer, by its ``id``, the numbers of rows of its own class.
-    rows
-        Rows of the graph.
-    """
-
-    def __init__(self, classes: Classes, layers: Mapping[int, RowSizes], rows: int) -> None:
-        super().__init__(classes.decode, classes.head, rows)
-        self._layers = layers
-
-    def sizes_of(self, layer: Any) -> RowSizes:
-        """Return the sizes of the layer's own class; of the whole forward for one that is not of the map."""
-        return self._layers.get(id(layer), self.sizes)
-
-    def widen(self, layer: Any, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """Copy the input in front of rows that stay as they are, in memory that all graphs share.
-
-        Each layer has rows of its own, so that two that run beside each other do not meet there. What stands behind the
-        batch, zeros or rows of an earlier one, changes no row of it: that is what a class says.
-        """
-        wide = _wide.get((id(layer), rows))
-        if wide is None:  # at the warm-up, so that a graph does not clear it
-            wide = _wide[id(layer), rows] = x.new_zeros(rows, x.shape[1])
-        wide[: len(x)].copy_(x)
-        return wide
+    def behind(self, layer: Any, _x: torch.Tensor, rows: int) -> tuple[tuple[Any, ...], int]:
+        """Give each layer memory of its own, so that two that run beside each other do not meet there."""
+        return (type(self), id(layer), rows), rows
 
     def sent(self, dispatch_output: Any) -> Any:
         """Send the padding of a smaller batch where the first row goes."""
@@ -84,7 +56,7 @@ def capture(original: Any, runner: Any, size: int, *args: Any, **kwargs: Any) ->
     if classes is None or size not in shape_hooks.captured().inside or runner.model_runner.is_draft_worker:
         return original(runner, size, *args, **kwargs)
     if _layers is None:
-        _layers = sizes_by_layer(runner.model_runner.model, classes)
-    forward = _seen[size] = Captured(classes, _layers, size)
-    with running(forward):
+        _layers = sizes_by_layer(runner.model_runner.model, classes.map, classes.own(decode=True))
+    forward = _seen[size] = Captured(classes.decode, classes.head, size, _layers)
+    with shape_hooks.running(forward):
         return original(runner, size, *args, **kwargs)

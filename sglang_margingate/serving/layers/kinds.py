@@ -7,14 +7,13 @@ alone: a scale that is taken over the whole batch does neither, and its layer is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sglang_margingate.canonical.classes import Classes
-from sglang_margingate.canonical.invariance import RowSizes
+from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
 from sglang_margingate.canonical.layer_probe import LayerKind
 from sglang_margingate.canonical.linear_probe import FP8, FP8_UNIT, Apply, LinearKind
 from sglang_margingate.serving.layers import experts
@@ -35,10 +34,19 @@ def layer_kinds(model: Any) -> list[LayerKind]:
     return kinds if head is None else [*kinds, head]
 
 
-def sizes_by_layer(model: Any, classes: Classes) -> dict[int, RowSizes]:
-    """Return for each of the model's layers, by its ``id``, the numbers of rows that share its own class in decode graphs."""
-    found = classes.map
-    sizes = {(layer.shape, layer.kind): own for layer, own in zip(found.layers, found.layers_same_as(classes.decode))}
+def sizes_by_layer(model: Any, found: InvarianceMap, own: Sequence[RowSizes | None]) -> dict[int, RowSizes]:
+    """Return for each of the model's layers, by its ``id``, the sizes that ``own`` has for its kind; none for kinds without.
+
+    Parameters
+    ----------
+    model
+        SGLang's model module.
+    found
+        Its map.
+    own
+        For each kind in the map, numbers of rows.
+    """
+    sizes = {(layer.shape, layer.kind): each for layer, each in zip(found.layers, own) if each is not None}
     return {id(module): sizes[_key(kind)] for module, kind in _known(model) if _key(kind) in sizes}
 
 

@@ -1,4 +1,4 @@
-"""Decode graphs whose layers are padded by themselves, with SGLang's side played by hand."""
+"""Layers that are padded by themselves, in decode graphs and in prefills, with SGLang's side played by hand."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_margingate.canonical.classes import Classes, DecodeGraphs
+from sglang_margingate.canonical.classes import Classes, DecodeGraphs, apart_in_prefills
 from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses
 from sglang_margingate.canonical.reduce_probe import ReduceProbe
 from sglang_margingate.canonical.shape import ForwardShape
 from sglang_margingate.serving import shape_hooks
-from sglang_margingate.serving.layers import decode_graphs
+from sglang_margingate.serving.layers import decode_graphs, padding
 from sglang_margingate.serving.shape_hooks import Captured as Chosen
 
 DEFAULT = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64]
@@ -67,6 +67,87 @@ def test_what_no_size_of_the_whole_forward_holds_may_fit_layer_by_layer() -> Non
     assert found.graph_size(decode, 101) is None, "the other layer has no such rows in its class"
 
 
+# ---- prefills ------------------------------------------------------------------------------------------------------------
+
+LONG = [*range(1, 65), *range(128, 8193, 64)]
+
+
+def kind(name: str, shape: tuple[int, int], count: int, first: int, **more: Any) -> LayerClasses:
+    """A kind of layer whose class of the largest prefill begins at ``first``."""
+    return LayerClasses(name, shape, count, {m: int(m >= first) for m in LONG}, kind=name, **more)
+
+
+ROUTER = kind("gate", (8, 4096), 32, 5056)  # Mixtral 8x7B on an H200
+EXPERTS = kind("experts", (28672, 4096), 32, 1)
+LONG_HEAD = LayerClasses("lm_head", (32000, 4096), 1, dict.fromkeys(range(1, 513), 0), head=True)
+
+
+def test_a_small_product_whose_class_begins_late_does_not_widen_a_whole_prefill() -> None:
+    found = InvarianceMap([kind("qkv", (6144, 4096), 32, 1), ROUTER, EXPERTS, LONG_HEAD])
+    together = Classes.of(found, 64, 64, [])
+    assert together.prefill.target(100) == 5056
+    assert not together.apart
+    assert not together.one()
+    apart = Classes.of(found, 64, 64, [], apart=True)
+    assert apart.apart == (1,)
+    assert apart.prefill.target(100) == 128
+    assert apart.own(decode=False)[1].target(128) == 5056
+    assert not apart.one(), "the router of a decode has other bits"
+    assert apart.own(decode=False) == together.own(decode=False), "either way each layer has the bits of one class"
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (kind("qkv", (6144, 4096), 32, 1), EXPERTS),
+        (kind("qkv", (6144, 4096), 32, 192), EXPERTS),  # so few rows take no less time
+        (kind("qkv", (6144, 4096), 32, 1), kind("down", (4096, 14336), 32, 320), EXPERTS),  # not worth it
+        (kind("sum", (4096, 2), 64, 4096, whole=True), EXPERTS),  # not to be padded by itself
+    ],
+)
+def test_else_a_prefill_is_padded_as_a_whole(layers: tuple[LayerClasses, ...]) -> None:
+    assert apart_in_prefills(InvarianceMap([*layers, LONG_HEAD])) == ()
+
+
+def test_two_kinds_may_be_padded_by_themselves() -> None:
+    other = kind("shared_gate", (1, 4096), 32, 7040)
+    assert apart_in_prefills(InvarianceMap([EXPERTS, ROUTER, other, LONG_HEAD])) == (1, 2)
+
+
+def test_a_layer_of_a_prefill_is_padded_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly and in a graph alike, in memory that all layers of a kind share."""
+    found = Classes.of(InvarianceMap([ROUTER, EXPERTS, LONG_HEAD]), 64, 64, [], apart=True)
+    gates = [SimpleNamespace(weight=torch.ones(8, 4096)) for _ in range(2)]
+    monkeypatch.setattr(shape_hooks, "_classes", found)
+    monkeypatch.setattr(shape_hooks, "_apart", {id(gate): found.own(decode=False)[0] for gate in gates})
+    monkeypatch.setattr(padding, "_wide", {})
+    seen: list[int] = []
+
+    def run(layer: Any, rows: int) -> torch.Tensor:
+        def original(_method: Any, _layer: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return x[:, :2] * 2
+
+        x = torch.full((rows, 4096), float(rows))
+        out: torch.Tensor = shape_hooks.linear(original, None, layer, x)
+        assert torch.equal(out, x[:, :2] * 2)
+        return out
+
+    forward = shape_hooks.prefill(64)
+    with shape_hooks.running(forward):
+        for layer in (*gates, object()):
+            run(layer, 64)
+        run(gates[0], 5120)
+    assert seen == [5056, 5056, 64, 5120]
+    assert forward.shape() == ForwardShape(64, 5120, True)
+    assert forward.together == 64, "the others ran at the rows of the forward"
+    (wide,) = padding._wide.values()
+    assert wide.shape == (8192, 4096)
+
+
+# ---- decode graphs -------------------------------------------------------------------------------------------------------
+
+
 class Model:
     """Two layers, of which one changes its sums below 49 rows, and the way in which SGLang captures them."""
 
@@ -100,8 +181,9 @@ class Model:
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
     found = classes(QKV, OUT)
     one = Model()
-    own = dict(zip((id(one.qkv), id(one.out)), found.map.layers_same_as(found.decode)))
-    for name, value in (("_layers", None), ("_wide", {}), ("_seen", {})):
+    own = dict(zip((id(one.qkv), id(one.out)), found.own(decode=True)))
+    monkeypatch.setattr(padding, "_wide", {})
+    for name, value in (("_layers", None), ("_seen", {})):
         monkeypatch.setattr(decode_graphs, name, value)
     monkeypatch.setattr(decode_graphs, "sizes_by_layer", lambda *_: own)
     monkeypatch.setattr(shape_hooks, "_classes", found)
@@ -125,12 +207,12 @@ def test_only_the_layer_that_does_not_hold_the_rows_is_padded(model: Model) -> N
 def test_rows_behind_a_batch_are_those_of_earlier_ones(model: Model) -> None:
     """Zeros would cost a kernel for each layer; what stands there changes no row of the batch."""
     first = model.capture(3)
-    (wide,) = decode_graphs._wide.values()
+    (wide,) = padding._wide.values()
     assert wide.shape == (49, 8)
     assert torch.equal(wide[:3], model.given[:3])
     assert not wide[3:].any()
     model.capture(1)
-    (again,) = decode_graphs._wide.values()
+    (again,) = padding._wide.values()
     assert again is wide, "graphs that were captured go on writing there"
     wide[3:] = torch.nan
     assert torch.equal(model.capture(3), first)
