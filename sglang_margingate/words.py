@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 
 class Reason(str, Enum):
@@ -33,3 +35,12 @@ class Guarantee(str, Enum):
     """Only low-margin steps were verified: empirical, with the audit's bound."""
     NONE = "none"
     """Nothing is claimed."""
+
+
+def decode_sizes(invariance: Mapping[str, Any]) -> str:
+    """Return in words which decode batches run inside their class, of a server's ``invariance`` as status and manifest have it."""
+    graphs = {int(size): int(rows) for size, rows in (invariance.get("graph_rows") or {}).items()}
+    if not graphs:
+        return f"at {invariance.get('decode_rows', '?')} rows"
+    apart = [rows for size, rows in graphs.items() if rows != size]
+    return f"up to {max(graphs)} requests" + (f", single layers at up to {max(apart)} rows" if apart else "")

@@ -78,7 +78,7 @@ def flip_text(
         f"reason {row['reason']}",
         f"committed     {_token(row['token'], known)}   {outcome}",
         f"threshold     {_number(row['threshold'])}",
-        f"batch         {row['batch_rows']} rows, padded to {_rows(row['padded_rows'])}",
+        f"batch         {row['batch_rows']} rows, layers at up to {_rows(row['padded_rows'])}",
         f"K/V change    first layer {_number(row['kv_delta_first'])}, last layer {_number(row['kv_delta_last'])}, "
         f"window {row['window_rows']} rows",
         f"tokens before {tokens or '(none: chosen by the prefill)'}",

@@ -115,7 +115,7 @@ def describe(step: dict[str, object], known: dict[int, str]) -> str:
             f"   window {_id(step['window_rows'])} rows",
         ]
     lines.append(
-        f"batch         {_id(step['batch_rows'])} rows, padded to {_id(step['padded_rows'])}"
+        f"batch         {_id(step['batch_rows'])} rows, layers at up to {_id(step['padded_rows'])}"
         + (", canonical" if step["canonical"] is True or step["canonical"] == 1 else "")
         + (", from a prefill" if step["prefill"] is True or step["prefill"] == 1 else "")
     )

@@ -109,14 +109,25 @@ def sets_of(rows: int, least: int, most: int, padding: int = 0) -> list[Inputs]:
     ]
 
 
-TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, chunks, tokens of a long chunk, most chunks, loaded before joining
-    (64, 2, 3, 4, 128, 32, 512, 32, 8), (64, 2, 3, 4, 128, 32, 512, 64, 8), (64, 2, 3, 4, 128, 64, 512, 64, 8),
-    (64, 2, 3, 4, 128, 64, 512, 64, 16), (64, 2, 3, 4, 128, 48, 512, 64, 8), (64, 2, 3, 4, 128, 32, 320, 64, 8),
-    (64, 2, 3, 4, 128, 32, 256, 64, 8),
+TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, chunks, tokens of a long chunk, most chunks, loaded before joining, span
+    (64, 2, 3, 4, 128, 32, 512, 64, 8, 8), (64, 2, 3, 4, 128, 32, 512, 64, 8, 16), (64, 2, 3, 4, 128, 64, 512, 64, 8, 8),
+    (64, 2, 3, 4, 128, 32, 512, 128, 8, 8), (64, 2, 3, 4, 128, 64, 512, 128, 8, 8), (64, 2, 3, 4, 128, 64, 256, 128, 8, 16),
+    (64, 2, 3, 3, 128, 32, 512, 64, 8, 8),
 ]  # fmt: skip
 """Launch constants that --tune tries."""
 
-CONSTANTS = ("BLOCK", "WARPS", "STAGES", "PROGRAMS_PER_SM", "CHUNK", "CHUNKS", "LONG_CHUNK", "MOST_CHUNKS", "WIDE")
+CONSTANTS = (
+    "BLOCK",
+    "WARPS",
+    "STAGES",
+    "PROGRAMS_PER_SM",
+    "CHUNK",
+    "CHUNKS",
+    "LONG_CHUNK",
+    "MOST_CHUNKS",
+    "WIDE",
+    "SPAN",
+)
 
 
 def planned(xs: list[Inputs]) -> list[functools.partial[torch.Tensor]]:

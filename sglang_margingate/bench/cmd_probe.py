@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_margingate.bench import options
 from sglang_margingate.canonical.invariance import InvarianceMap
+from sglang_margingate.words import decode_sizes
 
 EPILOG = """\
 Starts a server with --margingate-fast-path canonical and the flags after -- (model, sizes), or asks a running one
@@ -77,7 +78,7 @@ def render(found: dict[str, Any]) -> str:
     prefill = PREFILL[_prefill(found)]
     lines += [
         "",
-        f"decode    rows {found['decode_rows']}: {decode}",
+        f"decode    {decode_sizes(found)}: {decode}",
         f"verify    {found['verify_rows']} rows a pass",
         f"prefill   {prefill}",
     ]

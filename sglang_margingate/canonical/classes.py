@@ -70,9 +70,9 @@ class Classes:
         unknown
             Layers that the probe does not know.
         apart
-            Layers may be padded by themselves in prefills, where that costs less than to pad all of them.
+            Layers may be padded by themselves where that costs less than to pad all of them.
         """
-        decode = found.decode_class(largest)
+        decode = found.decode_class(largest, verify_rows, apart=apart)
         rows = decode.target(verify_rows) or verify_rows
         alone = apart_in_prefills(found) if apart else ()
         prefill = found.same_as(found.largest(), head=False, but=alone)
@@ -80,7 +80,9 @@ class Classes:
 
     def own(self, decode: bool) -> list[RowSizes]:
         """Return for each kind of layer in the map every probed M that shares its own class, of decodes or of prefills."""
-        at = self.decode.sizes[:1] if decode else self.prefill.sizes[-1:]
+        if decode:
+            return self.map.layers_same_as(self.decode)
+        at = self.prefill.sizes[-1:]
         return [layer.same_as(layer.labels.get(at[0]) if at else None) for layer in self.map.layers]
 
     def one(self) -> bool:
@@ -88,12 +90,13 @@ class Classes:
         pairs = zip(self.map.layers, self.own(decode=True), self.own(decode=False))
         return bool(self.decode.sizes) and all(a.sizes and a == b for layer, a, b in pairs if not layer.head)
 
-    def graph_sizes(self, wanted: Sequence[int]) -> list[int]:
-        """Return the decode sizes inside the class that serve batches of the ``wanted`` sizes, rising.
+    def decode_graph_sizes(self, wanted: Sequence[int], most: int) -> list[int]:
+        """Return the decode sizes inside the class, of at most ``most`` rows, that serve batches of the ``wanted`` sizes; rising.
 
         At some of them layers that do not hold so few rows are padded by themselves (:meth:`InvarianceMap.graph_size`).
         """
-        return sorted({size for rows in wanted if (size := self.map.graph_size(self.decode, rows)) is not None})
+        sizes = {self.map.graph_size(self.decode, rows, most) for rows in wanted if rows <= most}
+        return sorted(size for size in sizes if size is not None)
 
 
 def apart_in_prefills(found: InvarianceMap) -> tuple[int, ...]:
@@ -118,13 +121,15 @@ def apart_in_prefills(found: InvarianceMap) -> tuple[int, ...]:
             wide = common.target(rows)
             if wide is None:
                 return float("inf")
-            at = {k: max(SATURATED, (own[k].target(wide) or wide) if k in apart else wide) for k in work}
+            wider = {k: own[k].target(wide) for k in apart}
+            at = {k: max(SATURATED, wider.get(k) or wide) for k in work}
             more = sum(copy[k] * max(SATURATED, wide) for k in apart)
             share += (sum(work[k] * at[k] for k in work) + more) / (sum(work.values()) * max(SATURATED, rows))
         return share / len(batches)
 
     together = left(())
-    narrow = [k for k, layer in body if k in work and len(own[k].sizes) < len(layer.labels)]
+    # Of the class of the largest prefill, which holds every smaller one: what has no class there is in no prefill's.
+    narrow = [k for k, layer in body if k in work and 0 < len(own[k].sizes) < len(layer.labels)]
     best = min([(k,) for k in narrow] + list(combinations(narrow, 2)), key=left, default=())
     return best if left(best) < APART_GAIN * together else ()
 

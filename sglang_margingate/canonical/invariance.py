@@ -17,8 +17,8 @@ ROW_COST = 0.0015
 """Share of a decode step that a row of padding costs, at most (H100 and H200, 8B: 0.0006 to 0.0015)."""
 
 APART_COST = 0.01
-"""The same for padding one layer of every block by itself: the rows are copied before its product, about 1.5 us of a block's
-80 to 170."""
+"""The same for padding one layer of every block by itself, beside its share of the rows: its input is copied, about 1.5 us of a
+block's 80 to 170."""
 
 OUTSIDE_COST = 1.0
 """The same for a step outside the class: it may need a verify."""
@@ -66,6 +66,11 @@ class LayerClasses:
     head: bool = False
     kind: str = ""
     whole: bool = False
+
+    @property
+    def work(self) -> int:
+        """Multiplications for one row in all layers of this kind."""
+        return self.count * self.shape[0] * self.shape[1]
 
     def same_as(self, label: int | None) -> RowSizes:
         """Return every probed M of a class."""
@@ -211,11 +216,12 @@ class InvarianceMap:
         kinds = [layer for k, layer in enumerate(self.layers) if (head or not layer.head) and k not in but]
         return self._sizes(kinds, rows)
 
-    def decode_class(self, largest: int) -> RowSizes:
+    def decode_class(self, largest: int, verify_rows: int = 1, *, apart: bool = False) -> RowSizes:
         """Return the class that serves decode batches of 1 to ``largest`` rows best; empty where none was found.
 
-        Every doubling of the batch counts alike. A batch that fits is charged the rows it is padded by, or the layers that
-        are padded by themselves, one that does not is charged a verify, about a second forward.
+        Every doubling of the batch counts alike, and verify passes of ``verify_rows`` rows as one more. A batch that fits is
+        charged its padding, as :meth:`graph_size` does with ``apart``; one that does not is charged a verify, about a second
+        forward.
         """
         batches = [b for b in (1 << k for k in range(32)) if b < largest] + [largest]
         classes: dict[tuple[int | None, ...], list[int]] = {}
@@ -223,8 +229,10 @@ class InvarianceMap:
             classes.setdefault(tuple(layer.labels[m] for layer in self.layers), []).append(m)
 
         def cost(sizes: RowSizes) -> float:
-            layers = self.layers_same_as(sizes)
-            return sum(self._graph(sizes, layers, b)[1] for b in batches)
+            layers = self.layers_same_as(sizes) if apart else []
+            target = sizes.target(verify_rows)
+            verify = OUTSIDE_COST if target is None else ROW_COST * (target - verify_rows)
+            return verify + sum(self._graph(sizes, layers, b)[1] for b in batches)
 
         found = [RowSizes(tuple(sizes)) for label, sizes in classes.items() if None not in label]
         return min(found, key=cost, default=RowSizes())
@@ -233,23 +241,32 @@ class InvarianceMap:
         """Return for each kind of layer every probed M that shares its own class at the sizes of a decode class."""
         return [layer.same_as(layer.labels[decode.sizes[0]] if decode.sizes else None) for layer in self.layers]
 
-    def graph_size(self, decode: RowSizes, rows: int) -> int | None:
+    def graph_size(self, decode: RowSizes, rows: int, most: int | None = None) -> int | None:
         """Return at how many rows decode batches of ``rows`` requests are to be captured; None: at no size inside the class.
 
-        Either all of the forward is padded to a size of the class, or it has ``rows`` rows and the layers that do not hold
-        so few are padded by themselves: whichever costs less.
+        Either all of the forward is padded to a size of the class, of at most ``most`` rows, or it has ``rows`` rows and the
+        layers that do not hold so few are padded by themselves: whichever costs less.
         """
-        return self._graph(decode, self.layers_same_as(decode), rows)[0]
+        return self._graph(decode, self.layers_same_as(decode), rows, most)[0]
 
-    def _graph(self, decode: RowSizes, layers: Sequence[RowSizes], rows: int) -> tuple[int | None, float]:
-        """Return that size, and the share of a step that the padding costs."""
+    def _graph(
+        self, decode: RowSizes, layers: Sequence[RowSizes], rows: int, most: int | None = None
+    ) -> tuple[int | None, float]:
+        """Return that size, and the share of a step that the padding costs; without ``layers`` as a whole only."""
         target = decode.target(rows)
+        if target is not None and most is not None and target > most:
+            target = None
         cost = OUTSIDE_COST if target is None else ROW_COST * (target - rows)
         apart = [(x, sizes.target(rows)) for x, sizes in zip(self.layers, layers) if sizes.target(rows) != rows]
-        if target == rows or not apart or any(layer.whole or wider is None for layer, wider in apart):
+        if target == rows or not apart:
             return target, cost
         blocks = max(layer.count for layer in self.layers if not layer.whole)
-        alone = APART_COST * sum(layer.count for layer, _ in apart) / blocks
+        work = sum(layer.work for layer in self.layers if not layer.whole)
+        alone = 0.0
+        for layer, wider in apart:
+            if layer.whole or wider is None:
+                return target, cost
+            alone += APART_COST * layer.count / blocks + ROW_COST * (wider - rows) * layer.work / work
         return (rows, alone) if alone < cost else (target, cost)
 
     def head_same_as(self, rows: int) -> RowSizes:

@@ -13,7 +13,7 @@ class ForwardShape(NamedTuple):
     rows
         Requests of a decode, tokens of a prefill.
     padded
-        Rows that its linear layers ran with; None where nobody saw it.
+        Rows of its widest linear layer or bank of experts; None where nobody saw it.
     in_class
         Whether every layer of it was seen to run inside its class.
     """

@@ -205,7 +205,7 @@ FAST_PATH_HOOKS: tuple[Hook, ...] = (
     Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs",
         "before", shape_hooks.choose_shapes, (SCHEDULER,),
-        "probes the loaded layers, and has decode graphs captured at sizes of one class only",
+        "probes the loaded layers, and has decode graphs captured at sizes at which every layer can be inside its class",
         "the sizes can be chosen after the model is loaded",
     ),
     Hook(

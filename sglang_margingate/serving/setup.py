@@ -217,10 +217,8 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     attends, prefills = captured.decode_attention, attention_hooks.prefill_kind(model_runner)
     if model_runner.device == "cpu":
         attends = prefills = cpu.attention_kind(model_runner)
-    if odd := [size for size in captured.inside if size not in graphs.widest]:
-        notes += (
-            f"decode graphs of {odd[0]} to {odd[-1]} rows: a layer ran at a number of rows that was never probed",
-        )
+    if odd := [str(size) for size in captured.inside if size not in graphs.widest]:
+        notes += (f"decode graphs of {', '.join(odd)} rows: not every layer was seen inside its class",)
     trial = try_fast_path(classes, engine, config.chunk, graphs, attends, (*captured.notes, *notes))
     fast = FastPath(classes, replace(trial, prefill_graphs=prefill_sizes, prefill_attention=prefills))
     if trial.prefill == "batched" and isinstance(getattr(scheduler.tree_cache, "chunk", None), int):
@@ -233,17 +231,18 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     inside = graphs.inside()
     if trial.decode_ok and inside:
         log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %s, one of "
-                 "more than %d is gated by margin; --cuda-graph-max-bs-decode sets what the class must hold: smaller means "
-                 "less padding", _first_graph(graphs), inside[-1])  # fmt: skip
+                 "more than %d is gated by margin; --cuda-graph-max-bs-decode sets what the class must hold",
+                 _first_graph(graphs), inside[-1])  # fmt: skip
     return fast
 
 
 def _first_graph(graphs: DecodeGraphs) -> str:
     """Return in words at how many rows a batch of 1 decodes."""
     size = graphs.inside()[0]
+    rows = f"{size} row{'s' if size > 1 else ''}"
     if graphs.widest[size] != size:
-        return f"{size} rows, some of its layers at up to {graphs.widest[size]}"
-    return f"{size} rows (at most about {100 * ROW_COST * (size - 1):.0f}% of a step)"
+        return f"{rows}, some of its layers at up to {graphs.widest[size]}"
+    return f"{rows} (padding costs at most about {100 * ROW_COST * (size - 1):.0f}% of a step)"
 
 
 def _prefill_graphs(

@@ -46,7 +46,7 @@ ATTENDANCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Captured:
+class ChosenGraphs:
     """What was chosen when decode graphs were captured.
 
     Parameters
@@ -76,7 +76,7 @@ class PrefillReplay(Protocol):
 
 # State of this process (hooks.py lists all of it): the first three are set once at start-up.
 _classes: Classes | None = None
-_captured = Captured()
+_captured = ChosenGraphs()
 _prefill_graphs: PrefillReplay | None = None
 _running: Running | None = None
 _apart: dict[int, RowSizes] = {}
@@ -135,7 +135,7 @@ def prefill(rows: int) -> Running:
     return Running(_classes.prefill, _classes.head, rows, _apart)
 
 
-def captured() -> Captured:
+def captured() -> ChosenGraphs:
     """Return what was chosen when this process captured its decode graphs."""
     return _captured
 
@@ -186,7 +186,7 @@ def running(forward: Running) -> Iterator[None]:
 
 
 def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
-    """Probe the loaded model, and let SGLang capture its decode graphs at sizes of one class.
+    """Probe the loaded model, and let SGLang capture its decode graphs at sizes at which every layer is inside its class.
 
     Batches too large for the class keep their graphs: they are gated by margin, and without a graph slow as well.
     """
@@ -203,14 +203,14 @@ def choose_shapes(model_runner: Any, *_: Any, **__: Any) -> None:
     experts.break_experts(TestKnobs().broken_experts)
     wanted = _wanted_sizes(model_runner)
     most = model_runner.req_to_token_pool.size
-    inside = [size for size in classes.graph_sizes(wanted) if size <= most]
+    inside = classes.decode_graph_sizes(wanted, most)
     if inside:
         sizes = [*inside, *sorted(size for size in wanted if size > inside[-1])]
         sgl.graph_config(model_runner).decode.bs = sizes
         experts.fill_up(sizes)
-        _captured = Captured(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)), tuple(inside))
+        _captured = ChosenGraphs(attention_hooks.prepare(model_runner, max(*sizes, classes.verify_rows)), tuple(inside))
     elif wanted:
-        _captured = Captured(notes=(f"no class holds a decode batch of {min(wanted)} to {most} rows",))
+        _captured = ChosenGraphs(notes=(f"no class holds a decode batch of {min(wanted)} to {most} rows",))
 
 
 def run_eagerly(original: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

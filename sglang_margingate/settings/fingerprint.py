@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_margingate.canonical.classes import FastPath
+from sglang_margingate.canonical.classes import Classes, FastPath
 from sglang_margingate.canonical.ranks import digest
 from sglang_margingate.config import MarginGateConfig
 from sglang_margingate.machine import KERNEL_PACKAGES, kernel_environment, versions
@@ -151,8 +151,8 @@ def classes_of(fast: FastPath) -> dict[str, Any]:
     ]
     return {
         "map": digest(layers),
-        "decode_class": [min(own.sizes, default=None) for own in classes.own(decode=True)],
-        "prefill_class": [min(own.sizes, default=None) for own in classes.own(decode=False)],
+        "decode_class": _smallest(classes, decode=True),
+        "prefill_class": _smallest(classes, decode=False),
         "head_class": min(classes.head.sizes, default=None),
         "verify_rows": classes.verify_rows,
         "decode_attention": trial.decode_attention,
@@ -160,6 +160,12 @@ def classes_of(fast: FastPath) -> dict[str, Any]:
         "decode_ok": trial.decode_ok,
         "prefill": trial.prefill,
     }
+
+
+def _smallest(classes: Classes, decode: bool) -> list[int | None]:
+    """Return the smallest number of rows of each layer's class; the head has one for decodes and prefills, which is told apart."""
+    pairs = zip(classes.map.layers, classes.own(decode))
+    return [min(own.sizes, default=None) for layer, own in pairs if not layer.head]
 
 
 def _shared(labels: dict[int, int | None]) -> list[list[int | None]]:

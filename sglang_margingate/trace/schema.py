@@ -111,7 +111,7 @@ STEP_COLUMNS: tuple[Column, ...] = (
         "padded_rows",
         pa.int32(),
         "rows",
-        "Rows that the linear layers really ran with (M); of a prefill, rows are tokens. Null where not observed.",
+        "Rows of the widest linear layer or bank of experts (M); others may have run at fewer. Of a prefill, rows are tokens. Null where not observed.",
     ),
     Column(
         "canonical",

@@ -392,7 +392,14 @@ def attention_module(monkeypatch):
     """In the interpreter chunks are small, so that short contexts still have several, and longer ones longer chunks."""
     module = importlib.import_module("margingate_kernels.attention.decode_attention")
     if INTERPRETED:
-        for name, value in (("CHUNK", 32), ("CHUNKS", 2), ("LONG_CHUNK", 48), ("MOST_CHUNKS", 4), ("BLOCK", 16)):
+        for name, value in (
+            ("CHUNK", 32),
+            ("CHUNKS", 2),
+            ("LONG_CHUNK", 48),
+            ("MOST_CHUNKS", 4),
+            ("BLOCK", 16),
+            ("SPAN", 2),
+        ):
             monkeypatch.setattr(module, name, value)
     return module
 
@@ -467,7 +474,7 @@ def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
     """Every chunk is in one share, and no share takes a chunk longer than the equal one."""
     block = attention_module.BLOCK
     lengths = [max(0, n * attention_module.CHUNK - 3) for n in chunks]
-    sizes = [attention_module.chunk_tokens(length) for length in lengths]
+    sizes = [attention_module.chunk_tokens(length, 4) for length in lengths]
     attend = DecodeAttention(len(chunks) + 2, 4, 4, 16, DEVICE)
     monkeypatch.setattr(attend, "_shares", torch.full((groups, 4), -1, dtype=torch.int32, device=DEVICE))
     attend.plan(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int())
@@ -489,13 +496,17 @@ def test_decode_attention_shares(groups, chunks, attention_module, monkeypatch):
         assert max(held) == 1, "rows of padding do not put two of the longest chunks into one share"
 
 
-def test_decode_attention_chunks(attention_module):
-    tokens = [attention_module.chunk_tokens(n) for n in range(0, 200_000, 7)]
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 8, 32])
+def test_decode_attention_chunks(kv_heads, attention_module):
+    tokens = [attention_module.chunk_tokens(n, kv_heads) for n in range(0, 200_000, 7)]
     assert tokens == sorted(tokens), "a longer context has no shorter chunks"
+    few, most = attention_module.most_chunks(kv_heads)
+    assert few % attention_module.SPAN == most % attention_module.SPAN == 0
+    assert few * min(kv_heads, 8) <= attention_module.CHUNKS * 8, "about as many programs as a row of 8 K/V heads has"
     for length in (1, 100, 10_000, 16_384, 16_385, 32_768, 131_072):
-        tokens = attention_module.chunk_tokens(length)
+        tokens = attention_module.chunk_tokens(length, kv_heads)
         assert tokens % attention_module.BLOCK == 0
-        assert -(-length // tokens) <= attention_module.MOST_CHUNKS
+        assert -(-length // tokens) <= most
 
 
 def test_decode_attention_bad_input():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 LONE = "lone"
 """Request ids of requests that ran alone begin so."""
 
 
-def in_prefill_class(layers: list[dict[str, Any]], rows: int) -> bool:
-    """Return whether ``rows`` share the class of the largest probed size in every layer but the one that makes logits."""
+def in_prefill_class(layers: list[dict[str, Any]], rows: int, apart: Sequence[str] = ()) -> bool:
+    """Return whether ``rows`` share the class of the largest probed size in every layer but the one that makes logits.
+
+    Layers that are padded by themselves, ``apart``, are left out where others are not: the trace has the widest rows alone.
+    """
     for layer in layers:
-        if layer["name"].endswith(("lm_head", "embed_tokens")):
+        if layer["name"].endswith(("lm_head", "embed_tokens")) or layer["name"] in apart:
             continue
         labels = {label for first, last, label in layer["classes"] if first <= rows <= last}
         if labels != {layer["classes"][-1][2]}:
@@ -52,11 +56,14 @@ def column_problems(
         problems.append("padded_rows is batch_rows everywhere")
     if (seen["padded_rows"] < seen["batch_rows"]).any():
         problems.append("padded_rows is less than batch_rows")
-    if graphs and (odd := sorted(set(sizes) - set(invariance["graph_sizes"]))):
-        problems.append(f"padded_rows {odd[:5]} are no captured sizes {invariance['graph_sizes'][:8]}")
+    captured = sorted(set(invariance["graph_rows"].values()) | set(invariance["graph_sizes"]))
+    if graphs and (odd := sorted(set(sizes) - set(captured))):
+        problems.append(f"padded_rows {odd[:5]} are no rows of captured layers {captured[:8]}")
     layers = invariance["map"]["layers"]
     inside = prefill[prefill["canonical"].astype(bool)].dropna(subset=["padded_rows"])
-    outside = sorted({int(m) for m in inside["padded_rows"] if not in_prefill_class(layers, int(m))})
+    outside = sorted(
+        {int(m) for m in inside["padded_rows"] if not in_prefill_class(layers, int(m), invariance["prefill_apart"])}
+    )
     if outside and invariance["batched_prefill"]:
         problems.append(f"prefills of {outside[:5]} rows say canonical, but the map has them in another class")
     problems += _times(steps, requests)

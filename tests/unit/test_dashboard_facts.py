@@ -182,7 +182,7 @@ def flipped(**changes: object) -> pd.Series:
             {},
             "one row alone, which is outside the class. The reference is not “alone” but the verify's own shape (16 rows)",
         ),
-        ({"batch_rows": 8, "padded_rows": 16}, "8 requests shared the forward, padded to 16 rows"),
+        ({"batch_rows": 8, "padded_rows": 16}, "8 requests shared the forward, its layers at up to 16 rows"),
         ({"reason": "resume"}, "was retracted"),
         ({"structural": True, "reason": "audit"}, "disproves the class"),
         ({"flipped": False}, "the same token"),

@@ -15,37 +15,46 @@ from sglang_margingate.canonical.reduce_probe import ReduceProbe
 from sglang_margingate.canonical.shape import ForwardShape
 from sglang_margingate.serving import shape_hooks
 from sglang_margingate.serving.layers import decode_graphs, padding
-from sglang_margingate.serving.shape_hooks import Captured as Chosen
+from sglang_margingate.serving.shape_hooks import ChosenGraphs
 
 DEFAULT = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64]
 """What SGLang captures for batches of up to 64."""
 ROWS = range(1, 129)
 
 
+SHAPES = {
+    "qkv": (1792, 5120), "out": (5120, 1280), "up": (6912, 5120), "down": (5120, 3456), "lm_head": (38016, 5120),
+}  # fmt: skip
+"""Qwen2.5-14B over four GPUs."""
+
+
 def layer(name: str, *first_of_class: int, count: int = 48, head: bool = False) -> LayerClasses:
     """A kind of layer whose k-th class begins at the k-th number."""
     found = {m: sum(first <= m for first in first_of_class) for m in ROWS}
-    return LayerClasses(name, (len(name), 8), count, found, head, name)
+    return LayerClasses(name, SHAPES[name], count, found, head, name)
 
 
-QKV = layer("qkv", 1, 49)  # Qwen2.5-14B over four GPUs of Hopper
-OUT, DOWN, HEAD = layer("out", 1), layer("down_", 1), layer("lm_head", 1, count=1, head=True)
+QKV = layer("qkv", 1, 49)  # so it is on an H200
+OUT, UP, DOWN, HEAD = layer("out", 1), layer("up", 1), layer("down", 1), layer("lm_head", 1, count=1, head=True)
 SUM = ReduceProbe(4, 5120, dict.fromkeys(ROWS, 0), count=96).layer(torch.bfloat16)
 
 
 def classes(*layers: LayerClasses) -> Classes:
-    return Classes.of(InvarianceMap(list(layers)), 64, 64, [])
+    return Classes.of(InvarianceMap(list(layers)), 64, 64, [], apart=True)
 
 
 @pytest.mark.parametrize(
     ("layers", "sizes"),
     [
-        ((QKV, OUT, DOWN, SUM, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),  # 48 rows are one short of 49
-        ((QKV, OUT, DOWN, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),
-        ((OUT, DOWN, SUM, HEAD), DEFAULT),
-        ((layer("out", 1, 17), DOWN, HEAD), [1, 2, 4, 8, 17, 24, 32, 40, 48, 56, 64]),  # 12 and 16 cost less at 17
-        # Two kinds of layers cost twice as much as one.
-        ((layer("out", 1, 17), layer("down_", 1, 17), HEAD), [1, 2, 17, 24, 32, 40, 48, 56, 64]),
+        ((QKV, OUT, UP, DOWN, SUM, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),  # 48 rows are one short of 49
+        ((QKV, OUT, UP, DOWN, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),
+        ((QKV, UP, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),
+        ((OUT, UP, DOWN, SUM, HEAD), DEFAULT),
+        ((layer("out", 1, 17), UP, DOWN, HEAD), [1, 2, 4, 8, 17, 24, 32, 40, 48, 56, 64]),  # 12 and 16 cost less at 17
+        (
+            (OUT, layer("up", 1, 17), DOWN, HEAD),
+            [1, 17, 24, 32, 40, 48, 56, 64],
+        ),  # most of the work, wherever padded
         # A sum over ranks that has another order below 49 rows cannot be padded by itself.
         ((QKV, OUT, ReduceProbe(4, 8, {m: m > 48 for m in ROWS}).layer(torch.bfloat16), HEAD), [49, 56, 64]),
     ],
@@ -53,7 +62,33 @@ def classes(*layers: LayerClasses) -> Classes:
 def test_a_graph_has_the_rows_of_its_batch_where_that_costs_less(
     layers: tuple[LayerClasses, ...], sizes: list[int]
 ) -> None:
-    assert classes(*layers).graph_sizes(DEFAULT) == sizes
+    assert classes(*layers).decode_graph_sizes(DEFAULT, 100) == sizes
+
+
+def test_no_size_is_above_the_pool() -> None:
+    """48 rows go to 49 where there are so many requests, and else the layer is padded by itself."""
+    found = classes(QKV, OUT, UP, DOWN, SUM, HEAD)
+    assert found.decode_graph_sizes([40, 48, 64], 48) == [40, 48]
+
+
+def back_at(rows: int) -> list[LayerClasses]:
+    """Layers of which one has its class of up to 32 rows again only from so many on."""
+    out = {m: int(33 <= m < rows) for m in (*ROWS, 1024, 4096)}
+    return [
+        LayerClasses("up", SHAPES["up"], 48, dict.fromkeys(out, 0), kind="up"),
+        LayerClasses("down", SHAPES["down"], 48, out, kind="down"),
+        LayerClasses("lm_head", SHAPES["lm_head"], 1, dict.fromkeys(out, 0), head=True),
+    ]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("rows", [1024, 4096])
+def test_no_layer_is_padded_far(rows: int, apart: bool) -> None:
+    """Nor is the verify, which runs at a size of the whole forward."""
+    found = Classes.of(InvarianceMap(back_at(rows)), 64, 64, [], apart=apart)
+    assert found.decode.sizes[0] == 33
+    assert found.verify_rows == 64
+    assert max(found.decode_graph_sizes(DEFAULT, 100)) == 64
 
 
 def test_what_no_size_of_the_whole_forward_holds_may_fit_layer_by_layer() -> None:
@@ -107,6 +142,13 @@ def test_a_small_product_whose_class_begins_late_does_not_widen_a_whole_prefill(
 )
 def test_else_a_prefill_is_padded_as_a_whole(layers: tuple[LayerClasses, ...]) -> None:
     assert apart_in_prefills(InvarianceMap([*layers, LONG_HEAD])) == ()
+
+
+def test_a_layer_without_a_class_of_the_largest_prefill_is_not_padded_into_none() -> None:
+    odd = LayerClasses("odd", (4096, 4096), 32, {m: None if m == 8192 else 0 for m in LONG}, kind="odd")
+    found = Classes.of(InvarianceMap([EXPERTS, odd, LONG_HEAD]), 64, 64, [], apart=True)
+    assert found.apart == ()
+    assert not found.prefill.sizes
 
 
 def test_two_kinds_may_be_padded_by_themselves() -> None:
@@ -187,7 +229,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
         monkeypatch.setattr(decode_graphs, name, value)
     monkeypatch.setattr(decode_graphs, "sizes_by_layer", lambda *_: own)
     monkeypatch.setattr(shape_hooks, "_classes", found)
-    monkeypatch.setattr(shape_hooks, "_captured", Chosen("ours", (1, 3, 49, 64)))
+    monkeypatch.setattr(shape_hooks, "_captured", ChosenGraphs("ours", (1, 3, 49, 64)))
     yield one
     assert shape_hooks._running is None
 
@@ -216,6 +258,23 @@ def test_rows_behind_a_batch_are_those_of_earlier_ones(model: Model) -> None:
     assert again is wide, "graphs that were captured go on writing there"
     wide[3:] = torch.nan
     assert torch.equal(model.capture(3), first)
+
+
+def test_a_size_in_which_a_layer_was_not_seen_is_not_inside(model: Model) -> None:
+    """One that ran past the hooks may have run at any shape."""
+    model.capture(3)
+    model.capture(
+        1, lambda rows: shape_hooks.linear(lambda _m, at, x: model.apply(at, x), None, model.out, model.given[:rows])
+    )
+    assert decode_graphs.graphs_of([1, 3]).inside() == [3]
+
+
+def test_a_size_that_is_captured_again_stays_outside(model: Model) -> None:
+    model.capture(
+        3, lambda rows: shape_hooks.linear(lambda _m, _l, x: x, None, model.out, model.given[:rows].view(rows, 2, 4))
+    )
+    model.capture(3)  # for verify passes
+    assert decode_graphs.graphs_of([3]).inside() == []
 
 
 def test_a_layer_at_rows_that_were_never_probed_takes_its_graph_out_of_the_class(model: Model) -> None:

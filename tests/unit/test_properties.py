@@ -79,7 +79,7 @@ def test_rows_are_padded_to_the_next_size(sizes: set[int], rows: int) -> None:
 @given(maps(), st.integers(1, 300), st.integers(1, 64))
 @few
 def test_rows_of_one_class_have_one_label_in_every_layer(found: InvarianceMap, largest: int, verify_rows: int) -> None:
-    classes = Classes.of(found, largest, verify_rows, [])
+    classes = Classes.of(found, largest, verify_rows, [], apart=True)
     for layer in found.layers:
         assert len({layer.labels[m] for m in classes.decode.sizes}) <= 1
         assert None not in {layer.labels[m] for m in classes.decode.sizes}
@@ -87,7 +87,7 @@ def test_rows_of_one_class_have_one_label_in_every_layer(found: InvarianceMap, l
             assert len({layer.labels[m] for m in classes.prefill.sizes}) <= 1
     if classes.decode.target(verify_rows) is not None:
         assert classes.verify_rows in classes.decode.sizes, "a verify gives the class's bits"
-    sizes = classes.graph_sizes(range(1, 80))
+    sizes = classes.decode_graph_sizes(range(1, 80), 1000)
     own = found.layers_same_as(classes.decode)
     for size in sizes:
         wider = {layer.name: rows.target(size) for layer, rows in zip(found.layers, own)}

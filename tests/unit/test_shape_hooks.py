@@ -14,7 +14,7 @@ from sglang_margingate.canonical.invariance import InvarianceMap, RowSizes
 from sglang_margingate.runtime.view import SHAPE, ForwardShape
 from sglang_margingate.serving import attention_hooks, shape_hooks
 from sglang_margingate.serving.layers.padding import Running
-from sglang_margingate.serving.shape_hooks import Captured
+from sglang_margingate.serving.shape_hooks import ChosenGraphs
 
 SIZES = RowSizes((8, 16))
 GRAPHS = DecodeGraphs(SIZES.sizes, {8: 8, 16: 16})
@@ -24,7 +24,7 @@ CLASSES = Classes(InvarianceMap([]), SIZES, SIZES, SIZES, 8)
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shape_hooks, "_classes", CLASSES)
-    monkeypatch.setattr(shape_hooks, "_captured", Captured())
+    monkeypatch.setattr(shape_hooks, "_captured", ChosenGraphs())
 
 
 @pytest.fixture

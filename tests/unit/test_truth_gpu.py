@@ -16,7 +16,10 @@ LAYERS = [
     {"name": "model.layers.0.mlp.down_proj", "classes": [[1, 120, 0], [121, 128, 1], [129, 191, 0], [192, 512, 2]]},
     {"name": "lm_head", "classes": [[1, 16, 0], [17, 512, 1]]},
 ]
-INVARIANCE = {"graph_sizes": [24, 32, 64], "batched_prefill": True, "map": {"layers": LAYERS}}
+INVARIANCE = {
+    "graph_sizes": [1, 24, 32, 64], "graph_rows": {"1": 49, "24": 24, "32": 32, "64": 64}, "prefill_apart": [],
+    "batched_prefill": True, "map": {"layers": LAYERS},
+}  # fmt: skip
 
 
 def load(name: str) -> ModuleType:
@@ -64,7 +67,10 @@ def test_columns_that_fit_are_left_alone() -> None:
     [
         ({"steps__padded_rows": [300, 3, 3, 200, 1, 1]}, "padded_rows is batch_rows everywhere"),
         ({"steps__padded_rows": [300, 2, 24, 200, 24, 24]}, "padded_rows is less than batch_rows"),
-        ({"steps__padded_rows": [300, 25, 24, 200, 24, 24]}, "padded_rows [25] are no captured sizes [24, 32, 64]"),
+        (
+            {"steps__padded_rows": [300, 25, 24, 200, 24, 24]},
+            "padded_rows [25] are no rows of captured layers [1, 24, 32, 49, 64]",
+        ),
         ({"steps__padded_rows": [100, 24, 24, 200, 24, 24]}, "prefills of [100] rows say canonical"),
         ({"steps__padded_rows": [None] * 6}, "no decode step has padded rows"),
         ({"steps__step_ms": [20, 9, 9, 20, 5, 5]}, "lone-0: median step_ms is 0.50 of tpot_ms"),

@@ -60,7 +60,9 @@ def cause(step: pd.Series, request: pd.Series | None, verify_rows: int | None = 
         )
     elif math.isfinite(rows):
         padded = _number(step["padded_rows"])
-        ran = f"{rows:.0f} requests shared the forward" + (f", padded to {padded:.0f} rows" if padded > rows else "")
+        ran = f"{rows:.0f} requests shared the forward" + (
+            f", its layers at up to {padded:.0f} rows" if padded > rows else ""
+        )
         parts.append(
             f"{ran}; against {shape} sums run in another order, and a margin of {margin:.6g} did not stand it."
         )

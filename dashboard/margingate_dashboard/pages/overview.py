@@ -19,6 +19,7 @@ from margingate_dashboard.figures import overview as figures
 from margingate_dashboard.rates import of
 from margingate_dashboard.summary import STEP_COLUMNS, Headline, guarantee_notes, headline
 from margingate_dashboard.tables import FLIP_CODES, by_dataset, by_policy, map_table
+from sglang_margingate.words import decode_sizes
 
 STEPS = tuple(dict.fromkeys((*STEP_COLUMNS, *course.STEP_COLUMNS, "dataset", "batch_rows")))
 REQUESTS = (
@@ -158,7 +159,7 @@ def _map(page: ui.Page) -> None:
     tried = found.get("prefill", "batched" if found.get("batched_prefill") else "grid")  # before 2.0: one of two
     prefill = PREFILL.get(str(tried), "not repeatable, so no response has a guarantee")
     st.caption(
-        f"Decode {held}, at {ui.markdown_safe(found.get('decode_rows', '?'))} rows. Prefill {prefill}. In the map, forwards of M "
+        f"Decode {held}, {ui.markdown_safe(decode_sizes(found))}. Prefill {prefill}. In the map, forwards of M "
         "rows with one colour give a row the same bits; grey: a row's place among the others matters."
     )
     ui.chart(classes.heat_map(found["map"], page.subtitle), "invariance-map", page.exports)

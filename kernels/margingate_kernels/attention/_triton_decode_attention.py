@@ -8,6 +8,8 @@ are spread over many programs, many rows are dealt out in equal shares, and neit
 
 A program that has all chunks of a (row, K/V head) joins them as it goes. Otherwise the programs leave each chunk's
 result in the workspace; the one that arrives last at the counter of (row, head) joins them and sets the counter back.
+Where a row may have very many chunks they are joined in two steps, ``SPAN`` neighbouring ones first and then what the spans
+gave, each by the program that arrives last there: the others would wait for one that joined them one by one.
 
 Launches have a fixed number of programs, which fits a CUDA graph: what there is to do is read from ``indptr`` on the
 GPU, once for all layers of a forward.
@@ -102,10 +104,10 @@ def _join(best, total, acc, best2, total2, acc2):
 
 @triton.jit
 def _join_stored(
-    parts, sums, out, at, groups, n, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    DIM: tl.constexpr, WIDE: tl.constexpr,
+    parts, sums, at, n, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write one (row, K/V head) from the chunks in the workspace, loading ``WIDE`` of them before joining them."""
+    """Join the ``n`` results that lie in the workspace from ``at`` on, loading ``WIDE`` of them before joining them."""
     g = tl.arange(0, HEADS)
     d = tl.arange(0, DIM)
     real = g < GROUP
@@ -114,7 +116,7 @@ def _join_stored(
     acc = tl.zeros([HEADS, DIM], tl.float32)
     for first in range(0, n, WIDE):
         for k in tl.static_range(WIDE):
-            # A chunk behind the last one joins as nothing: its maximum is -inf.
+            # One behind the last joins as nothing: its maximum is -inf.
             inside = real & (first + k < n)
             place = (at + (first + k) * KV_HEADS) * GROUP + g
             # .cg reads from L2: this SM's L1 may hold lines from before the other programs wrote.
@@ -124,8 +126,26 @@ def _join_stored(
                 parts + place[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0, cache_modifier=".cg"
             )
             best, total, acc = _join(best, total, acc, best2, total2, acc2)
+    return best, total, acc
+
+
+@triton.jit
+def _keep(parts, sums, at, best, total, acc, kept, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Leave what a chunk or a span gave in the workspace at ``at``, for those heads that are ``kept``."""
+    d = tl.arange(0, DIM)
+    put = at * GROUP + tl.arange(0, HEADS)
+    tl.store(sums + 2 * put, best, mask=kept)
+    tl.store(sums + 2 * put + 1, total, mask=kept)
+    tl.store(parts + put[:, None] * DIM + d[None, :], acc, mask=kept[:, None])
+
+
+@triton.jit
+def _write(out, groups, total, acc, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Write one (row, K/V head)."""
+    g = tl.arange(0, HEADS)
+    d = tl.arange(0, DIM)
     y = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=real[:, None])
+    tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=(g < GROUP)[:, None])
 
 
 @triton.jit
@@ -137,9 +157,9 @@ def decode_kernel(
     indptr,
     shares,  # from plan_kernel
     out,  # [rows, KV_HEADS * GROUP, DIM], contiguous
-    parts,  # float32 [max rows, MOST, KV_HEADS, GROUP, DIM]: weighted values of a chunk
-    sums,  # float32 [max rows, MOST, KV_HEADS, GROUP, 2]: its maximum (base 2) and its sum of weights
-    counters,  # int32 [max rows, KV_HEADS], 0 between launches
+    parts,  # float32 [max rows, MOST + SPANS, KV_HEADS, GROUP, DIM]: weighted values of a chunk, then those of spans
+    sums,  # float32 [max rows, MOST + SPANS, KV_HEADS, GROUP, 2]: its maximum (base 2) and its sum of weights
+    counters,  # int32 [max rows, SPANS + 1, KV_HEADS], 0 between launches: spans of the row, or its chunks, then chunks of each span
     scale,  # of the logits, times log2(e)
     q_stride,
     KV_HEADS: tl.constexpr,
@@ -152,9 +172,11 @@ def decode_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
     MOST: tl.constexpr,
+    SPAN: tl.constexpr,
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    SPANS: tl.constexpr = MOST // SPAN
     g = tl.arange(0, DOT_ROWS)
     d = tl.arange(0, DIM)
     b = tl.arange(0, BLOCK)
@@ -170,9 +192,11 @@ def decode_kernel(
         size = _chunk_tokens(end - begin, CHUNK, FEW, LONG, MOST, BLOCK)
         n = tl.maximum((end - begin + size - 1) // size, 1)
         last = tl.minimum(first + left, n)
-        whole = last - first == n
+        # In registers chunks are joined in one step.
+        whole = (last - first == n) & (n <= SPAN)
         groups = row * KV_HEADS * GROUP + head * GROUP
-        at = row * MOST * KV_HEADS + head
+        at = row * (MOST + SPANS) * KV_HEADS + head
+        count = counters + row * (SPANS + 1) * KV_HEADS + head
 
         x = tl.load(q + row * q_stride + (head * GROUP + g)[:, None] * DIM + d[None, :], mask=real[:, None], other=0.0)
         # Of the chunk at hand, and of all the chunks before it.
@@ -201,11 +225,9 @@ def decode_kernel(
             done = t + BLOCK - begin
             ends = (done % size == 0) | (t + BLOCK >= stop)
             chunk = (done + size - 1) // size - 1
-            put = (at + chunk * KV_HEADS) * GROUP + g
-            kept = real & ends & (last - first != n)
-            tl.store(sums + 2 * put, best, mask=kept)
-            tl.store(sums + 2 * put + 1, total, mask=kept)
-            tl.store(parts + put[:, None] * DIM + d[None, :], acc, mask=kept[:, None])
+            _keep(
+                parts, sums, at + chunk * KV_HEADS, best, total, acc, real & ends & (whole == 0), GROUP, DOT_ROWS, DIM
+            )
             best1, total1, acc1 = _join(best0, total0, acc0, best, total, acc)
             best0 = tl.where(ends, best1, best0)
             total0 = tl.where(ends, total1, total0)
@@ -215,15 +237,48 @@ def decode_kernel(
             acc = tl.where(ends, 0.0, acc)
 
         if whole:
-            y = acc0 / tl.where(total0 > 0.0, total0, 1.0)[:, None]
-            tl.store(out + (groups + g)[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=real[:, None])
+            _write(out, groups, total0, acc0, GROUP, DOT_ROWS, DIM)
         else:
             tl.debug_barrier()
-            # Release: what this program stored is visible before the count; acquire: the last one sees all of it.
-            arrived = tl.atomic_add(counters + row * KV_HEADS + head, last - first, sem="acq_rel", scope="gpu")
-            if arrived + last - first == n:
-                _join_stored(parts, sums, out, at, groups, n, KV_HEADS, GROUP, GROUP_P2, DIM, WIDE)
-                tl.store(counters + row * KV_HEADS + head, 0)
+            joined = 0
+            spans = (n + SPAN - 1) // SPAN
+            # Release: what this program stored is visible before a count; acquire: the last one sees all of it.
+            if SPANS > 1:
+                for span in range(first // SPAN, (last + SPAN - 1) // SPAN):
+                    begun = span * SPAN
+                    chunks = tl.minimum(SPAN, n - begun)
+                    have = tl.minimum(last, begun + chunks) - tl.maximum(first, begun)
+                    arrived = tl.atomic_add(count + (1 + span) * KV_HEADS, have, sem="acq_rel", scope="gpu")
+                    if arrived + have == chunks:
+                        best1, total1, acc1 = _join_stored(
+                            parts, sums, at + begun * KV_HEADS, chunks, KV_HEADS, GROUP, GROUP_P2, DIM, WIDE
+                        )
+                        _keep(
+                            parts, sums, at + (MOST + span) * KV_HEADS, best1, total1, acc1,
+                            tl.arange(0, GROUP_P2) < GROUP, GROUP, GROUP_P2, DIM,
+                        )  # fmt: skip
+                        tl.store(count + (1 + span) * KV_HEADS, 0)
+                        joined += 1
+                tl.debug_barrier()
+            else:
+                joined = last - first
+                spans = n
+            if joined > 0:
+                arrived = tl.atomic_add(count, joined, sem="acq_rel", scope="gpu")
+                if arrived + joined == spans:
+                    best1, total1, acc1 = _join_stored(
+                        parts,
+                        sums,
+                        at + (MOST if SPANS > 1 else 0) * KV_HEADS,
+                        spans,
+                        KV_HEADS,
+                        GROUP,
+                        GROUP_P2,
+                        DIM,
+                        WIDE,
+                    )
+                    _write(out, groups, total1, acc1, GROUP, GROUP_P2, DIM)
+                    tl.store(count, 0)
         left -= last - first
         first = first * 0
         row += 1

@@ -18,6 +18,7 @@ from sglang_margingate.bench.doctor.report import homeless
 from sglang_margingate.bench.doctor.subject import too_large, write_weights
 from sglang_margingate.bench.doctor.visit import Visit
 from sglang_margingate.bench.servers.client import Client, Prompt, ServerError
+from sglang_margingate.words import decode_sizes
 
 OURS, STOCK = "canonical", "stock"
 PHASES = ("alone", "together", "staggered")
@@ -154,8 +155,8 @@ def of_status(visit: Visit) -> Finding:
     if found is None:
         parts.append("stock fast path, no map")
     else:
-        rows, prefill = found["decode_rows"], found.get("prefill")
-        parts.append(f"decode {'in class at' if found['decode_ok'] else 'NOT in class at'} {_brief(rows)} rows")
+        prefill = found.get("prefill")
+        parts.append(f"decode {'in class' if found['decode_ok'] else 'NOT in class'} {_brief(decode_sizes(found))}")
         parts.append(f"prefill {prefill or 'NOT repeatable'}")
         wrong += [] if found["decode_ok"] else ["decode is not in the verify's class: gated by margin"]
         wrong += [] if prefill else ["prefill is not the same bits each time"]

@@ -27,7 +27,7 @@ _layers: dict[int, RowSizes] | None = None
 _seen: dict[int, Running] = {}
 
 
-class Captured(Running):
+class CapturedForward(Running):
     """A decode forward that is being captured; every layer goes to sizes of its own class."""
 
     def behind(self, layer: Any, _x: torch.Tensor, rows: int) -> tuple[tuple[Any, ...], int]:
@@ -40,9 +40,17 @@ class Captured(Running):
 
 
 def graphs_of(sizes: list[int]) -> DecodeGraphs:
-    """Return the captured decode sizes with what was seen when they were captured."""
-    shapes = {size: _seen[size].shape() for size in sizes if size in _seen}
-    widest = {size: shape.padded for size, shape in shapes.items() if shape.in_class and shape.padded is not None}
+    """Return the captured decode sizes with what was seen when they were captured.
+
+    A size counts as inside only if the same layers ran in it as at the others: one that ran past the hooks was not seen.
+    """
+    forwards = {size: _seen[size] for size in sizes if size in _seen}
+    layers = set[int]().union(*(forward.seen for forward in forwards.values()))
+    widest = {
+        size: forward.padded
+        for size, forward in forwards.items()
+        if forward.shape().in_class and forward.padded is not None and forward.seen == layers
+    }
     return DecodeGraphs(tuple(sorted(sizes)), widest)
 
 
@@ -57,6 +65,9 @@ def capture(original: Any, runner: Any, size: int, *args: Any, **kwargs: Any) ->
         return original(runner, size, *args, **kwargs)
     if _layers is None:
         _layers = sizes_by_layer(runner.model_runner.model, classes.map, classes.own(decode=True))
-    forward = _seen[size] = Captured(classes.decode, classes.head, size, _layers)
+    forward, before = CapturedForward(classes.decode, classes.head, size, _layers), _seen.get(size)
+    if before is not None and not before.shape().in_class:
+        forward.escape()  # a size may be captured more than once: for verify passes, for variants
+    _seen[size] = forward
     with shape_hooks.running(forward):
         return original(runner, size, *args, **kwargs)

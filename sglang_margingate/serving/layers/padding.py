@@ -24,16 +24,18 @@ class Running:
         Where the rows of its linear layers, and of the layer that makes logits, go.
     rows
         Requests of a decode, tokens of a prefill.
-    apart
-        For each layer that is padded by itself, by its ``id``, where its rows go.
+    own
+        For each layer that may be padded by itself, by its ``id``, where its rows go instead.
     """
 
-    def __init__(self, sizes: RowSizes, head: RowSizes, rows: int, apart: Mapping[int, RowSizes] | None = None) -> None:
-        self.sizes, self.head, self.rows, self.apart = sizes, head, rows, apart or {}
+    def __init__(self, sizes: RowSizes, head: RowSizes, rows: int, own: Mapping[int, RowSizes] | None = None) -> None:
+        self.sizes, self.head, self.rows, self.own = sizes, head, rows, own or {}
         self.padded: int | None = None
-        """Rows of the widest layer so far."""
+        """Rows of the widest linear layer or bank of experts so far."""
         self.together: int | None = None
-        """The same of those that are not padded by themselves."""
+        """The same of those that have no sizes of their own."""
+        self.seen: set[int] = set()
+        """The layers that ran, by their ``id``."""
         self.escaped = False
 
     def escape(self) -> None:
@@ -52,7 +54,8 @@ class Running:
 
     def rows_of(self, layer: Any, have: int) -> int:
         """Return at how many rows ``layer`` is to run, which has ``have``; note it."""
-        own = self.apart.get(id(layer))
+        self.seen.add(id(layer))
+        own = self.own.get(id(layer))
         if own is None:
             rows = self.sizes.target(have) or have
             self.ran(rows)
@@ -72,7 +75,7 @@ class Running:
         A layer that is padded by itself has its input copied in front of rows that stay as they are. What stands there,
         zeros or rows of an earlier forward, changes no row of this one: that is what a class says.
         """
-        if id(layer) not in self.apart:
+        if id(layer) not in self.own:
             return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
         key, most = self.behind(layer, x, rows)
         wide = _wide.get(key)
@@ -86,7 +89,8 @@ class Running:
 
         Layers of one kind share it: they run one after another, and a prefill has many rows.
         """
-        return (type(self), tuple(layer.weight.shape), x.dtype), self.apart[id(layer)].sizes[-1]
+        most = self.own[id(layer)].sizes[-1]
+        return (type(self), tuple(layer.weight.shape), x.dtype, most), most
 
     def sent(self, dispatch_output: Any) -> Any:
         """Return what a bank of experts is given, with padding sent along where there is any."""
