@@ -138,7 +138,7 @@ def _attention(heads: tuple[int, int, int], rows: int) -> tuple[torch.Tensor, ..
     return q, pool, pool.clone(), torch.zeros(8, dtype=torch.int32)
 
 
-HEADS = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-14B": (40, 8, 128), "Llama-3.2-1B": (32, 8, 64), "heads of 256": (16, 8, 256), "64 heads of 128 over 1": (64, 1, 128), "32 heads of 256 over 1": (32, 1, 256)}  # fmt: skip
+HEADS = {"Llama-3.1-8B": (32, 8, 128), "Qwen2.5-14B": (40, 8, 128), "Llama-3.2-1B": (32, 8, 64), "Qwen3-30B-A3B": (32, 4, 128), "heads of 256": (16, 8, 256), "64 heads of 128 over 1": (64, 1, 128), "32 heads of 256 over 1": (32, 1, 256)}  # fmt: skip
 
 CASES: dict[str, Callable[[Card], None]] = {
     "top2_margin, 1 row of 128,256": lambda _: _top2(1, 128_256, torch.float32),
@@ -156,7 +156,7 @@ CASES: dict[str, Callable[[Card], None]] = {
 
 STOOD_FOR = (
     "top2_margin, 1 row of 128,256", "kv_column, fp32", "seeded draw, 64 rows of 151,936", "row_digest, fp32",
-    *(f"{kind} attention, {name}" for kind in ("decode", "prefill") for name in ("Qwen2.5-14B", "Llama-3.2-1B", "64 heads of 128 over 1")),
+    *(f"{kind} attention, {name}" for kind in ("decode", "prefill") for name in ("Qwen2.5-14B", "Llama-3.2-1B", "Qwen3-30B-A3B", "64 heads of 128 over 1")),
 )  # fmt: skip
 """Cases whose kernels are compiled for every card in another case: ``--quick`` compiles them for one card.
 

@@ -253,12 +253,15 @@ def decode_kernel(
                         best1, total1, acc1 = _join_stored(
                             parts, sums, at + begun * KV_HEADS, chunks, KV_HEADS, GROUP, GROUP_P2, DIM, WIDE
                         )
-                        _keep(
-                            parts, sums, at + (MOST + span) * KV_HEADS, best1, total1, acc1,
-                            tl.arange(0, GROUP_P2) < GROUP, GROUP, GROUP_P2, DIM,
-                        )  # fmt: skip
                         tl.store(count + (1 + span) * KV_HEADS, 0)
-                        joined += 1
+                        if spans == 1:
+                            _write(out, groups, total1, acc1, GROUP, GROUP_P2, DIM)
+                        else:
+                            _keep(
+                                parts, sums, at + (MOST + span) * KV_HEADS, best1, total1, acc1,
+                                tl.arange(0, GROUP_P2) < GROUP, GROUP, GROUP_P2, DIM,
+                            )  # fmt: skip
+                            joined += 1
                 tl.debug_barrier()
             else:
                 joined = last - first
