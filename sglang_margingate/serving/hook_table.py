@@ -19,12 +19,13 @@ radix cache backend ``margingate``        shares canonical columns only (radix.p
                                           really ran at (runtime/view.py)
 ========================================  ====================================================  =======================
 
-State of a process, all of it: ``scheduler_hooks._runtime``, ``shape_hooks._classes``,
-``shape_hooks._captured``, ``shape_hooks._prefill_graphs``, ``shape_hooks._attended``, ``attention_hooks._decode``,
-``shape_hooks._apart``, ``decode_graphs._layers``, ``decode_graphs._seen``, ``padding._wide``, ``launcher_hooks._rules``, ``hooks._installed`` and ``plugin._loaded`` are set once at start-up, and so is
-``several.group._kept``, the graph of the probe of the all-reduce, whose memory the other ranks have open;
-``shape_hooks._running`` is the forward that runs now, None between forwards. The readers of ``sgl`` and
-``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.
+State of a process, all of it. Set once at start-up: ``scheduler_hooks._runtime``, ``shape_hooks._classes``, ``._captured``,
+``._prefill_graphs``, ``._apart`` and ``._attended``, ``attention_hooks._decode``, ``layers.decode_graphs._layers`` and ``._seen``,
+``layers.experts._tables``, ``._filled_up`` and ``._broken_rows``, ``launcher_hooks._rules``, ``hooks._installed``, ``plugin._loaded``
+and ``several.group._kept``, the graph of the probe of the all-reduce, whose memory the other ranks have open.
+``layers.padding._wide`` is memory behind the rows of a batch, which grows until every layer that is padded by itself has run.
+``shape_hooks._running`` is the forward that runs now, None between forwards, ``layers.experts._goes_with`` what its padding goes with
+while it is captured. The readers of ``sgl`` and ``cpu.grammars_need_a_gpu`` keep what they found out about this version of SGLang.
 """
 
 from __future__ import annotations

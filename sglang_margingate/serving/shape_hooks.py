@@ -74,7 +74,7 @@ class PrefillReplay(Protocol):
         """Replay its layers and make its logits; note in ``forward`` what they ran at."""
 
 
-# State of this process (hooks.py lists all of it): the first three are set once at start-up.
+# State of this process (hook_table.py lists all of it).
 _classes: Classes | None = None
 _captured = ChosenGraphs()
 _prefill_graphs: PrefillReplay | None = None

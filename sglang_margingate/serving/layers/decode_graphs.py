@@ -22,7 +22,7 @@ from sglang_margingate.serving.layers import experts
 from sglang_margingate.serving.layers.kinds import sizes_by_layer
 from sglang_margingate.serving.layers.padding import Running
 
-# State of this process (hooks.py lists all of it), set while graphs are captured.
+# State of this process (hook_table.py lists all of it), set while graphs are captured.
 _layers: dict[int, RowSizes] | None = None
 _seen: dict[int, Running] = {}
 

@@ -45,7 +45,7 @@ BITS_ROWS = (1, 17, 64)
 CPU_ROWS = 16
 """Rows of each expert on a CPU are filled up to a multiple of this: few rows are what a CPU's library sums otherwise."""
 
-# State of this process (hooks.py lists all of it), set once at start-up.
+# State of this process (hook_table.py lists all of it), set once at start-up.
 _tables: dict[BankShape, ExpertTable] = {}
 _filled_up: frozenset[int] = frozenset()
 _goes_with: torch.Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 from sglang_margingate.canonical.invariance import RowSizes
 from sglang_margingate.canonical.shape import ForwardShape
 
-# State of this process (hooks.py lists all of it): rows that stay behind those of a batch, never given back, since graphs
+# State of this process (hook_table.py lists all of it): rows that stay behind those of a batch, never given back, since graphs
 # that were captured go on writing in front of them.
 _wide: dict[tuple[Any, ...], torch.Tensor] = {}
 
