@@ -55,7 +55,8 @@ def show(page: Page, steps: pd.DataFrame, step: int, key: str) -> None:
 def _companions(page: Page, row: pd.Series, key: str) -> None:
     others = why.companions(page.data.steps(*COLUMNS), row)
     whole = 0 if pd.isna(row["batch_rows"]) else int(row["batch_rows"])
-    padded = "" if pd.isna(row["padded_rows"]) else f", layers at up to {int(row['padded_rows'])} rows"
+    wide = 0 if pd.isna(row["padded_rows"]) else int(row["padded_rows"])
+    padded = f", layers at up to {wide:,} row{'' if wide == 1 else 's'}" if wide else ""
     place = (
         "inside the class"
         if row["canonical"] is True or row["canonical"] == 1
