@@ -150,6 +150,14 @@ class DecodeGraphs(RowSizes):
         """Return the sizes inside the class."""
         return [size for size in self.sizes if size in self.widest]
 
+    def whole(self) -> DecodeGraphs:
+        """Return them without the sizes at which layers are padded by themselves."""
+        apart = {size for size, rows in self.widest.items() if rows != size}
+        return DecodeGraphs(
+            tuple(size for size in self.sizes if size not in apart),
+            {size: rows for size, rows in self.widest.items() if size not in apart},
+        )
+
     def shape(self, rows: int, size: int | None) -> ForwardShape:
         """Return what a decode of ``rows`` requests ran at in the graph of ``size`` rows; None: in none that is known."""
         if size is None:

@@ -50,6 +50,9 @@ class Engine(Protocol):
     def verify(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         """Run one verify pass of at most M rows; return their logits."""
 
+    def keep_graphs(self, sizes: Sequence[int]) -> None:
+        """Replay decodes from graphs of these sizes only, from now on."""
+
     def read(self, slots: torch.Tensor) -> list[torch.Tensor]:
         """Return copies of K then V of each layer at ``slots``."""
 

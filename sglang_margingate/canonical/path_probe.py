@@ -233,8 +233,15 @@ def try_fast_path(
             scores = broken is None
             if broken is not None:
                 said.append(f"log-probabilities of a prompt depend on {broken}")
-        sizes = _decode_sizes(classes, graphs, min(probe.table_rows, probe.most_running))
-        broken = probe.decode_holds(sizes) if sizes else "every size"
+        most = min(probe.table_rows, probe.most_running)
+        broken = _try_decode(probe, classes, graphs, most)
+        whole = graphs.whole()
+        if broken is not None and whole.inside() and whole.sizes != graphs.sizes:
+            said.append(
+                f"decode with layers padded by themselves differs from the verify at {broken}: it is padded as a whole"
+            )
+            engine.keep_graphs(whole.sizes)
+            graphs, broken = whole, _try_decode(probe, classes, whole, most)
         decode_ok = broken is None
         if broken is not None:
             said.append(f"decode differs from the verify at {broken}: steps are gated by their margin")
@@ -254,6 +261,12 @@ def try_fast_path(
         seconds=time.perf_counter() - start,
         prompt_scores=scores or prefill == "grid",
     )
+
+
+def _try_decode(probe: PathProbe, classes: Classes, graphs: DecodeGraphs, most: int) -> str | None:
+    """Return at which number of requests, of at most ``most``, a decode step's bits changed, or None."""
+    sizes = _decode_sizes(classes, graphs, most)
+    return probe.decode_holds(sizes) if sizes else "every size"
 
 
 def _decode_sizes(classes: Classes, graphs: DecodeGraphs, most: int) -> list[int]:

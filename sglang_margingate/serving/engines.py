@@ -167,6 +167,11 @@ class TrialEngine:
         """Run one verify pass of at most M rows; return their logits."""
         return self._verifier.forward(requests, positions, tokens)
 
+    def keep_graphs(self, sizes: Sequence[int]) -> None:
+        """Let SGLang choose among these captured decode sizes only."""
+        runner = self._runner.decode_cuda_graph_runner
+        runner.capture_bs = [size for size in runner.capture_bs if size in sizes]
+
     def read(self, slots: torch.Tensor) -> list[torch.Tensor]:
         """Return copies of K then V of each layer at ``slots``."""
         return self._verifier.kv.read(slots)

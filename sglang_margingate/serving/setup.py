@@ -228,21 +228,20 @@ def _fast_path(config: MarginGateConfig, scheduler: Any, verifier: Verifier) -> 
     log.info("margingate: canonical fast path tried in %.1f s: decode %s, prefill %s, attended to by %s", trial.seconds,
              "in class" if trial.decode_ok else "GATED", "batched" if trial.prefill == "batched" else "one at a time",
              prefills)  # fmt: skip
-    inside = graphs.inside()
+    inside = trial.graphs.inside()
     if trial.decode_ok and inside:
         log.info("margingate: recommended on this machine: policy gate on this fast path. A batch of 1 decodes at %s, one of "
                  "more than %d is gated by margin; --cuda-graph-max-bs-decode sets what the class must hold",
-                 _first_graph(graphs), inside[-1])  # fmt: skip
+                 _first_graph(trial.graphs), inside[-1])  # fmt: skip
     return fast
 
 
 def _first_graph(graphs: DecodeGraphs) -> str:
     """Return in words at how many rows a batch of 1 decodes."""
     size = graphs.inside()[0]
-    rows = f"{size} row{'s' if size > 1 else ''}"
-    if graphs.widest[size] != size:
-        return f"{rows}, some of its layers at up to {graphs.widest[size]}"
-    return f"{rows} (padding costs at most about {100 * ROW_COST * (size - 1):.0f}% of a step)"
+    if size > 1:
+        return f"{size} rows (at most about {100 * ROW_COST * (size - 1):.0f}% of a step)"
+    return "1 row" + (f", some of its layers at up to {graphs.widest[1]}" if graphs.widest[1] > 1 else "")
 
 
 def _prefill_graphs(

@@ -54,6 +54,7 @@ class FakeEngine:
         self.pool = torch.zeros(capacity + 1, 2, dtype=torch.float64)
         self.model = torch.nn.Module()
         self.forwards: list[list[Extend]] = []
+        self.kept_graphs: Sequence[int] | None = None
 
     def extend(self, parts: Sequence[Extend], tokens: torch.Tensor) -> torch.Tensor:
         assert len(parts) < len(self.table), HELD
@@ -77,6 +78,9 @@ class FakeEngine:
     def verify(self, requests: list[int], positions: list[int], tokens: list[int]) -> torch.Tensor:
         assert len(tokens) <= self.rows
         return self._step(requests, positions, tokens, 0.0)
+
+    def keep_graphs(self, sizes: Sequence[int]) -> None:
+        self.kept_graphs = sizes
 
     def read(self, slots: torch.Tensor) -> list[torch.Tensor]:
         return [self.pool[slots.long()], self.pool[slots.long()] * 2]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 
-from sglang_margingate.canonical.classes import Classes, FastPath, Trial
+from sglang_margingate.canonical.classes import Classes, DecodeGraphs, FastPath, Trial
 from sglang_margingate.canonical.engine import Extend
 from sglang_margingate.canonical.grid_probe import grid_holds
 from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses, RowSizes
@@ -78,6 +78,32 @@ def test_a_decode_that_depends_on_its_batch_is_gated() -> None:
     found = try_fast_path(CLASSES, FakeEngine(decode_leak=lambda rows: float(rows == 17)), CHUNK)
     assert (found.decode_ok, found.prefill) == (False, "batched")
     assert found.notes == ("decode differs from the verify at 17 requests: steps are gated by their margin",)
+
+
+APART = DecodeGraphs((1, 2, 4, 17, 32, 64), {1: 17, 2: 17, 4: 17, 17: 17, 32: 32})
+
+
+def test_layers_that_do_not_hold_padded_by_themselves_are_padded_with_the_others() -> None:
+    """The sizes that were captured so are left out, and what was tried before them stands."""
+    engine = FakeEngine(decode_leak=lambda rows: float(rows == 3 and engine.kept_graphs is None))
+    found = try_fast_path(CLASSES, engine, CHUNK, APART)
+    assert engine.kept_graphs == (17, 32, 64)
+    assert found.graphs == DecodeGraphs((17, 32, 64), {17: 17, 32: 32})
+    assert found.decode_ok
+    assert found.notes == (
+        "decode with layers padded by themselves differs from the verify at 3 requests: it is padded as a whole",
+    )
+
+
+@pytest.mark.parametrize("graphs", [APART, DecodeGraphs((1, 4), {1: 17, 4: 17}), DecodeGraphs((17, 64), {17: 17})])
+def test_what_does_not_hold_as_a_whole_either_is_gated(graphs: DecodeGraphs) -> None:
+    engine = FakeEngine(decode_leak=lambda rows: float(rows == 1))
+    found = try_fast_path(CLASSES, engine, CHUNK, graphs)
+    assert not found.decode_ok
+    assert found.notes[-1] == "decode differs from the verify at 1 requests: steps are gated by their margin"
+    assert engine.kept_graphs == ((17, 32, 64) if graphs == APART else None), (
+        "a server without graphs inside wins nothing"
+    )
 
 
 @pytest.mark.parametrize("leak", ["slot_leak", "around_leak"])

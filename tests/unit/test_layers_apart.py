@@ -13,9 +13,10 @@ from sglang_margingate.canonical.classes import Classes, DecodeGraphs, apart_in_
 from sglang_margingate.canonical.invariance import InvarianceMap, LayerClasses
 from sglang_margingate.canonical.reduce_probe import ReduceProbe
 from sglang_margingate.canonical.shape import ForwardShape
-from sglang_margingate.serving import shape_hooks
+from sglang_margingate.serving import setup, shape_hooks
 from sglang_margingate.serving.layers import decode_graphs, padding
 from sglang_margingate.serving.shape_hooks import ChosenGraphs
+from sglang_margingate.words import decode_sizes
 
 DEFAULT = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64]
 """What SGLang captures for batches of up to 64."""
@@ -100,6 +101,31 @@ def test_what_no_size_of_the_whole_forward_holds_may_fit_layer_by_layer() -> Non
     assert decode.sizes == tuple(range(1, 60)), "the class of both"
     assert found.graph_size(decode, 60) == 60, "one layer at 101 rows costs less than a verify"
     assert found.graph_size(decode, 101) is None, "the other layer has no such rows in its class"
+
+
+@pytest.mark.parametrize(
+    ("invariance", "said"),
+    [
+        ({"graph_rows": {"1": 49, "8": 49, "64": 64}}, "up to 64 requests, single layers at up to 49 rows"),
+        ({"graph_rows": {"17": 17, "64": 64}}, "up to 64 requests"),
+        ({"graph_rows": {}, "decode_rows": "33-64"}, "at 33-64 rows"),  # on a CPU
+        ({"decode_rows": "17-64"}, "at 17-64 rows"),  # a run from before
+    ],
+)
+def test_what_decodes_in_class_is_said_in_words(invariance: dict[str, Any], said: str) -> None:
+    assert decode_sizes(invariance) == said
+
+
+@pytest.mark.parametrize(
+    ("widest", "said"),
+    [
+        ({1: 49, 64: 64}, "1 row, some of its layers at up to 49"),
+        ({1: 1, 64: 64}, "1 row"),
+        ({17: 17, 64: 64}, "17 rows (at most about 2% of a step)"),
+    ],
+)
+def test_the_log_says_how_a_batch_of_one_decodes(widest: dict[int, int], said: str) -> None:
+    assert setup._first_graph(DecodeGraphs(tuple(widest), widest)) == said
 
 
 # ---- prefills ------------------------------------------------------------------------------------------------------------
