@@ -211,10 +211,6 @@ class FastPath:
     classes: Classes
     trial: Trial = field(default_factory=Trial)
 
-    def decode_in_class(self, rows: int) -> bool:
-        """Return whether a decode of ``rows`` requests in a CUDA graph runs inside the class."""
-        return self.decode_shape(rows).in_class
-
     def decode_shape(self, rows: int, seen: ForwardShape | None = None) -> ForwardShape:
         """Return the shape of a decode forward of ``rows`` requests, in its class only where the trials held too.
 

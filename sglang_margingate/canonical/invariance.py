@@ -11,6 +11,7 @@ import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import multimode
 from typing import Any
 
 ROW_COST = 0.0015
@@ -260,7 +261,8 @@ class InvarianceMap:
         apart = [(x, sizes.target(rows)) for x, sizes in zip(self.layers, layers) if sizes.target(rows) != rows]
         if target == rows or not apart:
             return target, cost
-        blocks = max(layer.count for layer in self.layers if not layer.whole)
+        # Most kinds have one layer in each block; two layers of one shape are one kind.
+        blocks = max(multimode(layer.count for layer in self.layers if not layer.whole))
         work = sum(layer.work for layer in self.layers if not layer.whole)
         alone = 0.0
         for layer, wider in apart:

@@ -51,6 +51,8 @@ def classes(*layers: LayerClasses) -> Classes:
         ((QKV, OUT, UP, DOWN, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),
         ((QKV, UP, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 40, 49, 56, 64]),
         ((OUT, UP, DOWN, SUM, HEAD), DEFAULT),
+        # Two layers of each block that share a shape are one kind, and cost twice as much.
+        ((layer("out", 1, 49, count=96), UP, DOWN, HEAD), [1, 2, 4, 8, 12, 16, 24, 32, 49, 56, 64]),
         ((layer("out", 1, 17), UP, DOWN, HEAD), [1, 2, 4, 8, 17, 24, 32, 40, 48, 56, 64]),  # 12 and 16 cost less at 17
         (
             (OUT, layer("up", 1, 17), DOWN, HEAD),

@@ -100,7 +100,7 @@ def test_rows_of_one_class_have_one_label_in_every_layer(found: InvarianceMap, l
         shape = fast.decode_shape(rows)
         assert shape.in_class is (rows <= max(sizes, default=0))
         assert shape.in_class or classes.decode.target(rows) is None
-        assert not replace(fast, trial=replace(fast.trial, decode_ok=False)).decode_in_class(rows)
+        assert not replace(fast, trial=replace(fast.trial, decode_ok=False)).decode_shape(rows).in_class
 
 
 # ---- top-2 -------------------------------------------------------------------------------------------------------------

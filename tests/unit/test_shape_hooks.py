@@ -235,9 +235,9 @@ def test_decode_graphs_are_captured_inside_the_class_and_beyond_it(
     assert shape_hooks.captured().inside == tuple(size for size in captured if size in SIZES.sizes)
     graphs = DecodeGraphs(tuple(captured), {size: size for size in shape_hooks.captured().inside})
     fast = FastPath(CLASSES, Trial(graphs, decode_ok=True))
-    assert fast.decode_in_class(5) is inside
+    assert fast.decode_shape(5).in_class is inside
     assert fast.decode_shape(5).padded == captured[0]
-    assert not fast.decode_in_class(17)
+    assert not fast.decode_shape(17).in_class
 
 
 def test_nothing_is_in_class_where_the_trial_failed() -> None:
