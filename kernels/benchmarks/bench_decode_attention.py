@@ -117,17 +117,8 @@ TRIALS = [  # block, warps, stages, programs a multiprocessor, chunk, chunks, to
 """Launch constants that --tune tries."""
 
 CONSTANTS = (
-    "BLOCK",
-    "WARPS",
-    "STAGES",
-    "PROGRAMS_PER_SM",
-    "CHUNK",
-    "CHUNKS",
-    "LONG_CHUNK",
-    "MOST_CHUNKS",
-    "WIDE",
-    "SPAN",
-)
+    "BLOCK", "WARPS", "STAGES", "PROGRAMS_PER_SM", "CHUNK", "CHUNKS", "LONG_CHUNK", "MOST_CHUNKS", "WIDE", "SPAN",
+)  # fmt: skip
 
 
 def planned(xs: list[Inputs]) -> list[functools.partial[torch.Tensor]]:

@@ -80,10 +80,9 @@ class Classes:
 
     def own(self, decode: bool) -> list[RowSizes]:
         """Return for each kind of layer in the map every probed M that shares its own class, of decodes or of prefills."""
-        if decode:
-            return self.map.layers_same_as(self.decode)
-        at = self.prefill.sizes[-1:]
-        return [layer.same_as(layer.labels.get(at[0]) if at else None) for layer in self.map.layers]
+        # Any size of decodes stands for the class; of prefills the largest, which layers padded by themselves share too.
+        at = self.decode.sizes[:1] if decode else self.prefill.sizes[-1:]
+        return self.map.layers_same_as(next(iter(at), None))
 
     def one(self) -> bool:
         """Return whether decodes and prefills have one class: each layer of the body gives a row the same bits in both."""
@@ -107,7 +106,7 @@ def apart_in_prefills(found: InvarianceMap) -> tuple[int, ...]:
     are multiplications, with the floors above.
     """
     body = [(k, layer) for k, layer in enumerate(found.layers) if not layer.head]
-    own = {k: layer.same_as(layer.labels.get(found.largest())) for k, layer in body}
+    own = found.layers_same_as(found.largest())
     work = {
         k: layer.count * layer.shape[1] * max(layer.shape[0], LEAST_OUTPUTS) for k, layer in body if not layer.whole
     }
@@ -152,11 +151,8 @@ class DecodeGraphs(RowSizes):
 
     def whole(self) -> DecodeGraphs:
         """Return them without the sizes at which layers are padded by themselves."""
-        apart = {size for size, rows in self.widest.items() if rows != size}
-        return DecodeGraphs(
-            tuple(size for size in self.sizes if size not in apart),
-            {size: rows for size, rows in self.widest.items() if size not in apart},
-        )
+        whole = {size: rows for size, rows in self.widest.items() if rows == size}
+        return DecodeGraphs(tuple(size for size in self.sizes if size in whole or size not in self.widest), whole)
 
     def shape(self, rows: int, size: int | None) -> ForwardShape:
         """Return what a decode of ``rows`` requests ran at in the graph of ``size`` rows; None: in none that is known."""

@@ -73,8 +73,9 @@ class LayerClasses:
         """Multiplications for one row in all layers of this kind."""
         return self.count * self.shape[0] * self.shape[1]
 
-    def same_as(self, label: int | None) -> RowSizes:
-        """Return every probed M of a class."""
+    def same_as(self, rows: int | None) -> RowSizes:
+        """Return every probed M that shares the class of ``rows``; none where that has no class."""
+        label = None if rows is None else self.labels.get(rows)
         return RowSizes(tuple(sorted(m for m, found in self.labels.items() if label is not None and found == label)))
 
     def runs(self) -> list[tuple[int, int, int | None]]:
@@ -230,7 +231,7 @@ class InvarianceMap:
             classes.setdefault(tuple(layer.labels[m] for layer in self.layers), []).append(m)
 
         def cost(sizes: RowSizes) -> float:
-            layers = self.layers_same_as(sizes) if apart else []
+            layers = self.layers_same_as(sizes.sizes[0]) if apart else []
             target = sizes.target(verify_rows)
             verify = OUTSIDE_COST if target is None else ROW_COST * (target - verify_rows)
             return verify + sum(self._graph(sizes, layers, b)[1] for b in batches)
@@ -238,9 +239,9 @@ class InvarianceMap:
         found = [RowSizes(tuple(sizes)) for label, sizes in classes.items() if None not in label]
         return min(found, key=cost, default=RowSizes())
 
-    def layers_same_as(self, decode: RowSizes) -> list[RowSizes]:
-        """Return for each kind of layer every probed M that shares its own class at the sizes of a decode class."""
-        return [layer.same_as(layer.labels[decode.sizes[0]] if decode.sizes else None) for layer in self.layers]
+    def layers_same_as(self, rows: int | None) -> list[RowSizes]:
+        """Return for each kind of layer by itself every probed M that shares the class of ``rows``."""
+        return [layer.same_as(rows) for layer in self.layers]
 
     def graph_size(self, decode: RowSizes, rows: int, most: int | None = None) -> int | None:
         """Return at how many rows decode batches of ``rows`` requests are to be captured; None: at no size inside the class.
@@ -248,7 +249,7 @@ class InvarianceMap:
         Either all of the forward is padded to a size of the class, of at most ``most`` rows, or it has ``rows`` rows and the
         layers that do not hold so few are padded by themselves: whichever costs less.
         """
-        return self._graph(decode, self.layers_same_as(decode), rows, most)[0]
+        return self._graph(decode, self.layers_same_as(next(iter(decode.sizes), None)), rows, most)[0]
 
     def _graph(
         self, decode: RowSizes, layers: Sequence[RowSizes], rows: int, most: int | None = None
@@ -277,11 +278,8 @@ class InvarianceMap:
 
     @staticmethod
     def _sizes(kinds: Sequence[LayerClasses], rows: int) -> RowSizes:
-        if not kinds or any(layer.labels.get(rows) is None for layer in kinds):
-            return RowSizes()
-        common = set.intersection(*(set(layer.labels) for layer in kinds))
-        fine = [m for m in common if all(layer.labels[m] == layer.labels[rows] for layer in kinds)]
-        return RowSizes(tuple(sorted(fine)))
+        own = [set(layer.same_as(rows).sizes) for layer in kinds]
+        return RowSizes(tuple(sorted(set.intersection(*own)))) if own else RowSizes()
 
     def largest(self) -> int:
         """Return the largest M that was probed in every body layer."""

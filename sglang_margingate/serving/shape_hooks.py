@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -295,9 +295,10 @@ def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwar
         return original(processor, hidden, *args, **kwargs)
 
     def block(rows: torch.Tensor) -> torch.Tensor:
-        return _padded(
-            forward.head.target(len(rows)) or len(rows), rows, lambda wide: original(processor, wide, *args, **kwargs)
-        )
+        target = forward.head.target(len(rows)) or len(rows)
+        wide = rows if target == len(rows) else forward.widen(processor, rows, target)
+        out: torch.Tensor = original(processor, wide, *args, **kwargs)
+        return out[: len(rows)]
 
     most = sizes[-1]
     out = block(hidden[:most])
@@ -310,12 +311,6 @@ def head(original: Any, processor: Any, hidden: torch.Tensor, *args: Any, **kwar
         for at in range(most, len(hidden), most):
             out[at : at + most] = block(hidden[at : at + most])
     return out
-
-
-def _padded(target: int, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Run on ``x`` padded to ``target`` rows, and leave the padding out of what comes back."""
-    rows = len(x)
-    return run(x) if target == rows else run(torch.nn.functional.pad(x, (0, 0, 0, target - rows)))[:rows]
 
 
 def _config() -> MarginGateConfig | None:

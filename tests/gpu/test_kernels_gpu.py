@@ -392,14 +392,8 @@ def attention_module(monkeypatch):
     """In the interpreter chunks are small, so that short contexts still have several, and longer ones longer chunks."""
     module = importlib.import_module("margingate_kernels.attention.decode_attention")
     if INTERPRETED:
-        for name, value in (
-            ("CHUNK", 32),
-            ("CHUNKS", 2),
-            ("LONG_CHUNK", 48),
-            ("MOST_CHUNKS", 4),
-            ("BLOCK", 16),
-            ("SPAN", 2),
-        ):
+        small = {"CHUNK": 32, "CHUNKS": 2, "LONG_CHUNK": 48, "MOST_CHUNKS": 4, "BLOCK": 16, "SPAN": 2}
+        for name, value in small.items():
             monkeypatch.setattr(module, name, value)
     return module
 

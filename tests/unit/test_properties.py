@@ -88,7 +88,7 @@ def test_rows_of_one_class_have_one_label_in_every_layer(found: InvarianceMap, l
     if classes.decode.target(verify_rows) is not None:
         assert classes.verify_rows in classes.decode.sizes, "a verify gives the class's bits"
     sizes = classes.decode_graph_sizes(range(1, 80), 1000)
-    own = found.layers_same_as(classes.decode)
+    own = classes.own(decode=True)
     for size in sizes:
         wider = {layer.name: rows.target(size) for layer, rows in zip(found.layers, own)}
         for layer in found.layers:

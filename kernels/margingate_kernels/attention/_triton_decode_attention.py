@@ -269,17 +269,8 @@ def decode_kernel(
             if joined > 0:
                 arrived = tl.atomic_add(count, joined, sem="acq_rel", scope="gpu")
                 if arrived + joined == spans:
-                    best1, total1, acc1 = _join_stored(
-                        parts,
-                        sums,
-                        at + (MOST if SPANS > 1 else 0) * KV_HEADS,
-                        spans,
-                        KV_HEADS,
-                        GROUP,
-                        GROUP_P2,
-                        DIM,
-                        WIDE,
-                    )
+                    stored = at + (MOST if SPANS > 1 else 0) * KV_HEADS
+                    best1, total1, acc1 = _join_stored(parts, sums, stored, spans, KV_HEADS, GROUP, GROUP_P2, DIM, WIDE)
                     _write(out, groups, total1, acc1, GROUP, GROUP_P2, DIM)
                     tl.store(count, 0)
         left -= last - first

@@ -72,15 +72,13 @@ def unknown_layers(model: Any) -> list[str]:
 
     Embeddings are looked up row by row and norms hold vectors: neither sums over a dimension that depends on M.
     """
-    from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    unknown, top_k = [], experts.top_k_of(model)
+    unknown, known = [], {id(module) for module, _ in _known(model)}
     for name, module in model.named_modules():
-        if isinstance(module, (VocabParallelEmbedding, torch.nn.Embedding)):
+        if id(module) in known or isinstance(module, (VocabParallelEmbedding, torch.nn.Embedding)):
             continue
-        kind = _linear(name, module) if isinstance(module, LinearBase) else experts.bank_kind(name, module, top_k)
-        if kind is None and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        if any(p.dim() > 1 for p in module.parameters(recurse=False)):
             method = getattr(module, "quant_method", None)
             by = "" if method is None else f", computed by {type(method).__name__}"
             unknown.append(f"{name} ({type(module).__name__}{by})")
