@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import tiny_moe
+from one_request import run_as_one
 
-from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
+from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone
 from sglang_margingate.bench.servers.process import Server, serve
 
 pytestmark = pytest.mark.xdist_group("experts")
@@ -35,8 +36,8 @@ def expert_server(folder: Path) -> Iterator[Server]:
 def both(server: Server, prompts: list[Prompt]) -> tuple[list[Completion], list[Completion]]:
     some = prompts[:PROMPTS]
     alone = run_alone(server.client, some, max_new_tokens=NEW)
-    together = run_together(server.client, some, PROMPTS, max_new_tokens=NEW)
-    assert max(c.margingate["max_batch_rows"] for c in together) >= 8, "no batch formed"
+    together = run_as_one(server.client, some, NEW)
+    assert max(c.margingate["max_batch_rows"] for c in together) == PROMPTS, "no batch formed"
     return alone, together
 
 

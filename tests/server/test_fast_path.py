@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_request import run_as_one
 
 from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
@@ -152,7 +153,7 @@ def test_beyond_the_class_the_gate_takes_over(
     """Batches of more than 20 rows leave the class: their steps are gated by margin, and the response says so."""
     many = [Prompt(f"{p.id}-{k}", p.text, p.dataset) for p in prompts for k in range(2)]
     alone = {p.id: answer for p, answer in zip(prompts, split_alone)}
-    together = run_together(split_server.client, many, 40, max_new_tokens=tokens)
+    together = run_as_one(split_server.client, many, tokens)
     assert max(c.margingate["max_batch_rows"] for c in together) > SPLIT_AT, "no batch left the class"
     assert not all(map(structural, together))
     assert sum(c.margingate["triggers"] for c in together) > 0
@@ -166,7 +167,7 @@ def test_attention_that_depends_on_the_batch_is_found_and_gated(tmp_path: Path, 
         assert not found["decode_ok"]
         assert any("decode differs from the verify at 1 requests" in note for note in found["notes"])
         alone = run_alone(server.client, prompts[:12], max_new_tokens=96)
-        together = run_together(server.client, prompts[:12], 12, max_new_tokens=96)
+        together = run_as_one(server.client, prompts[:12], 96)
         assert max(c.margingate["max_batch_rows"] for c in together) > 8, "no batch left the split"
         assert sum(c.margingate["structural"] for c in (*alone, *together)) == 0
         assert guarantees(together) == {"none"}, "the fault was put in on purpose"

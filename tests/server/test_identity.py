@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from one_request import run_as_one
 
 from sglang_margingate.bench.servers.client import Client, Completion, Prompt, run_alone, run_together
 from sglang_margingate.bench.servers.process import Server, serve
@@ -39,7 +40,8 @@ def test_gated_sequences_do_not_depend_on_the_batch(
 def test_always_is_bitwise_alone_and_together(gate_server: Server, prompts: list[Prompt]) -> None:
     few, custom = prompts[:9], {"margingate_policy": "always"}
     alone = run_alone(gate_server.client, few, max_new_tokens=64, custom=custom)
-    together = run_together(gate_server.client, few, 9, max_new_tokens=64, custom=custom)
+    together = run_as_one(gate_server.client, few, 64, custom=custom)
+    assert {c.margingate["max_batch_rows"] for c in together} == {9}, "no batch formed"
     assert differences(alone, together) == []
     assert [a.margingate["kv_digest"] for a in alone] == [b.margingate["kv_digest"] for b in together]
     assert {c.margingate["guarantee"] for c in together} == {"verified"}
@@ -80,7 +82,7 @@ def poisoned_steps(clean: list[Completion]) -> int:
 def test_poisoned_fast_path_is_repaired(gate_server: Server, poisoned_server: Server, prompts: list[Prompt]) -> None:
     few, always = prompts[:6], {"margingate_policy": "always"}
     clean = run_alone(gate_server.client, few, max_new_tokens=60, custom=always)
-    repaired = run_together(poisoned_server.client, few, 6, max_new_tokens=60, custom=always)
+    repaired = run_as_one(poisoned_server.client, few, 60, custom=always)
     ungated = run_alone(poisoned_server.client, few[:2], max_new_tokens=60, custom={"margingate_policy": "log"})
     assert differences(clean, repaired) == []
     assert [c.margingate["kv_digest"] for c in clean] == [c.margingate["kv_digest"] for c in repaired]
@@ -97,6 +99,6 @@ def test_poisoned_gate_repairs_what_its_margin_shows(
     """The poison leaves a near tie, so the gate must catch every poisoned step by its margin alone."""
     few = prompts[:6]
     clean = run_alone(gate_server.client, few, max_new_tokens=60)
-    repaired = run_together(poisoned_server.client, few, 6, max_new_tokens=60)
+    repaired = run_as_one(poisoned_server.client, few, 60)
     assert differences(clean, repaired) == []
     assert sum(c.margingate["flips"] for c in repaired) >= poisoned_steps(clean) * 0.8

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from one_request import run_as_one
 
 from sglang_margingate.bench.evidence.prefix import run_cold, talk
 from sglang_margingate.bench.prompts.embedded import shared_prompts
@@ -75,12 +78,12 @@ def test_retracted_requests_continue_with_the_same_tokens(
 ) -> None:
     """A pool too small for the batch forces SGLang to retract and re-prefill in the middle of decoding."""
     few = prompts[2::3]
-    options = {"max_new_tokens": 160, "sampling": {"ignore_eos": True}}
+    options: dict[str, Any] = {"max_new_tokens": 160, "sampling": {"ignore_eos": True}}
     alone = run_alone(gate_server.client, few, **options)
     flags = ["--margingate-policy", "gate", "--margingate-threshold", "0.0625", "--max-total-tokens", "900",
              "--schedule-conservativeness", "0.01", "--margingate-trace", "off"]  # fmt: skip
     with serve(flags, log=tmp_path / "server.log") as small:
-        tight = run_together(small.client, few, 8, **options)
+        tight = run_as_one(small.client, few, **options)
         assert small.alive()
     assert sum(t.margingate["retractions"] for t in tight) > 0, "nothing was retracted, so the test proves nothing"
     assert all(same(alone, tight))

@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from one_request import run_as_one
 
-from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone, run_together
+from sglang_margingate.bench.servers.client import Completion, Prompt, run_alone
 from sglang_margingate.bench.servers.process import Server, serve
 from sglang_margingate.trace import list_runs, read_run
 
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.xdist_group("several")
 
 TOKENS = 32
 LONG = 96
-"""As many steps as it takes that requests which come one after another, on a busy machine, are answered together by two schedulers."""
 IN_FLIGHT = 12
 
 
@@ -58,7 +58,7 @@ def test_answers_over_two_ranks_do_not_depend_on_the_batch(prompts: list[Prompt]
     few = prompts[:IN_FLIGHT]
     with start(tmp_path, "--tp-size", "2") as server:
         alone = run_alone(server.client, few, max_new_tokens=TOKENS)
-        together = run_together(server.client, few, IN_FLIGHT, max_new_tokens=TOKENS)
+        together = run_as_one(server.client, few, TOKENS)
         status = settled(server, 2 * len(few))
     assert status["batch_rows"]["max"] >= 8, "no batch formed, so the test proves nothing"
     assert tokens(together) == tokens(alone)
@@ -76,7 +76,7 @@ def test_answers_over_two_ranks_do_not_depend_on_the_batch(prompts: list[Prompt]
 def test_answers_do_not_depend_on_batch_or_scheduler(
     server: Server, prompts: list[Prompt], alone: list[Completion]
 ) -> None:
-    together = run_together(server.client, prompts[:IN_FLIGHT], IN_FLIGHT, max_new_tokens=LONG)
+    together = run_as_one(server.client, prompts[:IN_FLIGHT], LONG)
     one_more = run_alone(server.client, prompts[:1], max_new_tokens=8)  # so that the next ones change places
     again = run_alone(server.client, prompts[:4], max_new_tokens=LONG)
     status = server.client.status()
