@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from sglang_margingate.columns import LateColumns
 from sglang_margingate.gate.audit import AuditCounter
 from sglang_margingate.gate.ledger import Counters
 from sglang_margingate.gate.policy import NEVER_MISSED, missed
@@ -38,7 +39,7 @@ UNREAD = 2
 class Sink(Protocol):
     """Takes the trace's rows: :class:`~sglang_margingate.trace.TraceWriter`."""
 
-    def add_steps(self, rows: Sequence[tuple[Any, ...]]) -> None:
+    def add_steps(self, rows: LateColumns) -> None:
         """Take step rows."""
         ...
 

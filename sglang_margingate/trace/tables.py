@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sglang_margingate.columns import LateColumns, Shared
 from sglang_margingate.trace.schema import SCHEMA_VERSION, STEP_SCHEMA
 
 VERSION_KEY = b"margingate_schema"
 """Schema metadata key: each file names its schema version, so that it can be judged without its manifest."""
 
-StepChunk = Sequence[tuple[Any, ...]] | Mapping[str, Sequence[Any]]
-"""Rows of one decode step: tuples in ``STEP_COLUMNS`` order, or equally long columns by name (absent ones are null)."""
+StepChunk = LateColumns | Sequence[tuple[Any, ...]] | Mapping[str, Sequence[Any]]
+"""Step rows: tuples in ``STEP_COLUMNS`` order, or equally long columns by name (absent ones are null), made or to be made."""
 
 
 def chunk_len(chunk: StepChunk) -> int:
@@ -36,12 +40,50 @@ def chunk_tail(chunk: StepChunk, skip: int) -> StepChunk:
     return chunk[skip:]
 
 
-def to_array(values: list[Any], dtype: pa.DataType) -> pa.Array:
+_FIELDS = tuple((field.name, field.type) for field in STEP_SCHEMA)
+_CODES = {pa.int32(): "i", pa.float32(): "f"}
+"""How the standard library's arrays call a column's numbers; they refuse what does not fit, and take half of Arrow's time."""
+
+
+def to_array(values: Sequence[Any], dtype: pa.DataType) -> pa.Array:
     """Convert one column; timestamps come as float seconds since the epoch (UTC), None is null, NaN stays NaN."""
+    if isinstance(values, Shared):
+        return _shared_array(values, dtype)
+    plain = _plain(values, dtype)
+    if plain is not None:
+        return _of_plain(plain, dtype)
     if pa.types.is_timestamp(dtype):
         micros = pc.round(pc.multiply(pa.array(values, pa.float64()), 1e6))
         return micros.cast(pa.int64()).cast(dtype)
     return pa.array(values, dtype)
+
+
+def _shared_array(column: Shared, dtype: pa.DataType) -> pa.Array:
+    """Convert each value once. NumPy spreads them over the rows: Arrow takes three times as long for so few."""
+    plain = _plain(column.values, dtype)
+    if plain is not None:
+        return _of_plain(plain.take(column.at), dtype)
+    if pa.types.is_boolean(dtype) and all(type(value) is bool for value in column.values):
+        return pa.array(np.array(column.values).take(column.at), dtype)
+    if pa.types.is_dictionary(dtype) and None not in column.values:
+        once = Shared.of(column.values)
+        at = _of_plain(np.asarray(once.at).take(column.at), pa.int32())
+        return pa.DictionaryArray.from_arrays(at, pa.array(once.values, dtype.value_type))
+    return to_array(column.values, dtype).take(_of_plain(np.asarray(column.at), pa.int32()))
+
+
+def _plain(values: Sequence[Any], dtype: pa.DataType) -> np.ndarray | None:
+    """Return a column's numbers as they lie in memory; None where there is a null among them, or it has no numbers."""
+    try:
+        if pa.types.is_timestamp(dtype):
+            return np.rint(np.asarray(array("d", values)) * 1e6).astype(np.int64)
+        return np.asarray(array(_CODES[dtype], values))
+    except (KeyError, TypeError):
+        return None
+
+
+def _of_plain(numbers: np.ndarray, dtype: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(dtype, len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def steps_batch(chunks: Iterable[StepChunk]) -> pa.RecordBatch:
@@ -52,31 +94,42 @@ def steps_batch(chunks: Iterable[StepChunk]) -> pa.RecordBatch:
     ValueError, TypeError
         A row has the wrong length, a column is unknown, or a value does not fit its column.
     """
-    names = STEP_SCHEMA.names
-    columns: list[list[Any]] = [[] for _ in names]
-    for chunk in chunks:
-        if isinstance(chunk, Mapping):
-            unknown = set(chunk) - set(names)
-            if unknown:
-                raise ValueError(f"unknown step column {sorted(unknown)[0]!r}")
-            rows = chunk_len(chunk)
-            for name, column in zip(names, columns):
-                values = chunk.get(name)
-                if values is None:
-                    column.extend([None] * rows)
-                else:
-                    # NumPy columns become plain Python numbers: faster to convert than a list of NumPy scalars.
-                    column.extend(values.tolist() if hasattr(values, "tolist") else values)
-        else:
-            made = list(chunk)  # once: some chunks make their rows when they are read
-            if any(len(row) != len(names) for row in made):
-                raise ValueError(f"a step row must have {len(names)} values, in STEP_COLUMNS order")
-            for column, values in zip(columns, zip(*made)):
-                column.extend(values)
-    if len({len(c) for c in columns}) > 1:
+    parts = [part for part in _made(chunks) if part]
+    rows = [chunk_len(part) for part in parts]
+    if any(len(column) != n for part, n in zip(parts, rows) for column in part.values()):
         raise ValueError("the columns of a step chunk differ in length")
-    arrays = [to_array(c, f.type) for c, f in zip(columns, STEP_SCHEMA)]
+    columns = parts[0] if len(parts) == 1 else _one_below_the_other(parts, rows)
+    arrays = [
+        to_array(columns[name], dtype) if name in columns else pa.nulls(sum(rows), dtype) for name, dtype in _FIELDS
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=STEP_SCHEMA)
+
+
+def _made(chunks: Iterable[StepChunk]) -> Iterator[Mapping[str, Sequence[Any]]]:
+    """Make the columns of each chunk, of neighbours that come late at once: most of what a column takes it takes once."""
+    for kind, some in groupby(chunks, type):
+        same = list(some)
+        yield from map(_columns_of, [kind.joined(same)] if issubclass(kind, LateColumns) else same)
+
+
+def _columns_of(chunk: StepChunk) -> Mapping[str, Sequence[Any]]:
+    """Return the columns of one chunk, checked where a caller wrote them."""
+    if isinstance(chunk, LateColumns):
+        return chunk.columns()
+    names = STEP_SCHEMA.names
+    if isinstance(chunk, Mapping):
+        if unknown := chunk.keys() - set(names):
+            raise ValueError(f"unknown step column {min(unknown)!r}")
+        # NumPy columns become plain Python numbers: faster to convert than a list of NumPy scalars.
+        return {name: values.tolist() if hasattr(values, "tolist") else values for name, values in chunk.items()}
+    if any(len(row) != len(names) for row in chunk):
+        raise ValueError(f"a step row must have {len(names)} values, in STEP_COLUMNS order")
+    return dict(zip(names, zip(*chunk)))
+
+
+def _one_below_the_other(parts: Sequence[Mapping[str, Sequence[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    names = set().union(*parts)
+    return {name: [v for part, n in zip(parts, rows) for v in part.get(name, repeat(None, n))] for name in names}
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

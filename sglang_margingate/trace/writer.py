@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 LIMIT_SECONDS = 3600.0
 """How often the traces folder is held to its limits."""
 
-_PIECE_ROWS = 256  # rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL
+PIECE_ROWS = 512
+"""Rows converted at once: the scheduler never waits longer than this, under 1 ms, for the GIL."""
+
 _POLL_SECONDS = 0.5  # seldom: each awakening finds cold caches and takes the GIL from the scheduler
 _BAD_ROW = (ValueError, TypeError, AttributeError, OverflowError, pa.ArrowException)
 
@@ -130,9 +132,9 @@ class TraceWriter:
         Parameters
         ----------
         rows
-            Tuples in ``STEP_COLUMNS`` order, asked for by the writer's thread alone; or a dict of equally long columns by name (absent columns are
-            null). Plain Python values; None is null; ``time`` is float seconds since the epoch. The object belongs to
-            the writer from now on.
+            Tuples in ``STEP_COLUMNS`` order; or a dict of equally long columns by name (absent columns are null); or
+            :class:`~sglang_margingate.columns.LateColumns`, which the writer's thread alone asks for them. Plain Python values; None
+            is null; ``time`` is float seconds since the epoch. The object belongs to the writer from now on.
         """
         self._ring.append(rows)
 
@@ -211,7 +213,9 @@ class TraceWriter:
         return path
 
     def _loop(self) -> None:
-        steps_batch([])  # pyarrow imports pandas at its first conversion, 0.2 s that the first request would pay
+        steps_batch(
+            [{"request_id": [""]}]
+        )  # pyarrow imports pandas at its first conversion, 0.2 s that the first request would pay
         while True:
             self._wake.wait(self._pause())
             self._wake.clear()
@@ -251,7 +255,7 @@ class TraceWriter:
 
     def _drain(self) -> None:
         while True:
-            chunks, rows = self._ring.take(_PIECE_ROWS)
+            chunks, rows = self._ring.take(PIECE_ROWS)
             if rows:
                 try:
                     self._open.append(steps_batch(chunks))

@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from trace_rows import rows_of
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.ledger import RequestLedger
@@ -15,8 +16,7 @@ from sglang_margingate.runtime.clock import HostClock
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.observe import Numbers
 from sglang_margingate.runtime.record import Recorder
-from sglang_margingate.runtime.state import Forward, RequestState, StepRow
-from sglang_margingate.trace.schema import STEP_COLUMNS
+from sglang_margingate.runtime.state import Forward, RequestState, StepRow, StepRows
 
 PARAMS = RequestParams(Policy.GATE, 0.5, "", False)
 
@@ -81,11 +81,10 @@ class Late(HostClock):
 def test_every_shown_token_is_traced_once_and_in_order(late: bool, events: list[tuple[int, str]]) -> None:
     """Whatever ends or is retracted in between: rows in = tokens shown, none twice, none of a dropped step."""
     rows: list[dict[str, Any]] = []
-    names = [c.name for c in STEP_COLUMNS]
 
     class Sink:
-        def add_steps(self, more: list[tuple[Any, ...]]) -> None:
-            rows.extend(dict(zip(names, row)) for row in more)
+        def add_steps(self, more: StepRows) -> None:
+            rows.extend(rows_of(more))
 
     recorder = Recorder(Late() if late else HostClock(), Sink(), Metrics(False, "m"))
     states = [RequestState(RequestLedger(str(k), PARAMS, Repair.WINDOW, number=k)) for k in range(3)]

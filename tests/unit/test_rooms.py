@@ -13,9 +13,9 @@ OURS = PACKAGE.name
 ROOMS: dict[str, tuple[str, ...]] = {
     # A room's own files, and these of ours.
     "gate": ("config", "strict_json", "words"),
-    "trace": ("words",),
+    "trace": ("columns", "words"),
     "canonical": ("config", "words"),
-    "runtime": ("canonical", "config", "gate", "words"),
+    "runtime": ("canonical", "columns", "config", "gate", "words"),
     "settings": ("canonical", "config", "machine", "runtime"),
     "demo": (),
 }

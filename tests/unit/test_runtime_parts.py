@@ -36,7 +36,7 @@ class Sink:
         self.requests: list[dict[str, Any]] = []
         self.manifest: dict[str, Any] = {}
 
-    def add_steps(self, rows: list[tuple[Any, ...]]) -> None:
+    def add_steps(self, rows: Any) -> None:
         """Steps are other tests' matter."""
 
     def add_request(self, row: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from trace_rows import rows_of
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.ledger import RequestLedger
@@ -17,20 +18,16 @@ from sglang_margingate.runtime.clock import HostClock
 from sglang_margingate.runtime.metrics import Metrics
 from sglang_margingate.runtime.observe import Numbers
 from sglang_margingate.runtime.record import SETTLE_ROWS, Recorder
-from sglang_margingate.runtime.state import Forward, RequestState, StepRow
-from sglang_margingate.trace.schema import STEP_COLUMNS
+from sglang_margingate.runtime.state import Forward, RequestState, StepRow, StepRows
 from sglang_margingate.words import Reason
-
-NAMES = [c.name for c in STEP_COLUMNS]
 
 
 class Sink:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add_steps(self, rows: list[tuple[Any, ...]]) -> None:
-        assert all(len(row) == len(NAMES) for row in rows)
-        self.rows += [dict(zip(NAMES, row)) for row in rows]
+    def add_steps(self, rows: StepRows) -> None:
+        self.rows += rows_of(rows)
 
 
 class LateClock(HostClock):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from trace_rows import rows_of
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.audit import AuditSampler
@@ -25,7 +26,6 @@ from sglang_margingate.runtime.state import RequestState
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import KvDelta, VerifyJob, VerifyResult
 from sglang_margingate.runtime.view import ForwardShape, ForwardView
-from sglang_margingate.trace.schema import STEP_COLUMNS
 
 VOCAB = 16
 PROMPT = 10
@@ -86,8 +86,7 @@ class Bench:
 
     def __init__(self, answer: int = 3, isolated: bool = True, audit: float = 0.0, window: int = 16) -> None:
         self.rows: list[dict[str, Any]] = []
-        names = [c.name for c in STEP_COLUMNS]
-        sink: Any = SimpleNamespace(add_steps=lambda rows: self.rows.extend(dict(zip(names, r)) for r in rows))
+        sink: Any = SimpleNamespace(add_steps=lambda rows: self.rows.extend(rows_of(rows)))
         self.recorder = Recorder(HostClock(), sink, Metrics(False, "m"))
         self.verifier = Verifier(answer)
         verifier: Any = self.verifier

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from trace_rows import rows_of
 
 from sglang_margingate.config import Policy, Repair
 from sglang_margingate.gate.audit import AuditSampler
@@ -23,10 +24,8 @@ from sglang_margingate.runtime.state import RequestState
 from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.verifier import KvDelta, VerifyJob, VerifyResult
 from sglang_margingate.runtime.view import ForwardShape, ForwardView
-from sglang_margingate.trace.schema import STEP_COLUMNS
 
 VOCAB, PROMPT, ANSWER = 16, 10, 7
-NAMES = [column.name for column in STEP_COLUMNS]
 
 
 class LateClock(HostClock):
@@ -46,7 +45,7 @@ class Server:
         self.jobs: list[VerifyJob] = []
         self.noted: list[int] = []
         self.counted: list[tuple[int, int, float]] = []
-        sink: Any = SimpleNamespace(add_steps=lambda rows: self.rows.extend(dict(zip(NAMES, row)) for row in rows))
+        sink: Any = SimpleNamespace(add_steps=lambda rows: self.rows.extend(rows_of(rows)))
         metrics = Metrics(False, "m")
         metrics.verify = lambda *numbers: self.counted.append(numbers)  # type: ignore[method-assign]
         self.pool = SimpleNamespace(read=lambda slots: [slots.float()], write=self.wrote)

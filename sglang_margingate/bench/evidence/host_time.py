@@ -6,6 +6,7 @@ Runs what the hooks run, on requests and batches of the shape that SGLang hands 
 GPU's does and the trace's writer beside it. The forward itself, and the kernel that reads the logits, are left out: on a GPU
 those are launches. What is left is the host's share of a step. Times are this thread's CPU time, medians of rounds, in
 microseconds; between two forwards of a server the caches are cold, so its own (``host`` of ``GET /margingate/status``) are longer.
+The last line is the trace's: its thread turns rows into columns, which holds the interpreter that the scheduler needs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from sglang_margingate.runtime.step import Step
 from sglang_margingate.runtime.view import ForwardShape
 from sglang_margingate.serving import batches
 from sglang_margingate.trace import TraceWriter
+from sglang_margingate.trace.ring import StepRing
+from sglang_margingate.trace.tables import steps_batch
+from sglang_margingate.trace.writer import PIECE_ROWS
 
 PROMPT, VOCAB = 512, 32
 Times = dict[str, list[float]]
@@ -157,6 +161,28 @@ def measure(rows: int, steps: int, rounds: int, folder: Path) -> dict[str, dict[
     return {kind: {name: statistics.median(values) for name, values in parts.items()} for kind, parts in found.items()}
 
 
+def measure_trace(rows: int, steps: int, rounds: int, folder: Path) -> float:
+    """Return the microseconds that a row takes of the trace's thread until it is a column: the median of its pieces."""
+    host, ring = Host(rows, folder), StepRing(rows * (steps + 1))
+    host.writer.add_steps = ring.append  # type: ignore[assignment, method-assign]
+    host.open()
+    for req in host.reqs:
+        host.forward([req], 0, {})
+    for step in range(1, steps + 1):
+        host.forward(host.reqs, step, {})
+    host.close(steps + 1, {})
+    host.writer.close()
+    pieces = []
+    while len(ring):
+        pieces.append(ring.take(PIECE_ROWS))
+    times = []
+    for chunks, taken in pieces * rounds:
+        begin = time.thread_time()
+        steps_batch(chunks)
+        times.append((time.thread_time() - begin) * 1e6 / taken)
+    return statistics.median(times)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -168,11 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with TemporaryDirectory() as folder, mock.patch("sglang_margingate.runtime.step.top2_margin", logits_read):
         found = measure(args.rows, args.steps, args.rounds, Path(folder))
+        trace = measure_trace(args.rows, args.steps, args.rounds, Path(folder))
     cells: list[list[str]] = []
     for kind, parts in found.items():
         of = f"a decode of {args.rows}" if kind == "decode" else "a prefill of 1"
         cells += [[of, name, f"{value:.0f}"] for name, value in parts.items() if name != "finish"]
         cells.append([of, "all", f"{sum(value for name, value in parts.items() if name != 'finish'):.0f}"])
         cells += [["a request", "its end", f"{parts['finish']:.0f}"]] if "finish" in parts else []
+    cells.append(["the trace's thread", "a row", f"{trace:.2f}"])
     print(tables.text(["forward", "part", "us"], cells, (0, 1)))
     return 0
