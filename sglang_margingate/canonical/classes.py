@@ -154,10 +154,8 @@ class DecodeGraphs(RowSizes):
         whole = {size: rows for size, rows in self.widest.items() if rows == size}
         return DecodeGraphs(tuple(size for size in self.sizes if size in whole or size not in self.widest), whole)
 
-    def shape(self, rows: int, size: int | None) -> ForwardShape:
-        """Return what a decode of ``rows`` requests ran at in the graph of ``size`` rows; None: in none that is known."""
-        if size is None:
-            return ForwardShape(rows, None, False)
+    def shape(self, rows: int, size: int) -> ForwardShape:
+        """Return what a decode of ``rows`` requests ran at in the graph of ``size`` rows."""
         return ForwardShape(rows, self.widest.get(size, size), size in self.widest)
 
 
@@ -207,19 +205,8 @@ class FastPath:
     classes: Classes
     trial: Trial = field(default_factory=Trial)
 
-    def decode_shape(self, rows: int, seen: ForwardShape | None = None) -> ForwardShape:
-        """Return the shape of a decode forward of ``rows`` requests, in its class only where the trials held too.
-
-        Parameters
-        ----------
-        rows
-            Requests of the batch.
-        seen
-            What was seen of a forward without a graph. None: it ran in the smallest captured graph that holds it, where
-            no hook runs but the sizes are known.
-        """
-        if seen is None:
-            seen = self.trial.graphs.shape(rows, self.trial.graphs.target(rows))
+    def judged(self, seen: ForwardShape) -> ForwardShape:
+        """Return what was seen of a decode forward, in its class only where the trials held too."""
         return seen if self.trial.decode_ok else seen._replace(in_class=False)
 
     def to_dict(self) -> dict[str, Any]:

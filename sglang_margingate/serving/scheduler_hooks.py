@@ -96,7 +96,7 @@ def _shape(model_runner: Any, batch: Any, graph: bool) -> ForwardShape | None:
     elif seen is None:
         rows = len(batch.input_ids)
         seen = ForwardShape(rows, rows, False)  # SGLang's eager runner pads nothing
-    return fast.decode_shape(seen.rows, seen) if fast is not None and decode else seen
+    return fast.judged(seen) if fast is not None and decode else seen
 
 
 def sample(original: Any, model_runner: Any, logits_output: Any, batch: Any) -> Any:

@@ -148,7 +148,6 @@ def test_a_server_without_a_class_claims_none(missing: str) -> None:
     assert (found.prefill == "batched") is (missing == "decode")
     both = try_fast_path(nothing, FakeEngine(), CHUNK)
     assert (both.decode_ok, both.prefill) == (False, "grid")
-    assert FastPath(nothing, both).decode_shape(1).in_class is False
 
 
 def test_a_layer_that_the_probe_does_not_know_leaves_everything_to_the_gate() -> None:

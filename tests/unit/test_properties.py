@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,12 +94,17 @@ def test_rows_of_one_class_have_one_label_in_every_layer(found: InvarianceMap, l
             rows = wider[layer.name]
             assert rows is not None
             assert layer.labels[rows] == layer.labels[classes.decode.sizes[0]], "padded by itself into its own class"
-    fast = FastPath(classes, Trial(DecodeGraphs(tuple(sizes), {size: size for size in sizes}), decode_ok=True))
+    graphs = DecodeGraphs(tuple(sizes), {size: size for size in sizes})
     for rows in range(1, 80):
-        shape = fast.decode_shape(rows)
-        assert shape.in_class is (rows <= max(sizes, default=0))
-        assert shape.in_class or classes.decode.target(rows) is None
-        assert not replace(fast, trial=replace(fast.trial, decode_ok=False)).decode_shape(rows).in_class
+        size = graphs.target(rows)
+        assert (size is None) is (rows > max(sizes, default=0))
+        if size is None:
+            assert classes.decode.target(rows) is None
+            continue
+        seen = graphs.shape(rows, size)
+        assert seen.in_class
+        assert FastPath(classes, Trial(graphs, decode_ok=True)).judged(seen) == seen
+        assert not FastPath(classes, Trial(graphs, decode_ok=False)).judged(seen).in_class
 
 
 # ---- top-2 -------------------------------------------------------------------------------------------------------------

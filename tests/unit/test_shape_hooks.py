@@ -235,16 +235,10 @@ def test_decode_graphs_are_captured_inside_the_class_and_beyond_it(
     assert shape_hooks.captured().inside == tuple(size for size in captured if size in SIZES.sizes)
     graphs = DecodeGraphs(tuple(captured), {size: size for size in shape_hooks.captured().inside})
     fast = FastPath(CLASSES, Trial(graphs, decode_ok=True))
-    assert fast.decode_shape(5).in_class is inside
-    assert fast.decode_shape(5).padded == captured[0]
-    assert not fast.decode_shape(17).in_class
+    assert fast.judged(graphs.shape(5, captured[0])) == ForwardShape(5, captured[0], inside)
 
 
 def test_nothing_is_in_class_where_the_trial_failed() -> None:
     fast = FastPath(CLASSES, Trial(GRAPHS, decode_ok=False))
-    assert fast.decode_shape(5) == ForwardShape(5, 8, False)
-    assert fast.decode_shape(5, ForwardShape(5, 8, True)) == ForwardShape(5, 8, False)
-
-
-def test_a_batch_beyond_the_graphs_has_no_known_size() -> None:
-    assert FastPath(CLASSES, Trial(GRAPHS, decode_ok=True)).decode_shape(17) == ForwardShape(17, None, False)
+    assert GRAPHS.shape(5, 8).in_class
+    assert fast.judged(GRAPHS.shape(5, 8)) == ForwardShape(5, 8, False)
