@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
         raise TuneError("no GPU is in use here: the experts of a CPU have no configurations to choose from")
     install_stand_ins()
     from sglang_margingate.canonical.experts.choose import Measured, choose, ratios
-    from sglang_margingate.canonical.experts.table import save_table, table_path
+    from sglang_margingate.canonical.experts.table import save_table, short, table_path
     from sglang_margingate.machine import kernel_environment
     from sglang_margingate.serving.layers import tuning
 
@@ -59,14 +59,14 @@ def run(args: argparse.Namespace, _parser: argparse.ArgumentParser) -> int:
     for number, one in enumerate(tried, 1):
         times.append(bank.measure(one))
         us = " ".join(f"{time:.0f}" for time in times[-1].values()) or "does not fit this GPU"
-        print(f"{number}/{len(tried)} {tuning.short(one)}: {us}", flush=True)
+        print(f"{number}/{len(tried)} {short(one)}: {us}", flush=True)
     fitting = [one for one, us in zip(tried, times) if us]
     print(f"a row among its companions, with {len(fitting)} configurations", flush=True)
     bits = iter(bank.bits(fitting))
     measured = [Measured(one, next(bits) if us else None, us) for one, us in zip(tried, times)]
     for each in measured:
         if each.us and each.bits is None:
-            print(f"{tuning.short(each.config)}: a row depends on its companions")
+            print(f"{short(each.config)}: a row depends on its companions")
     bank.fix(None, kernel_sum=False)
     stock = bank.times(tuning.TIMED)
     table = choose(measured)

@@ -29,6 +29,7 @@ import sglang_margingate.serving.cpu as cpu
 
 cpu.install_stand_ins()
 
+from sglang_margingate.canonical.experts.table import short  # noqa: E402
 from sglang_margingate.canonical.invariance import RowSizes  # noqa: E402
 from sglang_margingate.canonical.layer_probe import labels  # noqa: E402
 from sglang_margingate.canonical.linear_probe import FP8, LinearKind  # noqa: E402
@@ -65,14 +66,14 @@ def experts(args: argparse.Namespace) -> dict[str, Any]:
     out["fixed"], numbers = {}, {}
     for c in fixed:
         us = bank.measure(c, TIMED)
-        out["fixed"][tuning.short(c)] = {"bits": None, "us": us}
-        print(f"{tuning.short(c)}: us {' '.join(f'{each:.0f}' for each in us.values())}", flush=True)
+        out["fixed"][short(c)] = {"bits": None, "us": us}
+        print(f"{short(c)}: us {' '.join(f'{each:.0f}' for each in us.values())}", flush=True)
         save(args, out)
-    fitting = [c for c in fixed if out["fixed"][tuning.short(c)]["us"]]
+    fitting = [c for c in fixed if out["fixed"][short(c)]["us"]]
     for c, found in zip(fitting, bank.bits(fitting)):
         bits = None if found is None else numbers.setdefault(found, str(len(numbers)))
-        out["fixed"][tuning.short(c)]["bits"] = bits
-        print(f"{tuning.short(c)}: bits {bits}", flush=True)
+        out["fixed"][short(c)]["bits"] = bits
+        print(f"{short(c)}: bits {bits}", flush=True)
     save(args, out)
     for name, c, kernel_sum in (("stock, sum by the kernel", None, True), ("stock", None, False),
                                 ("fixed, stock's sum", tuning.config(16, 128, 128, 1, 8, 3), False)):  # fmt: skip

@@ -90,7 +90,7 @@ def test_a_table_is_tuned_said_and_kept(
     shape, ended = BankShape(8, 32, 64, 2), SimpleNamespace(wait=lambda: 0, returncode=0)
     fake = SimpleNamespace(
         shape_in=lambda model: shape, publish=lambda model: None, Bank=Bank, candidates=list, TIMED=(1, 1024),
-        compile_all=lambda model: [ended], short=by_block,
+        compile_all=lambda model: [ended],
     )  # fmt: skip
     monkeypatch.setattr("sglang_margingate.serving.cpu.is_cpu_host", lambda: False)
     monkeypatch.setattr("sglang_margingate.serving.cpu.install_stand_ins", lambda: None)
@@ -99,7 +99,7 @@ def test_a_table_is_tuned_said_and_kept(
     monkeypatch.setattr("sglang_margingate.serving.layers.tuning", fake, raising=False)
     assert main(["tune-experts", "--model-path", "m", "--margingate-map-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "3/3 64: does not fit this GPU" in said
+    assert "3/3 64/64/64/1: does not fit this GPU" in said
     assert "2 of 3 give a row the same bits among all companions, in 1 classes" in said
     found = kept_table(str(tmp_path), shape, {"device": "A GPU"})
     assert found is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny_moe
 
-from sglang_margingate.canonical.experts.table import FIELDS, BankShape, ExpertTable
-from sglang_margingate.serving.layers.tuning import candidates, config, shape_in, short
+from sglang_margingate.canonical.experts.table import FIELDS, BankShape, ExpertTable, short
+from sglang_margingate.serving.layers.tuning import candidates, config, shape_in
 
 
 def model(folder: Path, **change: object) -> str:

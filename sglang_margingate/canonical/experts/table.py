@@ -28,6 +28,11 @@ FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_w
 """What a configuration says; SGLang may leave the last two to Triton."""
 
 
+def short(config: Config) -> str:
+    """Return a configuration in a few characters."""
+    return "/".join(str(value) for value in config.values())
+
+
 class TableError(ValueError):
     """A kept table cannot be used; one line that says why."""
 

@@ -23,6 +23,7 @@ from sglang_margingate.canonical.experts.table import (
     TableError,
     kept_table,
     save_table,
+    short,
     table_of,
     table_path,
 )
@@ -75,16 +76,16 @@ def _settled(
     if kept is not None:
         return kept
     table = sglang_table(module, shape.top_k)
-    configs = list({words(c): c for _, c in table.steps}.values())
+    configs = list({short(c): c for _, c in table.steps}.values())
     kind = bank_kind(name, module, shape.top_k)
     assert kind is not None
-    bits = dict(zip(map(words, configs), kind.bits_of([partial(_try, shape, c) for c in configs], BITS_ROWS)))
+    bits = dict(zip(map(short, configs), kind.bits_of([partial(_try, shape, c) for c in configs], BITS_ROWS)))
     try:
-        table = united(table, bits, words)
+        table = united(table, bits, short)
     except TableError as error:
         log.warning("margingate: %s: %s; %s", name, error, "SGLang's own choice stays, for the probe to judge")
         return table
-    used = {words(c) for _, c in table.steps}
+    used = {short(c) for _, c in table.steps}
     left = [f"{c}{' (depends on companions)' if found is None else ''}" for c, found in bits.items() if c not in used]
     if left:
         log.info(
@@ -105,11 +106,6 @@ def _settled(
 
 def _try(shape: BankShape, config: Config) -> None:
     _tables[shape] = ExpertTable(((1, config),))
-
-
-def words(config: Config) -> str:
-    """Return a configuration in a few characters."""
-    return "/".join(str(value) for value in config.values())
 
 
 def break_experts(rows: int) -> None:

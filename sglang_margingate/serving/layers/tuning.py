@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sglang_margingate.canonical.experts.probe import ExpertKind
-from sglang_margingate.canonical.experts.table import FIELDS, BankShape, Config
+from sglang_margingate.canonical.experts.table import FIELDS, BankShape, Config, short
 
 ROWS = (1, 2, 3, 8, 16, 17, 32, 33, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Numbers of rows whose bits are compared."""
@@ -162,11 +162,6 @@ def graphed(run: Callable[[], Any], repeats: int = 10) -> float:
 def config(m: int, n: int, k: int, group: int, warps: int, stages: int) -> Config:
     """Return a configuration by its numbers."""
     return dict(zip(FIELDS, (m, n, k, group, warps, stages)))
-
-
-def short(one: Config) -> str:
-    """Return a configuration in a few characters."""
-    return "/".join(str(value) for value in one.values())
 
 
 def candidates(own: Iterable[Config]) -> list[Config]:
