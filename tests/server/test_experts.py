@@ -37,7 +37,7 @@ def both(server: Server, prompts: list[Prompt]) -> tuple[list[Completion], list[
     some = prompts[:PROMPTS]
     alone = run_alone(server.client, some, max_new_tokens=NEW)
     together = run_as_one(server.client, some, NEW)
-    assert max(c.margingate["max_batch_rows"] for c in together) == PROMPTS, "no batch formed"
+    assert max(c.margingate["max_batch_rows"] for c in together) >= 8, "no batch formed"
     return alone, together
 
 

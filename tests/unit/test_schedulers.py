@@ -170,7 +170,7 @@ def test_several_schedulers_have_a_label_of_their_own() -> None:
 # ---- one run ----------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, rows: tuple[int, ...] = (3, 2), close: tuple[bool, ...] = (True, True)) -> Path:
+def write(folder: Path, rows: tuple[int, ...] = (3, 2)) -> Path:
     """Write a run by two schedulers, whose requests have odd and even numbers."""
     writers = []
     for part, count in enumerate(rows):
@@ -181,8 +181,8 @@ def write(folder: Path, rows: tuple[int, ...] = (3, 2), close: tuple[bool, ...] 
             writer.add_steps(a_step(number))
             writer.add_request(a_request(number))
         writers.append(writer)
-    for writer, ends in zip(writers, close):
-        writer.close() if ends else writer.flush()
+    for writer in writers:
+        writer.close()
     return writers[0].path
 
 
@@ -221,9 +221,10 @@ def test_a_live_run_of_several_is_followed(tmp_path: Path) -> None:
 
 
 def test_the_trace_of_the_other_stays_whole_when_one_is_killed(tmp_path: Path) -> None:
-    path = write(tmp_path, close=(True, False))
-    beat = read_manifest(path / "scheduler-1")
-    write_manifest(path / "scheduler-1", {**beat, "heartbeat": "2026-01-01T00:00:00.000Z"})
+    path = write(tmp_path)
+    killed = {**read_manifest(path / "scheduler-1"), "heartbeat": "2026-01-01T00:00:00.000Z"}
+    del killed["closed_at"]
+    write_manifest(path / "scheduler-1", killed)
     run = read_run(path)
     assert len(run.requests) == 5
     assert [w for w in run.warnings if "without closing" in w and "scheduler-1" in w]
