@@ -170,7 +170,7 @@ _OWN = attrgetter(
     "step", "position", "token", "fast_token", "second_token", "margin", "structural", "waited_ms", "forward", "state",
     "verify_token", "tops",
 )  # fmt: skip
-"""What nearly every row has of its own, and whom it shares the rest with."""
+"""What is read of every row: what it has of its own, whom it shares the rest with, and whether it was verified or has best tokens."""
 
 _VERDICT = {
     "reason": Reason.NONE.value, "verify_token": None, "verify_margin": None, "flipped": False, "repaired": False,
@@ -183,7 +183,7 @@ class StepRows(LateColumns):
     """Committed steps on their way to the trace; whoever asks for their columns makes them, on a thread of its own.
 
     A row of a trace has 34 values, but its forward and its request have most of them, and few rows are verified. So columns
-    are made of what rows share: that takes less than half of the interpreter's time that 34 values a row take, and
+    are made of what rows share: that takes half of the interpreter's time that 34 values a row take, and
     meanwhile no step is launched.
 
     Parameters

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sglang_margingate.columns import LateColumns, Shared
@@ -53,8 +52,7 @@ def to_array(values: Sequence[Any], dtype: pa.DataType) -> pa.Array:
     if plain is not None:
         return _of_plain(plain, dtype)
     if pa.types.is_timestamp(dtype):
-        micros = pc.round(pc.multiply(pa.array(values, pa.float64()), 1e6))
-        return micros.cast(pa.int64()).cast(dtype)
+        values = [None if seconds is None else round(seconds * 1e6) for seconds in values]
     return pa.array(values, dtype)
 
 
@@ -65,18 +63,12 @@ def _shared_array(column: Shared, dtype: pa.DataType) -> pa.Array:
         return _of_plain(plain.take(column.at), dtype)
     if pa.types.is_boolean(dtype) and all(type(value) is bool for value in column.values):
         return pa.array(np.array(column.values).take(column.at), dtype)
-    if pa.types.is_dictionary(dtype) and None not in column.values:
-        once = Shared.of(column.values)
-        at = _of_plain(np.asarray(once.at).take(column.at), pa.int32())
-        return pa.DictionaryArray.from_arrays(at, pa.array(once.values, dtype.value_type))
     return to_array(column.values, dtype).take(_of_plain(np.asarray(column.at), pa.int32()))
 
 
 def _plain(values: Sequence[Any], dtype: pa.DataType) -> np.ndarray | None:
     """Return a column's numbers as they lie in memory; None where there is a null among them, or it has no numbers."""
     try:
-        if pa.types.is_timestamp(dtype):
-            return np.rint(np.asarray(array("d", values)) * 1e6).astype(np.int64)
         return np.asarray(array(_CODES[dtype], values))
     except (KeyError, TypeError):
         return None

@@ -213,9 +213,8 @@ class TraceWriter:
         return path
 
     def _loop(self) -> None:
-        steps_batch(
-            [{"request_id": [""]}]
-        )  # pyarrow imports pandas at its first conversion, 0.2 s that the first request would pay
+        # pyarrow imports pandas at its first conversion, 0.2 s that the first request would pay.
+        steps_batch([{"request_id": [""]}])
         while True:
             self._wake.wait(self._pause())
             self._wake.clear()

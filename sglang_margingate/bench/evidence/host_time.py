@@ -131,6 +131,18 @@ class Host:
         for name, begin, end in zip(("begin", "ended", "sample"), marks, marks[1:]):
             times.setdefault(name, []).append((end - begin) * 1e6)
 
+    def run(self, steps: int) -> tuple[Times, Times]:
+        """Let a batch arrive, be prefilled one by one, decode and end; return the times of decodes and of prefills."""
+        decodes: Times = {}
+        prefills: Times = {}
+        self.open()
+        for req in self.reqs:
+            self.forward([req], 0, prefills)
+        for step in range(1, steps + 1):
+            self.forward(self.reqs, step, decodes)
+        self.close(steps + 1, prefills)
+        return decodes, prefills
+
     def close(self, shown: int, times: Times) -> None:
         """End the batch's requests."""
         begin = time.thread_time()
@@ -142,17 +154,9 @@ class Host:
 def measure(rows: int, steps: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Return the median over rounds of each part's mean time, in microseconds, of decodes and of prefills of one request."""
     host = Host(rows, folder)
-    decodes: Times = {}
-    prefills: Times = {}
     found: dict[str, dict[str, list[float]]] = {"decode": {}, "prefill": {}}
     for number in range(rounds + 1):
-        host.open()
-        decodes, prefills = {}, {}
-        for req in host.reqs:
-            host.forward([req], 0, prefills)
-        for step in range(1, steps + 1):
-            host.forward(host.reqs, step, decodes)
-        host.close(steps + 1, prefills)
+        decodes, prefills = host.run(steps)
         if number:  # the first warms up
             for kind, times in (("decode", decodes), ("prefill", prefills)):
                 for name, values in times.items():
@@ -164,13 +168,8 @@ def measure(rows: int, steps: int, rounds: int, folder: Path) -> dict[str, dict[
 def measure_trace(rows: int, steps: int, rounds: int, folder: Path) -> float:
     """Return the microseconds that a row takes of the trace's thread until it is a column: the median of its pieces."""
     host, ring = Host(rows, folder), StepRing(rows * (steps + 1))
-    host.writer.add_steps = ring.append  # type: ignore[assignment, method-assign]
-    host.open()
-    for req in host.reqs:
-        host.forward([req], 0, {})
-    for step in range(1, steps + 1):
-        host.forward(host.reqs, step, {})
-    host.close(steps + 1, {})
+    with mock.patch.object(host.writer, "add_steps", ring.append):
+        host.run(steps)
     host.writer.close()
     pieces = []
     while len(ring):
