@@ -201,6 +201,17 @@ def test_no_change_below_half_of_tau_changes_a_token_whose_margin_is_above_tau(
     assert torch.equal(before.token[sure], after.token[sure])
 
 
+@pytest.mark.parametrize("reach", [0.01, 4.0])
+def test_a_share_below_the_smallest_unit_still_counts(reach):
+    """At a low temperature the other token has a share of 2e-17: raised by 1 beside a winner lowered by 1, it alone is kept."""
+    z = torch.tensor([[-0.9480383, -6.3456583, 0.9668248]])
+    packed = pack([Draw(2, 0.05, 0, 0.7, 0.0, reach)], [2])
+    before = draw_reference(z, packed)
+    after = draw_reference(z + torch.tensor([[1.0, 1.0, -1.0]]), packed)
+    assert (before.token.item(), after.token.item()) == (2, 0)
+    assert before.margin.item() <= 2.0
+
+
 def test_the_margin_is_worth_having():
     """Most steps have one above a threshold as it is used, under common parameters; and changes of twice its size do flip."""
     z = random_rows(4, 500, 1000) * 1.6

@@ -183,7 +183,7 @@ def filtered_kernel(
         value, found = _better(value, found, rival, step)
         rest = tl.maximum(rest, tl.where(other, x, float("-inf")))
         if nucleus:
-            near += tl.where(other & (x > chosen - reach), _mass(x, best, rate), 0)
+            near += tl.where(other & (x > chosen - reach), _mass(x, best, rate) + 1, 0)
     runner_up = tl.max(key_of(value, tl.where(found < 0, NONE, found * BLOCK + lane)), 0)
     margin = winner - value_of(runner_up)
     margin = _least(margin, chosen - after)
@@ -192,7 +192,7 @@ def filtered_kernel(
         above = tl.sum(near, 0)
         mine = _mass(chosen, best, rate)
         stays = tl.minimum(reach, temperature * (odds - _log_odds(above, total - above)))
-        alone = temperature * (odds - _log_odds(total - mine, mine))
+        alone = temperature * (odds - _log_odds(total - mine + (V - 1), mine))
         margin = _least(margin, tl.maximum(tl.maximum(stays, alone), 0.0))
     i2 = index_of(runner_up)
     tl.store(tokens + row, token.to(tl.int64))

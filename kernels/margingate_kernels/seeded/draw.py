@@ -33,7 +33,8 @@ out; a token changes the choice only if it is in *and* ahead, hence the maximum.
   exp(R/T) times those of p: v comes in only if z(v) + tau >= cut(q), where cut(q) is the value at which top-p of q cuts. So
   ``entry = min(R, cut(q) - z(v))``. And w stays while the odds of the others above z(w) - R, times exp(tau/T), are below those
   of p: ``exit = min(R, T * (logit(p) - logit(share of the others above z(w) - R)))``. For any tau, without a reach, the others are
-  at most all of them: ``exit`` is the larger of this and ``T * (logit(p) - logit(1 - share(w)))``.
+  at most all of them: ``exit`` is the larger of this and ``T * (logit(p) - logit(1 - share(w)))``. Shares are whole units, the rest
+  cut off, so each of the others is counted as a unit more: what is far below the best has none, and still comes in when it rises.
 
 R is a little more than twice the row's threshold, so that it never decides at the threshold itself: a margin that R cuts says
 "above the threshold", and no more.
@@ -224,9 +225,9 @@ def _filtered(
     second = torch.where(second == token, (token == 0).long(), second)
     others = z.scatter(1, token, NEG_INF).amax(1, keepdim=True)
     margin = torch.minimum(winner - nearest, torch.minimum(chosen - after, chosen + span - others))
-    beside = torch.where(z > chosen - reach, mass, 0).sum(1, keepdim=True) - mine
+    beside = torch.where(z > chosen - reach, mass + 1, 0).sum(1, keepdim=True) - (mine + 1)
     near = torch.minimum(reach, temperature * (odds - _log_odds(beside, total - beside)))
-    far = temperature * (odds - _log_odds(total - mine, mine))
+    far = temperature * (odds - _log_odds(total - mine + (z.shape[1] - 1), mine))
     stays = torch.maximum(torch.maximum(near, far), torch.zeros_like(near))
     margin = torch.where(nucleus, torch.minimum(margin, stays), margin)
     return token.squeeze(1), second.squeeze(1), margin.squeeze(1)
